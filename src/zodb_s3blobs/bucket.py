@@ -1,0 +1,546 @@
+"""The bucket: put, get, copy, list and delete blobs, with checksums. The only file that imports boto3.
+
+Every blob carries its SHA-256 in its object's metadata; it is checked on every download. Every method waits for S3
+and so belongs on a worker thread, and may be called from any number of them at once. Errors are `BlobNotFound` for
+what is truly absent and `BucketError` for all else; neither carries a botocore exception, whose text may repeat a
+credential.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import re
+import ssl
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import boto3
+import botocore.config
+import botocore.exceptions
+import botocore.utils
+import urllib3.exceptions
+from boto3.s3.transfer import TransferConfig
+from s3transfer.manager import TransferManager
+from s3transfer.subscribers import BaseSubscriber
+
+from .keys import Keys
+from .workers import DaemonPool
+
+logger = logging.getLogger(__name__)
+
+#: A blob up to this many bytes is read with one request; larger ones in parallel ranges of this size.
+PART = 8 << 20
+
+_SHA256 = "sha256"  # the name of the metadata entry, and the algorithm
+_DELETE_BATCH = 1000  # the most keys that one DeleteObjects request may name
+_COPY_LIMIT = 5 << 30  # larger objects cannot be copied in one request
+_READ = 1 << 20
+
+_BODY_ERRORS = (
+    ConnectionError,
+    TimeoutError,
+    ssl.SSLError,
+    botocore.exceptions.HTTPClientError,
+    botocore.exceptions.IncompleteReadError,
+    urllib3.exceptions.HTTPError,
+)
+
+
+class BucketError(Exception):
+    """S3 did not do what was asked; says what, on which object, and why. ``code``: what S3 called it, or ""."""
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class BlobNotFound(LookupError):
+    """The bucket has no such blob."""
+
+
+class TransferCancelled(Exception):
+    """The caller of a transfer does not want it any more."""
+
+
+class Corrupt(Exception):
+    """What arrived is not what was stored."""
+
+
+@dataclass
+class BucketSettings:
+    """How to reach the bucket; the names are those of the configuration keys. Times in seconds, sizes in bytes."""
+
+    bucket_name: str
+    s3_prefix: str = ""
+    s3_endpoint_url: str | None = None
+    s3_region: str | None = None
+    s3_access_key: str | None = field(default=None, repr=False)
+    s3_secret_key: str | None = field(default=None, repr=False)
+    s3_use_ssl: bool = True
+    s3_addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    s3_sse_customer_key: bytes | None = field(default=None, repr=False)
+    s3_sse: str | None = None
+    s3_sse_kms_key_id: str | None = None
+    s3_storage_class: str | None = None
+    s3_checksums: Literal["when_supported", "when_required"] = "when_required"
+    s3_multipart_threshold: int = 8 << 20
+    s3_concurrency: int = 16
+    s3_connect_timeout: float = 5
+    s3_read_timeout: float = 30
+    s3_max_attempts: int = 3
+
+
+class Target(Protocol):
+    """A file that a blob is written into, by several threads at once."""
+
+    path: str
+
+    def write_at(self, data: bytes, position: int) -> None: ...
+
+    def clear(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One object that `Bucket.list_blobs` found and that is a blob; ``size`` in bytes."""
+
+    oid: bytes
+    tid: bytes
+    size: int
+
+
+class Bucket:
+    """The blobs below one prefix of one bucket. Making one sends no request."""
+
+    def __init__(self, settings: BucketSettings) -> None:
+        self.name = settings.bucket_name
+        self.keys = Keys(settings.s3_prefix)
+        self._attempts = settings.s3_max_attempts
+        self._multipart_threshold = settings.s3_multipart_threshold
+        self._write_options: dict[str, Any] = {}
+        self._key_options: dict[str, Any] = {}
+        self._copy_source_key_options: dict[str, Any] = {}
+        if settings.s3_sse_customer_key:
+            algorithm, key = "AES256", settings.s3_sse_customer_key
+            self._key_options = {"SSECustomerAlgorithm": algorithm, "SSECustomerKey": key}
+            self._copy_source_key_options = {
+                "CopySourceSSECustomerAlgorithm": algorithm,
+                "CopySourceSSECustomerKey": key,
+            }
+        if settings.s3_sse:
+            self._write_options["ServerSideEncryption"] = settings.s3_sse
+        if settings.s3_sse_kms_key_id:
+            self._write_options["SSEKMSKeyId"] = settings.s3_sse_kms_key_id
+        if settings.s3_storage_class:
+            self._write_options["StorageClass"] = settings.s3_storage_class
+        self._client = _client(settings)
+        pool_name = f"s3blobs {settings.bucket_name}"
+        # Of its own: a part of a download must never wait for the download that waits for it.
+        self._parts = DaemonPool(settings.s3_concurrency, f"{pool_name} part")
+        self._transfers = TransferManager(
+            self._client,
+            TransferConfig(
+                multipart_threshold=settings.s3_multipart_threshold,
+                multipart_chunksize=PART,
+                max_concurrency=settings.s3_concurrency,
+                preferred_transfer_client="classic",
+            ),
+            executor_cls=functools.partial(DaemonPool, name=f"{pool_name} transfer"),  # type: ignore[arg-type]
+        )
+        self._batch_delete = True
+
+    def close(self) -> None:
+        """Take no more requests; those under way are left to their daemon threads."""
+        self._parts.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
+
+    def probe(self) -> None:
+        """Ask for one key: BucketError if bucket, credentials, permission to list or connection are not right."""
+        try:
+            self._client.list_objects_v2(Bucket=self.name, Prefix=self.keys.blobs, MaxKeys=1)
+        except Exception as error:
+            raise _bucket_error(error, f"list bucket {self.name}") from None
+
+    # Writing
+
+    def put(self, oid: bytes, tid: bytes, filename: str, progress: Callable[[int], None] | None = None) -> None:
+        """Store the bytes of ``filename`` as blob (oid, tid).
+
+        ``progress`` is called with the number of bytes of each step, from several threads; what it raises ends the
+        upload and is raised here.
+        """
+        key = self.keys.key(oid, tid)
+        what = f"store {key} in bucket {self.name}"
+        size = os.path.getsize(filename)
+        options = {"Metadata": {_SHA256: _digest("sha256", filename)}, **self._write_options, **self._key_options}
+        try:
+            if size < min(self._multipart_threshold, PART):
+                # From memory: a body with a read method would make botocore send `Expect: 100-continue` and wait
+                # one more round trip for the answer.
+                with open(filename, "rb") as file:
+                    body = file.read()
+                if progress is not None:
+                    progress(0)
+                answer = self._client.put_object(Bucket=self.name, Key=key, Body=body, **options)
+                self._check_customer_key_used(answer)
+            else:
+                subscribers = [_Progress(progress)] if progress is not None else []
+                self._transfers.upload(filename, self.name, key, options, subscribers).result()
+                if self._key_options:
+                    self._check_customer_key_used(self._head(key))
+        except (BucketError, TransferCancelled):
+            raise
+        except Exception as error:
+            raise _bucket_error(error, what) from None
+
+    def _check_customer_key_used(self, answer: dict[str, Any]) -> None:
+        if self._key_options and not answer.get("SSECustomerAlgorithm"):
+            # The blob is in the bucket in the clear; the abort of its transaction deletes it.
+            raise BucketError(
+                f"The service behind bucket {self.name} ignores s3-sse-customer-key and stores blobs unencrypted; "
+                f"remove s3-sse-customer-key, or use s3-sse or a service that supports SSE-C"
+            )
+
+    def copy(self, oid: bytes, source_tid: bytes, tid: bytes) -> None:
+        """Copy blob (oid, source_tid) to (oid, tid) inside the bucket, with its metadata.
+
+        Raises BlobNotFound if there is no such source.
+        """
+        source, key = self.keys.key(oid, source_tid), self.keys.key(oid, tid)
+        what = f"copy {source} to {key} in bucket {self.name}"
+        options = {**self._write_options, **self._key_options, **self._copy_source_key_options}
+        try:
+            head = self._head(source)
+            place = {"Bucket": self.name, "Key": source}
+            if head["ContentLength"] <= _COPY_LIMIT:
+                answer = self._client.copy_object(Bucket=self.name, Key=key, CopySource=place, **options)
+                self._check_customer_key_used(answer)
+            else:
+                # s3transfer copies in parts, which loses the metadata unless it is given again.
+                options["Metadata"] = head["Metadata"]
+                self._transfers.copy(place, self.name, key, options).result()
+        except (BucketError, BlobNotFound):
+            raise
+        except Exception as error:
+            raise _bucket_error(error, what) from None
+
+    # Reading
+
+    def has(self, oid: bytes, tid: bytes, filename: str) -> bool:
+        """Whether blob (oid, tid) is in the bucket already; BucketError if it is there but not as in ``filename``."""
+        key = self.keys.key(oid, tid)
+        try:
+            head = self._head(key)
+        except BlobNotFound:
+            return False
+        sha256 = head["Metadata"].get(_SHA256)
+        if head["ContentLength"] != os.path.getsize(filename) or (sha256 and sha256 != _digest("sha256", filename)):
+            raise BucketError(
+                f"{key} in bucket {self.name} exists already and is another blob: "
+                f"does another database use this s3-prefix? It was left as it is"
+            )
+        return bool(sha256)
+
+    def _head(self, key: str) -> dict[str, Any]:
+        try:
+            return self._client.head_object(Bucket=self.name, Key=key, **self._key_options)
+        except Exception as error:
+            raise _bucket_error(error, f"look up {key} in bucket {self.name}") from None
+
+    def get(self, oid: bytes, tid: bytes, file: "Target") -> int:
+        """Write blob (oid, tid) into the empty ``file``; return its size in bytes.
+
+        One request for up to `PART` bytes, else parallel ranges. When it returns, size and checksum are right.
+        Raises BlobNotFound, BucketError, or the OSError of a full disk.
+        """
+        key = self.keys.key(oid, tid)
+        what = f"read {key} of bucket {self.name}"
+        for attempt in range(1, self._attempts + 1):
+            try:
+                return self._get(key, file)
+            except Corrupt as error:
+                logger.error("Could not %s: %s (attempt %d of %d)", what, error, attempt, self._attempts)
+                if attempt == self._attempts:
+                    raise BucketError(
+                        f"Could not {what}: {error}. The object is damaged or was changed; restore it from a backup"
+                    ) from None
+                file.clear()
+            except _BODY_ERRORS as error:
+                raise _bucket_error(error, what) from None
+            except (BucketError, BlobNotFound, OSError):
+                raise
+            except Exception as error:
+                raise _bucket_error(error, what) from None
+        raise AssertionError("s3-max-attempts is at least 1")
+
+    def _get(self, key: str, file: "Target") -> int:
+        first = self._open_range(key, 0, PART)
+        size = first.total
+        parts: list[Future] = []
+        try:
+            for start in range(first.length, size, PART):
+                end = min(start + PART, size)
+                parts.append(self._parts.submit(self._get_range, key, start, end, first.etag, file))
+            self._get_range(key, 0, first.length, first.etag, file, opened=first)
+            for part in parts:
+                part.result()
+        except BaseException:
+            # The file is not to be touched any more once this has raised.
+            for part in parts:
+                part.cancel()
+            for part in parts:
+                if not part.cancelled():
+                    part.exception()
+            raise
+        _check(first, file.path)
+        return size
+
+    def _get_range(
+        self, key: str, start: int, end: int, etag: str, file: "Target", opened: "_Range | None" = None
+    ) -> None:
+        """Write bytes start to end of the object to their place in the file; a broken body is asked for again."""
+        for attempt in range(1, self._attempts + 1):
+            answer = opened or self._open_range(key, start, end)
+            opened = None
+            if answer.etag != etag:
+                answer.body.close()
+                raise Corrupt("it was replaced while it was being read")
+            try:
+                position = start
+                for chunk in iter(lambda: answer.body.read(_READ), b""):  # noqa: B023 (used up before the next one)
+                    file.write_at(chunk, position)
+                    position += len(chunk)
+                if position != end:
+                    raise Corrupt(f"{position - start} bytes of {end - start} arrived")
+                return
+            except (*_BODY_ERRORS, Corrupt) as error:
+                logger.warning("The answer for %s broke off (attempt %d): %s", key, attempt, type(error).__name__)
+                if attempt == self._attempts:
+                    raise
+            finally:
+                answer.body.close()
+
+    def _open_range(self, key: str, start: int, end: int) -> "_Range":
+        options = {"Bucket": self.name, "Key": key, **self._key_options}
+        try:
+            try:
+                answer = self._client.get_object(Range=f"bytes={start}-{end - 1}", **options)
+            except botocore.exceptions.ClientError as error:
+                if start or error.response.get("Error", {}).get("Code") not in ("InvalidRange", "416"):
+                    raise
+                answer = self._client.get_object(**options)  # an empty object has no first byte to ask for
+        except Exception as error:
+            raise _bucket_error(error, f"read {key} of bucket {self.name}") from None
+        length = answer["ContentLength"]
+        total = length
+        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange") or "")
+        if match:
+            total = int(match[3])
+        elif start:
+            # The service ignores ranges and would send everything: only the first request may be answered so.
+            answer["Body"].close()
+            raise Corrupt("the service answered one range with the whole object and another with a part")
+        return _Range(answer["Body"], length, total, answer["ETag"], answer["Metadata"].get(_SHA256), answer)
+
+    # Listing and deleting
+
+    def list_blobs(self) -> Iterator[Listed]:
+        """All blobs, in the order of their keys; a request per 1,000. What is not a blob of ours is left out."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=self.keys.blobs)
+        try:
+            for page in pages:
+                for found in page.get("Contents", ()):
+                    name = self.keys.parse(found["Key"])
+                    if name is not None:
+                        yield Listed(*name, found["Size"])
+        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
+            raise _bucket_error(error, f"list bucket {self.name}") from None
+
+    def delete(self, blobs: Iterable[tuple[bytes, bytes]]) -> None:
+        """Delete the blobs (oid, tid), 1,000 a request; absent ones are no error.
+
+        Raises BucketError that names the first that could not be deleted, after all were tried.
+        """
+        keys = [self.keys.key(oid, tid) for oid, tid in blobs]
+        errors: list[BucketError] = []
+        for start in range(0, len(keys), _DELETE_BATCH):
+            batch = keys[start : start + _DELETE_BATCH]
+            errors += self._delete_batch(batch) if self._batch_delete and len(batch) > 1 else self._delete_each(batch)
+        if errors:
+            raise BucketError(f"{errors[0]}; {len(errors)} of {len(keys)} blobs were not deleted", errors[0].code)
+
+    def _delete_batch(self, keys: list[str]) -> list[BucketError]:
+        try:
+            answer = self._client.delete_objects(
+                Bucket=self.name, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True}
+            )
+        except botocore.exceptions.ClientError as error:
+            failure = _bucket_error(error, f"delete objects of bucket {self.name}")
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            if isinstance(failure, BlobNotFound) or status not in (400, 404, 405, 411, 501):
+                return [failure] * len(keys) if isinstance(failure, BucketError) else []
+            # Some services have no DeleteObjects, or want another checksum with it.
+            logger.info("The service behind bucket %s has no batch delete: deleting one by one", self.name)
+            self._batch_delete = False
+            return self._delete_each(keys)
+        except Exception as error:
+            return [_bucket_error(error, f"delete objects of bucket {self.name}")] * len(keys)
+        return [
+            BucketError(f"Could not delete {e.get('Key')} of bucket {self.name}: {e.get('Code')}", e.get("Code", ""))
+            for e in answer.get("Errors", ())
+            if e.get("Code") != "NoSuchKey"
+        ]
+
+    def _delete_each(self, keys: list[str]) -> list[BucketError]:
+        futures = [self._parts.submit(self._client.delete_object, Bucket=self.name, Key=key) for key in keys]
+        errors = []
+        for key, future in zip(keys, futures, strict=True):
+            error = future.exception()
+            if error is not None:
+                failure = _bucket_error(error, f"delete {key} of bucket {self.name}")
+                if isinstance(failure, BucketError):
+                    errors.append(failure)
+        return errors
+
+
+@dataclass
+class _Range:
+    """An answer whose body is still to be read."""
+
+    body: Any
+    length: int
+    total: int
+    etag: str
+    sha256: str | None
+    answer: dict[str, Any]
+
+
+class _Progress(BaseSubscriber):
+    def __init__(self, progress: Callable[[int], None]) -> None:
+        self._progress = progress
+
+    def on_progress(self, future: Any, bytes_transferred: int, **kwargs: Any) -> None:
+        self._progress(bytes_transferred)
+
+
+def _client(settings: BucketSettings) -> Any:
+    config = botocore.config.Config(
+        connect_timeout=settings.s3_connect_timeout,
+        read_timeout=settings.s3_read_timeout,
+        retries={"mode": "standard", "total_max_attempts": settings.s3_max_attempts},
+        # Uploads, their parts and the parts of downloads each have a pool of threads.
+        max_pool_connections=4 * settings.s3_concurrency,
+        tcp_keepalive=True,
+        request_checksum_calculation=settings.s3_checksums,
+        response_checksum_validation=settings.s3_checksums,
+        s3={"addressing_style": settings.s3_addressing_style},
+    )
+    client = boto3.session.Session().client(
+        "s3",
+        endpoint_url=settings.s3_endpoint_url,
+        region_name=settings.s3_region,
+        aws_access_key_id=settings.s3_access_key,
+        aws_secret_access_key=settings.s3_secret_key,
+        use_ssl=settings.s3_use_ssl,
+        config=config,
+    )
+    if settings.s3_checksums == "when_required":
+        # The one checksum that every service understands and refuses a damaged body by.
+        for operation in ("PutObject", "UploadPart", "DeleteObjects"):
+            client.meta.events.register_last(f"before-call.s3.{operation}", _add_content_md5)
+    return client
+
+
+def _add_content_md5(params: dict[str, Any], **kwargs: Any) -> None:
+    if params["body"] is not None:
+        params["headers"].setdefault("Content-MD5", botocore.utils.calculate_md5(params["body"]))
+
+
+def _digest(name: str, filename: str) -> str:
+    digest = hashlib.new(name, usedforsecurity=False)
+    with open(filename, "rb") as file:
+        for chunk in iter(lambda: file.read(_READ), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check(answer: _Range, filename: str) -> None:
+    """Corrupt unless the file has the size and the checksum that the object should have."""
+    size = os.path.getsize(filename)
+    if size != answer.total:
+        raise Corrupt(f"{size} bytes of {answer.total} arrived")
+    if answer.sha256:
+        name, expected = "sha256", answer.sha256
+    else:
+        # An object that other software put there. Its ETag is its MD5 unless it is encrypted or came in parts.
+        expected = answer.etag.strip('"')
+        plain = answer.answer.get("ServerSideEncryption") in (None, "AES256")
+        if not plain or answer.answer.get("SSECustomerAlgorithm") or not re.fullmatch("[0-9a-f]{32}", expected):
+            return
+        name = "md5"
+    actual = _digest(name, filename)
+    if actual != expected:
+        raise Corrupt(f"its {name} is {actual} and should be {expected}")
+
+
+def _bucket_error(error: BaseException, what: str) -> Any:
+    """The error to raise for what boto3 or urllib3 raised while it tried to do ``what``.
+
+    Only S3's code and our own words go into it: S3's messages may repeat access keys and signed strings.
+    """
+    if isinstance(error, botocore.exceptions.ClientError):
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        # The answer to HEAD has no body that could name a code. To anything else a bare 404 is no word on the
+        # object: it may come from a proxy, or mean the bucket.
+        if code == "NoSuchKey" or (error.operation_name == "HeadObject" and status == 404):
+            return BlobNotFound(f"Could not {what}: there is no such object")
+        advice = _ADVICE.get(code, "")
+        return BucketError(f"Could not {what}: the service answered {code} (HTTP {status}){advice}", code)
+    if isinstance(error, botocore.exceptions.NoCredentialsError | botocore.exceptions.PartialCredentialsError):
+        return BucketError(f"Could not {what}: no credentials{_ADVICE['NoCredentials']}", "NoCredentials")
+    return BucketError(f"Could not {what}: {type(error).__name__}", type(error).__name__)
+
+
+_CREDENTIALS = "; check s3-access-key and s3-secret-key, or the credentials that boto3 finds"
+_REGION = "; check s3-region and s3-endpoint-url"
+
+#: What to do next, by S3's error code.
+_ADVICE = {
+    "NoSuchBucket": "; check bucket-name and s3-endpoint-url",
+    "InvalidBucketName": "; check bucket-name",
+    "InvalidAccessKeyId": _CREDENTIALS,
+    "SignatureDoesNotMatch": _CREDENTIALS,
+    "AuthFailure": _CREDENTIALS,
+    "InvalidToken": _CREDENTIALS,
+    "ExpiredToken": _CREDENTIALS,
+    "NoCredentials": _CREDENTIALS,
+    "AccessDenied": "; the policy of the bucket or of the credentials (s3-access-key) forbids it",
+    "403": "; the policy of the bucket or of the credentials (s3-access-key) forbids it",
+    "AuthorizationHeaderMalformed": _REGION,
+    "PermanentRedirect": _REGION,
+    "301": _REGION,
+    "RequestTimeTooSkewed": "; check the clock of this machine",
+    "InvalidStorageClass": "; check s3-storage-class",
+    "MissingContentLength": "; set s3-checksums to when_required",
+}
+
+#: The codes that no waiting will cure, and the key whose value is to be looked at first.
+MISCONFIGURED = {
+    "NoSuchBucket": "bucket-name",
+    "InvalidBucketName": "bucket-name",
+    "ParamValidationError": "bucket-name",
+    "InvalidAccessKeyId": "s3-access-key",
+    "SignatureDoesNotMatch": "s3-secret-key",
+    "AuthFailure": "s3-access-key",
+    "InvalidToken": "s3-access-key",
+    "NoCredentials": "s3-access-key",
+    "AccessDenied": "s3-access-key",
+    "403": "s3-access-key",
+    "AuthorizationHeaderMalformed": "s3-region",
+    "PermanentRedirect": "s3-region",
+    "301": "s3-region",
+}

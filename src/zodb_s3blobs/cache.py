@@ -1,0 +1,444 @@
+"""The LRU file cache of committed blobs: index, limit, pins, atomic publication.
+
+Knows nothing of S3 or ZODB. A file in the cache is named by its (oid, tid), is complete, and never changes:
+
+    {directory}/tmp/                                   the temporary files of ZODB and ZEO
+    {directory}/incoming/                              blobs on their way into the bucket or into the cache
+    {directory}/blobs/{last byte of oid}/{oid}.{tid}.blob
+
+The modification time of a file is the time of its last use: that is how the order survives a restart. All sizes
+are in bytes. Every method may be called from any thread, and none waits for more than one file system call.
+"""
+
+import errno
+import functools
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import zc.lockfile
+from ZODB.blob import rename_or_copy_blob
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Name = tuple[bytes, bytes]  # (oid, tid)
+
+#: How long, in seconds, a file whose path was handed out stays, so that whoever asked can open it.
+LEASE = 10.0
+
+_LOCK_FILE = ".zodb-s3blobs.lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class CacheDirectoryError(ValueError):
+    """The cache directory cannot be used; the message says why and what to do."""
+
+
+class CacheError(OSError):
+    """A file could not be written to the cache directory; the message says why and what to do."""
+
+
+class Pin:
+    """A cached file that is not evicted before `release`; a context manager that gives its path."""
+
+    def __init__(self, cache: "Cache", name: Name, path: str, pinned: "_Pinned") -> None:
+        self.path = path
+        self._cache = cache
+        self._name = name
+        self._pinned: _Pinned | None = pinned
+
+    def __enter__(self) -> str:
+        return self.path
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let the file go; a second call does nothing."""
+        pinned, self._pinned = self._pinned, None
+        if pinned is not None:
+            self._cache._unpin(self._name, pinned)
+
+    def again(self) -> "Pin":
+        """One more pin of the same file; only before `release`."""
+        assert self._pinned is not None
+        return self._cache._pin_again(self._name, self.path, self._pinned)
+
+    def lease(self) -> str:
+        """The path; the file stays `LEASE` seconds from now."""
+        self._cache._lease(self)
+        return self.path
+
+
+class Incoming:
+    """A file that is not yet a blob of the cache: being downloaded, or waiting for its transaction's end.
+
+    Belongs to whoever made it, until `publish` or `discard`. On a full disk its methods evict blobs to make room,
+    and raise CacheError once there is nothing left to evict.
+    """
+
+    def __init__(self, cache: "Cache", path: str) -> None:
+        self.path = path
+        self._cache = cache
+
+    def write_at(self, data: bytes, position: int) -> None:
+        """Write ``data`` at ``position`` bytes from the start. Several threads may write different places."""
+        view = memoryview(data)
+        with self._cache._writing(), open(self.path, "r+b", buffering=0) as file:
+            file.seek(position)
+            while view:
+                view = view[self._cache._when_full(functools.partial(file.write, view), len(view)) or 0 :]
+
+    def clear(self) -> None:
+        """Make it empty again."""
+        with self._cache._writing():
+            os.truncate(self.path, 0)
+
+    def sync(self) -> None:
+        """Wait until its bytes are on the disk: or a power cut could leave half a file where only whole ones may be."""
+        with self._cache._writing(), open(self.path, "rb") as file:
+            self._cache._when_full(lambda: os.fsync(file.fileno()), 1)
+
+    def publish(self, oid: bytes, tid: bytes) -> Pin:
+        """Make it the blob's file in the cache; returns that, pinned. The file must be complete and synced."""
+        with self._cache._writing():
+            return self._cache._publish((oid, tid), self.path)
+
+    def discard(self) -> None:
+        """Delete it, if it is still there; never raises."""
+        try:
+            os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            logger.error("Cannot delete %s: %s", self.path, error)
+
+
+@dataclass
+class _Pinned:
+    size: int
+    pins: int = 0
+
+
+class Cache:
+    """The files of one cache directory, which belongs to this object alone until `close`.
+
+    ``directory``: made if missing; ``limit``: how many bytes of files to keep. Raises `CacheDirectoryError` if the
+    directory cannot be written, belongs to another process, or holds something else than a cache.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], limit: int) -> None:
+        self.directory = Path(directory).absolute()
+        self.limit = limit
+        self.temporary = self.directory / "tmp"
+        self._incoming = self.directory / "incoming"
+        self._blobs = self.directory / "blobs"
+        self._lock = threading.RLock()
+        self._unused: OrderedDict[Name, int] = OrderedDict()  # name -> size, least recent first
+        self._pinned: dict[Name, _Pinned] = {}
+        self._size = 0
+        self._oversized = 0
+        self._leases: deque[tuple[float, Pin]] = deque()
+        self._evicting_leases = False
+        # While the directory is still being read: what was removed meanwhile and must not be found again.
+        self._removed_while_reading: set[Name] | None = set()
+        self._read = threading.Event()
+        self._closed = False
+        self._lock_file = self._take_directory()
+        threading.Thread(target=self._read_directory, name="s3blobs cache index", daemon=True).start()
+
+    # The directory
+
+    def _take_directory(self) -> zc.lockfile.LockFile:
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not (self.directory / _LOCK_FILE).exists():
+                strangers = [name for name in os.listdir(self.directory) if name != "lost+found"]
+                if strangers:
+                    raise CacheDirectoryError(
+                        f"{self.directory} holds files that are no blob cache ({sorted(strangers)[0]!r} for one); "
+                        f"name an empty or new directory"
+                    )
+            lock_file = zc.lockfile.LockFile(str(self.directory / _LOCK_FILE))
+            self._mode = stat.S_IMODE(self.directory.stat().st_mode)
+            # What a crash left behind. Nobody is using it: the lock is ours.
+            for directory in (self.temporary, self._incoming):
+                if directory.exists():
+                    shutil.rmtree(directory)
+            for directory in (self.temporary, self._incoming, self._blobs):
+                directory.mkdir(mode=self._mode, exist_ok=True)
+            # Readable for those who may read the directory, writable for nobody.
+            self._file_mode = stat.S_IMODE(self._blobs.stat().st_mode) & 0o444
+        except zc.lockfile.LockError:
+            raise CacheDirectoryError(
+                f"{self.directory} is in use by another process; every storage of every process needs its own"
+            ) from None
+        except OSError as error:
+            raise CacheDirectoryError(f"{self.directory} cannot be used: {error.strerror or error}") from error
+        return lock_file
+
+    def _read_directory(self) -> None:
+        """Find the files of earlier runs; those used since the start are newer than all of them."""
+        found = []
+        for folder in _entries(self._blobs):
+            for entry in _entries(folder.path):
+                name = _parse(entry.name)
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if name is None:
+                    logger.warning("%s is no file of this cache and is left alone", entry.path)
+                else:
+                    found.append((status.st_mtime_ns, name, status.st_size))
+        found.sort(reverse=True)
+        with self._lock:
+            removed = self._removed_while_reading or set()
+            for _, name, size in found:
+                if name not in self._unused and name not in self._pinned and name not in removed:
+                    self._unused[name] = size
+                    self._unused.move_to_end(name, last=False)
+                    self._count(size, +1)
+            self._removed_while_reading = None
+            self._evict()
+        self._read.set()
+        logger.info("The cache in %s holds %d blobs, %d bytes", self.directory, len(self), self.size)
+
+    def wait_until_read(self, timeout: float | None = None) -> bool:
+        """Wait until the files of earlier runs are all known; False if that took longer than ``timeout`` seconds."""
+        return self._read.wait(timeout)
+
+    def close(self) -> None:
+        """Give up the directory. Files stay and can still be found by `get`."""
+        with self._lock:
+            self._closed = True
+            self._lock_file.close()
+
+    # Files
+
+    def path(self, oid: bytes, tid: bytes) -> str:
+        """Where the blob's file is if it is in the cache."""
+        return str(self._blobs / f"{oid[-1]:02x}" / f"{oid.hex()}.{tid.hex()}.blob")
+
+    def get(self, oid: bytes, tid: bytes) -> Pin | None:
+        """The blob's file, pinned, or None if it is not in the cache."""
+        name = oid, tid
+        path = self.path(oid, tid)
+        with self._lock:
+            try:
+                size = os.stat(path).st_size
+            except FileNotFoundError:
+                self._forget(name)
+                return None
+            self._touch(path)
+            if name not in self._pinned and name not in self._unused:
+                if self._removed_while_reading is None:
+                    # Not ours to serve: a file that somebody else put here.
+                    return None
+                self._unused[name] = size
+                self._count(size, +1)
+            return self._pin(name, path)
+
+    def new_file(self) -> Incoming:
+        """An empty file to write a blob into."""
+        with self._writing():
+            fd, path = self._when_full(lambda: tempfile.mkstemp(dir=self._incoming), 1)
+            os.close(fd)
+        return Incoming(self, path)
+
+    def adopt(self, filename: str) -> Incoming:
+        """Take the complete file ``filename`` over: a rename, or a copy if it is on another file system."""
+        incoming = self.new_file()
+        try:
+            with self._writing():
+                size = os.path.getsize(filename)
+                self._when_full(lambda: rename_or_copy_blob(filename, incoming.path, chmod=False), size)
+        except BaseException:
+            incoming.discard()
+            raise
+        return incoming
+
+    def remove(self, oid: bytes, tid: bytes) -> None:
+        """Drop a blob that is dead; it is no error if it is not there."""
+        with self._lock:
+            self._unlink((oid, tid))
+
+    @property
+    def size(self) -> int:
+        """The bytes of all files in the cache."""
+        return self._size
+
+    def __len__(self) -> int:
+        """The number of files in the cache."""
+        return len(self._unused) + len(self._pinned)
+
+    # Pins
+
+    def _pin(self, name: Name, path: str) -> Pin:
+        pinned = self._pinned.get(name)
+        if pinned is None:
+            pinned = self._pinned[name] = _Pinned(self._unused.pop(name))
+        pinned.pins += 1
+        return Pin(self, name, path, pinned)
+
+    def _unpin(self, name: Name, pinned: _Pinned) -> None:
+        with self._lock:
+            pinned.pins -= 1
+            if pinned.pins or self._pinned.get(name) is not pinned:  # still in use, or removed meanwhile
+                return
+            del self._pinned[name]
+            self._unused[name] = pinned.size
+            if self._closed:
+                return  # the directory may belong to another process by now
+            if pinned.size > self.limit:
+                # Larger than the whole cache: read it may be, but not at the price of everything else.
+                self._unlink(name)
+            else:
+                self._evict()
+
+    def _lease(self, pin: Pin) -> None:
+        with self._lock:
+            self._leases.append((time.monotonic() + LEASE, pin))
+            if not self._evicting_leases:
+                self._evicting_leases = True
+                self._start_timer(LEASE)
+
+    def _start_timer(self, seconds: float) -> None:
+        timer = threading.Timer(seconds, self._end_leases)
+        timer.daemon = True
+        timer.start()
+
+    def _end_leases(self) -> None:
+        now = time.monotonic()
+        ended = []
+        with self._lock:
+            while self._leases and self._leases[0][0] <= now:
+                ended.append(self._leases.popleft()[1])
+            self._evicting_leases = bool(self._leases)
+            if self._leases:
+                self._start_timer(self._leases[0][0] - now)
+        for pin in ended:
+            pin.release()
+
+    def _pin_again(self, name: Name, path: str, pinned: _Pinned) -> Pin:
+        with self._lock:
+            pinned.pins += 1
+        return Pin(self, name, path, pinned)
+
+    # Publication, size and eviction
+
+    def _publish(self, name: Name, filename: str) -> Pin:
+        path = self.path(*name)
+        with self._lock:
+            size = os.stat(filename).st_size
+            os.chmod(filename, self._file_mode)
+            self._when_full(functools.partial(self._move, filename, path), 1)
+            if name in self._pinned:  # the same bytes again: whoever reads the old file goes on with it
+                self._count(self._pinned[name].size, -1)
+                self._pinned[name].size = size
+            else:
+                self._count(self._unused.get(name, 0), -1)
+                self._unused[name] = size
+            self._count(size, +1)
+            pin = self._pin(name, path)
+            self._evict()
+        return pin
+
+    def _move(self, filename: str, path: str) -> None:
+        os.makedirs(os.path.dirname(path), mode=self._mode, exist_ok=True)
+        os.replace(filename, path)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            advice = "free space on its disk or lower cache-size" if error.errno in _FULL else "check its permissions"
+            raise CacheError(f"Cannot write to cache-dir {self.directory}: {error.strerror}; {advice}") from error
+
+    def _when_full(self, work: Callable[[], T], needed: int) -> T:
+        """Do ``work``; as long as it fails for a full disk, evict at least ``needed`` bytes and do it again."""
+        while True:
+            try:
+                return work()
+            except OSError as error:
+                if error.errno not in _FULL or not self._make_room(needed):
+                    raise
+                logger.warning("The disk of %s is full: evicted blobs to make room", self.directory)
+
+    def _count(self, size: int, sign: int) -> None:
+        self._size += sign * size
+        if size > self.limit:
+            self._oversized += sign * size
+
+    def _evict(self) -> None:
+        if self._removed_while_reading is None:  # before that, the least recent ones are not yet known
+            while self._size - self._oversized > self.limit and self._unused:
+                self._unlink(next(iter(self._unused)))
+
+    def _touch(self, path: str) -> None:
+        now = time.time_ns()
+        try:
+            os.utime(path, ns=(now, now))
+        except OSError:
+            pass  # read-only by now: only the order after the next start suffers
+
+    def _make_room(self, needed: int) -> bool:
+        with self._lock:
+            target = self._size - needed
+            evicted = False
+            while self._size > target and self._unused:
+                self._unlink(next(iter(self._unused)))
+                evicted = True
+            return evicted
+
+    def _unlink(self, name: Name) -> None:
+        path = self.path(*name)
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            logger.error("Cannot evict %s from the cache: %s", path, error)
+        self._forget(name)
+        try:
+            os.rmdir(os.path.dirname(path))
+        except OSError:
+            pass  # other blobs are in it
+
+    def _forget(self, name: Name) -> None:
+        if self._removed_while_reading is not None:
+            self._removed_while_reading.add(name)
+        size = self._unused.pop(name, None)
+        if size is None and name in self._pinned:
+            size = self._pinned.pop(name).size
+        if size is not None:
+            self._count(size, -1)
+
+
+def _parse(filename: str) -> Name | None:
+    parts = filename.split(".")
+    try:
+        oid, tid = bytes.fromhex(parts[0]), bytes.fromhex(parts[1])
+    except (ValueError, IndexError):
+        return None
+    return (oid, tid) if parts[2:] == ["blob"] and len(oid) == len(tid) == 8 else None
+
+
+def _entries(directory: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as entries:
+            yield from entries
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # evicted meanwhile, or not ours

@@ -1,0 +1,212 @@
+"""The blobs of one transaction on their way: staged, uploaded, published or rolled back.
+
+A blob that ZODB hands over becomes a staged file, and its upload to the final key starts at once in a worker. The
+vote waits for the uploads; the finish renames the staged files into the cache; the abort leaves it to a worker to
+delete what was uploaded. Until the finish nobody but the transaction's owner can know the tid that the key ends with.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from typing import Any
+
+from .bucket import BlobNotFound, Bucket, BucketError, TransferCancelled
+from .cache import Cache, Incoming, Pin
+from .inflight import InFlight, Name
+from .workers import DaemonPool
+
+logger = logging.getLogger(__name__)
+
+#: How long, in seconds, `Uploads.close` waits for the deletion of what aborted transactions uploaded.
+_CLOSE_TIMEOUT = 2.0
+
+
+class Uploads:
+    """What the transactions of one bucket share: the worker threads, and the register of keys in flight.
+
+    ``fetch`` reads a blob through the cache; ``concurrency`` uploads go on at once; those of one transaction may
+    take ``timeout`` seconds.
+    """
+
+    def __init__(
+        self, bucket: Bucket, cache: Cache, fetch: Callable[[bytes, bytes], Pin], concurrency: int, timeout: float
+    ) -> None:
+        self.bucket = bucket
+        self.cache = cache
+        self.fetch = fetch
+        self.timeout = timeout
+        self.workers = DaemonPool(concurrency, "s3blobs upload")
+        # Of its own, so that nobody's upload waits for the cleanup after somebody else's.
+        self.cleaners = DaemonPool(2, "s3blobs cleanup")
+        self.in_flight = InFlight()
+
+    def begin(self, transaction: Any, tid: bytes) -> "Commit":
+        """The commit of ``transaction`` at ``tid``; `Commit.finish` or `Commit.abort` must end it."""
+        return Commit(self, transaction, tid)
+
+    def close(self) -> None:
+        """Give up what is queued, and wait a little for the cleanup after aborted transactions."""
+        self.workers.shutdown(wait=False, cancel_futures=True)
+        self.cleaners.shutdown(timeout=_CLOSE_TIMEOUT)
+
+
+class Commit:
+    """The blobs of one transaction between its begin and its finish or abort.
+
+    Called on the thread that commits; nothing but `vote` waits for S3.
+    """
+
+    def __init__(self, uploads: Uploads, transaction: Any, tid: bytes) -> None:
+        self.transaction = transaction
+        self.tid = tid
+        self._uploads = uploads
+        self._deadline = time.monotonic() + uploads.timeout
+        self._blobs: list[_Blob] = []
+        self._latest: dict[Name, _Blob] = {}
+        self._undone: dict[bytes, bytes] = {}  # oid -> tid of the blob it goes back to
+        self._aborted = threading.Event()
+
+    def store(self, oid: bytes, filename: str) -> None:
+        """Take the file ``filename`` over as the transaction's blob of ``oid`` and start its upload."""
+        file = self._uploads.cache.adopt(filename)
+        self._start(_Blob((oid, self.tid), file), self._upload)
+
+    def restore(self, oid: bytes, tid: bytes, filename: str) -> None:
+        """The same for a blob that another database committed at ``tid``.
+
+        What the bucket has already is neither uploaded again nor deleted by an abort.
+        """
+        file = self._uploads.cache.adopt(filename)
+        self._start(_Blob((oid, tid), file), self._upload_if_missing)
+
+    def undo(self, oid: bytes, tid: bytes) -> None:
+        """Let the blob of ``oid`` go back to what it was at ``tid``; of several calls for an oid the last holds."""
+        self._undone[oid] = tid
+
+    def vote(self) -> None:
+        """Wait until every blob is in the bucket.
+
+        Raises BucketError, or BlobNotFound if what an undo goes back to is not there; the transaction is then to be
+        aborted.
+        """
+        for oid, source in self._undone.items():
+            self._start(_Blob((oid, self.tid), None), self._copy, source)
+        self._undone.clear()
+        futures = [blob.future for blob in self._blobs]
+        done, pending = wait(futures, max(0, self._deadline - time.monotonic()), return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+        if pending:
+            raise BucketError(
+                f"{len(pending)} of {len(futures)} blobs of the transaction were not stored in bucket "
+                f"{self._uploads.bucket.name} within upload-timeout ({self._uploads.timeout:g} s)"
+            )
+
+    def finish(self) -> None:
+        """Publish the blobs in the cache; makes no request and never raises."""
+        for blob in self._blobs:
+            if blob.file is not None:
+                try:
+                    blob.file.publish(*blob.name).release()
+                except Exception:
+                    # It is in the bucket, and committed: the next reader fetches it from there.
+                    logger.exception("A committed blob could not be put into the cache")
+                    blob.file.discard()
+        self._uploads.in_flight.discard(blob.name for blob in self._blobs)
+
+    def abandon(self) -> None:
+        """Leave everything as it is: the base failed to finish, and whether it committed only it can say.
+
+        The next pack, which asks it, keeps or deletes the blobs.
+        """
+        for blob in self._blobs:
+            if blob.file is not None:
+                blob.file.discard()
+        self._uploads.in_flight.discard(blob.name for blob in self._blobs)
+
+    def abort(self) -> None:
+        """Give up all blobs; a worker deletes what was uploaded."""
+        self._aborted.set()
+        for blob in self._blobs:
+            blob.future.cancel()
+        if self._blobs:
+            try:
+                self._uploads.cleaners.submit(self._clean_up)
+            except RuntimeError:
+                pass  # closed: the next start sweeps the files, the next pack the objects
+
+    # In a worker
+
+    def _start(self, blob: "_Blob", work: Callable[..., None], *args: Any) -> None:
+        before = self._latest.get(blob.name)
+        self._uploads.in_flight.add(blob.name)
+        blob.future = self._uploads.workers.submit(self._run, blob, before, work, *args)
+        self._latest[blob.name] = blob
+        self._blobs.append(blob)
+
+    def _run(self, blob: "_Blob", before: "_Blob | None", work: Callable[..., None], *args: Any) -> None:
+        if before is not None:
+            # Stored twice by one transaction: the later one must win, so it must not overtake.
+            before.future.exception()
+        self._check_wanted()
+        work(blob, *args)
+
+    def _check_wanted(self, transferred: int = 0) -> None:
+        if self._aborted.is_set():
+            raise TransferCancelled()
+
+    def _upload(self, blob: "_Blob") -> None:
+        assert blob.file is not None
+        blob.file.sync()
+        blob.attempted = True
+        self._uploads.bucket.put(*blob.name, blob.file.path, self._check_wanted)
+
+    def _upload_if_missing(self, blob: "_Blob") -> None:
+        assert blob.file is not None
+        self._uploads.in_flight.wait_until_judged(blob.name)
+        if self._uploads.bucket.has(*blob.name, blob.file.path):
+            blob.file.sync()
+        else:
+            self._upload(blob)
+
+    def _copy(self, blob: "_Blob", source: bytes) -> None:
+        oid, tid = blob.name
+        blob.attempted = True
+        try:
+            self._uploads.bucket.copy(oid, source, tid)
+        except BucketError as error:
+            # Some services cannot copy, or not what is encrypted.
+            logger.warning("%s; uploading it again instead", error)
+            self._check_wanted()
+            with self._uploads.fetch(oid, source) as path:
+                self._uploads.bucket.put(oid, tid, path, self._check_wanted)
+
+    def _clean_up(self) -> None:
+        started = [blob.future for blob in self._blobs if not blob.future.cancelled()]
+        wait(started)
+        for blob in self._blobs:
+            if blob.file is not None:
+                blob.file.discard()
+        # An upload that failed may have arrived all the same: its answer was lost.
+        uploaded = {blob.name for blob in self._blobs if blob.attempted}
+        try:
+            if uploaded:
+                self._uploads.bucket.delete(sorted(uploaded))
+        except (BlobNotFound, BucketError) as error:
+            logger.warning("After an aborted transaction: %s. The next pack deletes them", error)
+        finally:
+            self._uploads.in_flight.discard(blob.name for blob in self._blobs)
+
+
+class _Blob:
+    """One blob of a transaction; ``file`` is None for a copy inside the bucket."""
+
+    future: Future
+
+    def __init__(self, name: Name, file: Incoming | None) -> None:
+        self.name = name
+        self.file = file
+        #: Whether its key may have been written.
+        self.attempted = False

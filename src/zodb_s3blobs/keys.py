@@ -1,0 +1,40 @@
+"""(oid, tid) to object key and back.
+
+The layout is a promise to the owner of the bucket and never changes::
+
+    [{s3-prefix}/]blobs/{oid_hex}/{tid_hex}.blob
+
+``oid_hex`` and ``tid_hex`` are the 8 bytes as a big-endian number in lower-case hex without leading zeros.
+Pure functions; any thread may call.
+"""
+
+import re
+
+from ZODB.utils import p64, u64
+
+FOLDER = "blobs/"
+_NUMBER = r"0|[1-9a-f][0-9a-f]{0,15}"
+_BLOB = re.compile(rf"({_NUMBER})/({_NUMBER})\.blob")
+
+
+class Keys:
+    """The keys below one prefix.
+
+    ``prefix`` is the ``s3-prefix`` setting: without slashes at its ends, or empty.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
+        #: What every key of a blob starts with: the prefix to list.
+        self.blobs = f"{prefix}/{FOLDER}" if prefix else FOLDER
+
+    def key(self, oid: bytes, tid: bytes) -> str:
+        """The object key of the blob of object ``oid`` (8 bytes) at revision ``tid`` (8 bytes)."""
+        return f"{self.blobs}{u64(oid):x}/{u64(tid):x}.blob"
+
+    def parse(self, key: str) -> tuple[bytes, bytes] | None:
+        """The ``(oid, tid)`` that ``key`` names, or None: then the key is not ours and must be left alone."""
+        if not key.startswith(self.blobs):
+            return None
+        match = _BLOB.fullmatch(key, len(self.blobs))
+        return (p64(int(match[1], 16)), p64(int(match[2], 16))) if match else None

@@ -1,0 +1,286 @@
+"""`S3BlobStorage`: the ZODB contract of a storage whose blobs are in a bucket.
+
+It says *when*; the parts it is made of say *how*. Object records are the base storage's business: every attribute
+that is not defined here is the base's. The contracts are those of ZODB.interfaces: IBlobStorage,
+IBlobStorageRestoreable, IStorage and IMVCCStorage.
+"""
+
+import threading
+from base64 import decodebytes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import ZODB.blob
+import zope.interface
+from ZODB.interfaces import IBlobStorage, IBlobStorageRestoreable, IStorageRestoreable
+from ZODB.POSException import POSKeyError, StorageError, StorageTransactionError
+
+from . import garbage
+from .bases import committing_tid
+from .bucket import BlobNotFound, Bucket, BucketError
+from .cache import Cache, CacheError, Pin
+from .commit import Commit, Uploads
+from .fetch import Fetcher
+
+
+@dataclass
+class Parts:
+    """What a storage, and all its MVCC instances, work with."""
+
+    bucket: Bucket
+    cache: Cache
+    fetcher: Fetcher
+    uploads: Uploads
+
+    def __post_init__(self) -> None:
+        #: Held while garbage is being collected.
+        self.collecting = threading.Lock()
+
+    def close(self) -> None:
+        """Give up threads, connections and the cache directory."""
+        self.uploads.close()
+        self.bucket.close()
+        self.cache.close()
+
+
+class S3BlobStorage:
+    """A storage around ``base`` that keeps blobs in S3.
+
+    ``parts``: made by config.py; the storage closes them with itself. Raises `bases.UnsuitableBase`.
+
+    Locking and threads are the base's: what ZODB may call from any thread may be called from any thread. Methods
+    that say "waits for S3" belong on a worker thread where other clients must not wait.
+    """
+
+    def __init__(self, base: Any, parts: Parts) -> None:
+        self.base = base
+        self.fshelper = CacheFiles(parts.cache)
+        self._committing_tid = committing_tid(base)
+        self._parts = parts
+        self._owns_parts = True
+        self._commit: Commit | None = None
+        self._untransform: Callable[[bytes], bytes] = lambda data: data
+        blobs = IBlobStorageRestoreable if IStorageRestoreable.providedBy(base) else IBlobStorage
+        zope.interface.directlyProvides(self, blobs, zope.interface.providedBy(base))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base, name)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __repr__(self) -> str:
+        return f"<S3BlobStorage {self._parts.bucket.name!r} around {self.base!r}>"
+
+    def close(self) -> None:
+        """Close the base, and the parts unless they are another instance's. Waits at most seconds for S3."""
+        try:
+            self.base.close()
+        finally:
+            if self._owns_parts:
+                self._parts.close()
+
+    # Set up
+
+    def registerDB(self, db: Any) -> None:
+        """Remember how ``db`` decodes records (zlibstorage, encrypted ones), and tell the base of it."""
+        self._untransform = db.untransform_record_data
+        self.base.registerDB(db)
+
+    def new_instance(self) -> "S3BlobStorage":
+        """IMVCCStorage: a storage around a new instance of the base, with the same parts."""
+        instance = type(self)(self.base.new_instance(), self._parts)
+        instance._owns_parts = False
+        instance._untransform = self._untransform
+        return instance
+
+    def release(self) -> None:
+        """IMVCCStorage: this instance is no longer used; the base's turn."""
+        self.base.release()
+
+    # Two-phase commit
+
+    def tpc_begin(self, transaction: Any, *args: Any, **kwargs: Any) -> None:
+        """As the base's; from here on the tid is known."""
+        self.base.tpc_begin(transaction, *args, **kwargs)
+        self._commit = self._parts.uploads.begin(transaction, self._committing_tid())
+
+    def storeBlob(
+        self, oid: bytes, oldserial: bytes, data: bytes, blobfilename: str, version: str, transaction: Any
+    ) -> None:
+        """Store the record in the base, take the file over, and start its upload. The file is gone afterwards."""
+        if version:
+            raise ValueError("Versions are not supported")
+        with _owning(blobfilename), _plain_errors():
+            self.base.store(oid, oldserial, data, "", transaction)
+            self._committing(transaction).store(oid, blobfilename)
+
+    def restoreBlob(
+        self, oid: bytes, serial: bytes, data: bytes, blobfilename: str, prev_txn: bytes | None, transaction: Any
+    ) -> None:
+        """The same for a blob that was committed at ``serial`` in another database."""
+        with _owning(blobfilename), _plain_errors():
+            self.base.restore(oid, serial, data, "", prev_txn, transaction)
+            self._committing(transaction).restore(oid, serial, blobfilename)
+
+    def undo(self, transaction_id: bytes, transaction: Any) -> Any:
+        """The base's undo; blobs go back together with their records."""
+        result = self.base.undo(transaction_id, transaction)
+        _, oids = result
+        undone = decodebytes(transaction_id + b"\n")
+        for oid in oids:
+            before = self._record_before(oid, undone)
+            if before is not None and self.is_blob_record(before[0]):
+                self._committing(transaction).undo(oid, before[1])
+        return result
+
+    def _record_before(self, oid: bytes, tid: bytes) -> Any:
+        try:
+            return self.base.loadBefore(oid, tid)
+        except POSKeyError:
+            return None  # the undone transaction created the object
+
+    def tpc_vote(self, transaction: Any) -> Any:
+        """The base's vote and its result; all blobs are in the bucket when it returns. Waits for S3.
+
+        Raises StorageError if they are not: the transaction is then to be aborted, as after any failed vote.
+        """
+        result = self.base.tpc_vote(transaction)
+        with _plain_errors():
+            self._committing(transaction).vote()
+        return result
+
+    def tpc_finish(self, transaction: Any, func: Callable[[bytes], Any] = lambda tid: None) -> Any:
+        """The base's finish and its result. Sends no request and cannot fail because of blobs."""
+        commit = self._take(transaction)
+        try:
+            result = self.base.tpc_finish(transaction, func)
+        except BaseException:
+            if commit is not None:
+                commit.abandon()
+            raise
+        if commit is not None:
+            commit.finish()
+        return result
+
+    def tpc_abort(self, transaction: Any) -> None:
+        """The base's abort; what was uploaded is deleted in the background.
+
+        ``transaction`` need not be the one that is being committed; then nothing happens.
+        """
+        commit = self._take(transaction)
+        try:
+            self.base.tpc_abort(transaction)
+        finally:
+            if commit is not None:
+                commit.abort()
+
+    def _committing(self, transaction: Any) -> Commit:
+        if self._commit is None or self._commit.transaction is not transaction:
+            raise StorageTransactionError("The storage is not committing this transaction")
+        return self._commit
+
+    def _take(self, transaction: Any) -> Commit | None:
+        # Before the base lets the next transaction begin, in whatever thread.
+        commit = self._commit
+        if commit is None or commit.transaction is not transaction:
+            return None
+        self._commit = None
+        return commit
+
+    def copyTransactionsFrom(self, other: Any) -> None:
+        """Copy all transactions of the storage ``other``, with their blobs. Waits for S3."""
+        try:
+            ZODB.blob.copyTransactionsFromTo(other, self)
+        except BaseException:
+            if self._commit is not None:
+                self.tpc_abort(self._commit.transaction)
+            raise
+
+    # Reading
+
+    def loadBlob(self, oid: bytes, serial: bytes) -> str:
+        """The path of the blob's file, which stays for some seconds. Waits for S3 unless it is cached.
+
+        Raises POSKeyError if there is no such blob, StorageError if S3 does not answer.
+        """
+        return self._fetch(oid, serial).lease()
+
+    def openCommittedBlobFile(self, oid: bytes, serial: bytes, blob: Any = None) -> BinaryIO:
+        """The blob's file, opened for reading, as a BlobFile of ``blob`` if that is given. As `loadBlob` otherwise."""
+        with self._fetch(oid, serial) as path:
+            return open(path, "rb") if blob is None else ZODB.blob.BlobFile(path, "r", blob)
+
+    def _fetch(self, oid: bytes, serial: bytes) -> Pin:
+        with _plain_errors():
+            try:
+                return self._parts.fetcher.fetch(oid, serial)
+            except BlobNotFound as error:
+                raise POSKeyError(str(error), oid, serial) from None
+
+    def is_blob_record(self, record: bytes | None) -> bool:
+        """Whether ``record``, as the base stores it, is that of a blob."""
+        return bool(record) and ZODB.blob.is_blob_record(self._untransform(record or b""))
+
+    def temporaryDirectory(self) -> str:
+        """Where blobs that are being written are to be put: on the cache's file system, so that none is copied."""
+        return self.fshelper.temp_dir
+
+    # Pack
+
+    def pack(self, pack_time: float, referencesf: Any, gc: bool | None = None) -> Any:
+        """Pack the base, then delete the blobs it does not know any more. Waits for S3.
+
+        Raises what the base's pack raises, and StorageError if the garbage collection fails; then the base is packed
+        all the same, and the next pack collects what this one left.
+        """
+        result = self.base.pack(pack_time, referencesf, **({} if gc is None else {"gc": gc}))
+        if not self._parts.collecting.acquire(blocking=False):
+            raise StorageError("The database was packed; another pack is still deleting dead blobs")
+        try:
+            with _plain_errors("The database was packed, but not all dead blobs were deleted; pack it again. "):
+                garbage.collect(self.base, self._parts.bucket, self._parts.cache, self._parts.uploads.in_flight)
+        finally:
+            self._parts.collecting.release()
+        return result
+
+
+class CacheFiles:
+    """``fshelper``, as far as ZODB and ZEO use it of a storage that is not theirs."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.base_dir = str(cache.directory)
+        self.temp_dir = str(cache.temporary)
+        #: (oid, tid) -> where the blob's file is while it is in the cache.
+        self.getBlobFilename = cache.path
+
+    def getPathForOID(self, oid: bytes, create: bool = False) -> str:
+        """There is none: ZEO asks on behalf of clients that believe the server's blob directory to be theirs."""
+        raise StorageError(
+            "A ZEO client with shared-blob-dir true cannot use blobs that are in S3: "
+            "set shared-blob-dir false (and a blob-dir of its own) at the client"
+        )
+
+
+@contextmanager
+def _owning(filename: str) -> Iterator[None]:
+    """The file belongs to the body; it does not outlive a failure."""
+    try:
+        yield
+    except BaseException:
+        try:
+            ZODB.blob.remove_committed(filename)
+        except OSError:
+            pass  # it has been moved already
+        raise
+
+
+@contextmanager
+def _plain_errors(introduction: str = "") -> Iterator[None]:
+    """Turn what the parts raise into a plain StorageError: the one that a ZEO client can decode and show."""
+    try:
+        yield
+    except (BlobNotFound, BucketError, CacheError) as error:
+        raise StorageError(f"{introduction}{error}") from None

@@ -1,0 +1,74 @@
+"""Pools of daemon threads.
+
+`concurrent.futures.ThreadPoolExecutor` joins its threads when the interpreter exits, so that one request to a
+black-holed bucket keeps a server from stopping. These threads are daemons: the process ends when it is told to.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
+
+
+class DaemonPool(Executor):
+    """At most ``max_workers`` daemon threads, started when needed, that run what is submitted in order.
+
+    Any thread may call. An `Executor`, so that s3transfer and `concurrent.futures.wait` can use it.
+    """
+
+    def __init__(self, max_workers: int, name: str = "s3blobs") -> None:
+        self._max_workers = max_workers
+        self._name = name
+        self._changed = threading.Condition()
+        self._tasks: deque[tuple[Future, Callable[[], Any]]] = deque()
+        self._threads = 0
+        self._idle = 0
+        self._closed = False
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        """Run ``fn(*args, **kwargs)`` in a worker; RuntimeError after `shutdown`."""
+        future: Future = Future()
+        with self._changed:
+            if self._closed:
+                raise RuntimeError(f"the {self._name} threads have been shut down")
+            self._tasks.append((future, lambda: fn(*args, **kwargs)))
+            if self._idle < len(self._tasks) and self._threads < self._max_workers:
+                self._threads += 1
+                threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            self._changed.notify()
+        return future
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._idle += 1
+                while not self._tasks and not self._closed:
+                    self._changed.wait()
+                self._idle -= 1
+                if not self._tasks:
+                    self._threads -= 1
+                    self._changed.notify_all()
+                    return
+                future, call = self._tasks.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    result = call()
+                except BaseException as error:  # whoever waits for the future is told, not this thread
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
+            # A worker that waits for its next task must not keep the last one's data alive.
+            del future, call
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None) -> None:
+        """Take no more tasks, and wait for those there are: at most ``timeout`` seconds, None for ever."""
+        with self._changed:
+            self._closed = True
+            if cancel_futures:
+                for future, _ in self._tasks:
+                    future.cancel()
+                self._tasks.clear()
+            self._changed.notify_all()
+            if wait:
+                self._changed.wait_for(lambda: not self._threads, timeout)
