@@ -4,8 +4,10 @@ Run as a script it prints its port and serves until its standard input closes. `
 what was asked of it, and how it is to misbehave, go through ``/_control``.
 """
 
+import io
 import json
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -18,18 +20,25 @@ from urllib.parse import parse_qs
 import boto3
 import botocore.config
 
+_OWN = "s3server"  # the user agent of an S3Server's own requests, which count for nothing and meet no fault
+
 
 @dataclass
 class Request:
-    """One request as the server saw it; ``operation`` as S3 calls it."""
+    """One request as the server saw it.
+
+    ``operation``: as S3 calls it; ``headers``: those that tell S3 what to do, in lower case; ``status``: None as long
+    as there is no answer, as to a request that broke off.
+    """
 
     operation: str
     path: str
-    status: int
+    headers: dict[str, str]
+    status: int | None
 
 
 class S3Server:
-    """A running server. Use as a context manager."""
+    """A running server. Use as a context manager. ``client`` is a boto3 client whose requests are not logged."""
 
     def __init__(self):
         self._process = subprocess.Popen(
@@ -42,7 +51,9 @@ class S3Server:
             region_name="us-east-1",
             aws_access_key_id="test",
             aws_secret_access_key="test-secret",
-            config=botocore.config.Config(retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}),
+            config=botocore.config.Config(
+                user_agent=_OWN, retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}
+            ),
         )
 
     def __enter__(self):
@@ -53,6 +64,7 @@ class S3Server:
 
     def stop(self):
         """End the process; afterwards the port refuses connections."""
+        self.client.close()
         self._process.kill()
         self._process.communicate()
 
@@ -62,53 +74,60 @@ class S3Server:
             return json.load(answer)
 
     def requests(self, operation=None):
-        """The requests since the last `forget`, those of ``operation`` if given, leaving out this object's own."""
+        """The requests since the last `forget`; those whose operation is ``operation``, if given."""
         log = [Request(*entry) for entry in self._control(do="log")]
         return [request for request in log if operation in (None, request.operation)]
+
+    def wait_for(self, operation, count=1, timeout=30):
+        """Wait until ``count`` requests of ``operation`` have arrived, answered or not."""
+        deadline = time.monotonic() + timeout
+        while len(self.requests(operation)) < count:
+            assert time.monotonic() < deadline, f"{count} {operation} did not arrive: {self.requests()}"
+            time.sleep(0.01)
 
     def forget(self):
         """Empty the log."""
         self._control(do="forget")
 
-    def misbehave(self, *, operation=".*", latency=0.0, status=None, code="", hang=False, times=None, **more):
+    def misbehave(self, *, operation=".*", times=None, **fault):
         """Do so with the next ``times`` requests (None: all) whose operation matches the regular expression.
 
-        ``latency``: seconds before the answer; ``status`` and ``code``: the error to answer with; ``hang``: never
-        answer; ``truncate``: bytes of the body to leave out; ``flip``: damage a byte of the body; ``lose``: do what
-        is asked, then cut the connection; ``ignore_range``: answer a ranged GET with everything.
+        Of several faults that match a request it meets the oldest; one that says nothing lets it pass.
+
+        ``latency``: seconds before anything is done; ``hang``: do nothing before `behave`, and nothing at all if the
+        client has given up by then; ``status``, ``code`` and ``message``: the error to answer with, without a body if
+        there is no code; ``body``: one for that answer instead; ``ignore_range``: answer a ranged GET with
+        everything; ``headers``: header lines to answer with besides; ``lose``: do what is asked, then cut the
+        connection; ``flip``: damage a byte of the answer's body; ``truncate``: cut the connection that many bytes
+        before the end of the answer.
         """
-        fault = {"operation": operation, "latency": latency, "status": status, "code": code, "hang": hang, **more}
-        self._control(do="misbehave", fault=fault, times=times)
+        self._control(do="misbehave", operation=operation, times=times, fault=fault)
 
     def behave(self):
-        """Misbehave no more."""
+        """Misbehave no more; requests that hang go on."""
         self._control(do="behave")
 
     def bucket(self, name):
         """Make a bucket."""
-        self._own(self.client.create_bucket, Bucket=name)
+        self.client.create_bucket(Bucket=name)
         return name
+
+    def put(self, bucket, keys):
+        """Put an object of one byte at each of the ``keys``; thousands take a moment."""
+        self._control(do="put", bucket=bucket, keys=list(keys))
 
     def keys(self, bucket):
         """All keys of a bucket."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
-        return self._own(lambda: [found["Key"] for page in pages for found in page.get("Contents", ())])
-
-    def _own(self, call, *args, **kwargs):
-        log = self._control(do="log")
-        try:
-            return call(*args, **kwargs)
-        finally:
-            self._control(do="restore", log=log)
+        return [found["Key"] for page in pages for found in page.get("Contents", ())]
 
 
-def _operation(environ):
-    method, query = environ["REQUEST_METHOD"], parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
-    has_key = environ["PATH_INFO"].strip("/").count("/") > 0
+def _operation(method, path, query, headers):
+    has_key = path.strip("/").count("/") > 0
     if method == "PUT" and "partNumber" in query:
-        return "UploadPartCopy" if "HTTP_X_AMZ_COPY_SOURCE" in environ else "UploadPart"
+        return "UploadPartCopy" if "x-amz-copy-source" in headers else "UploadPart"
     if method == "PUT" and has_key:
-        return "CopyObject" if "HTTP_X_AMZ_COPY_SOURCE" in environ else "PutObject"
+        return "CopyObject" if "x-amz-copy-source" in headers else "PutObject"
     if method == "POST":
         names = {"delete": "DeleteObjects", "uploads": "CreateMultipartUpload", "uploadId": "CompleteMultipartUpload"}
         return next((names[name] for name in names if name in query), "POST")
@@ -119,87 +138,152 @@ def _operation(environ):
     return "HeadObject" if method == "HEAD" and has_key else f"{method} bucket"
 
 
-class _Front:
-    """The WSGI application in front of moto."""
+class _State:
+    """The log and the faults. ``moto``: its S3 backend."""
 
-    def __init__(self, app):
-        self._app = app
-        self._lock = threading.Lock()
-        self._log = []
-        self._faults = []  # [times or None, fault]
+    def __init__(self, moto):
+        self.moto = moto
+        self.lock = threading.Lock()
+        self.log = []  # the fields of a Request
+        self.faults = []  # [operation, times or None, fault]
+        self.behaving = threading.Event()
 
-    def __call__(self, environ, start_response):
-        if environ["PATH_INFO"] == "/_control":
-            return self._control(environ, start_response)
-        operation = _operation(environ)
-        fault = self._fault(operation)
-        if fault.get("ignore_range"):
-            environ.pop("HTTP_RANGE", None)
-        if fault.get("latency"):
-            time.sleep(fault["latency"])
-        if fault.get("hang"):
-            threading.Event().wait()
-        answer = []
-        if fault.get("status"):
-            body = [f"<Error><Code>{fault['code']}</Code><Message>as told</Message></Error>".encode()]
-            answer = [f"{fault['status']} as told", [("Content-Type", "application/xml")]]
-        else:
-            body = list(self._app(environ, lambda status, headers, exc_info=None: answer.extend((status, headers))))
-        with self._lock:
-            self._log.append((operation, environ["PATH_INFO"], int(answer[0].split()[0])))
-        if fault.get("lose"):
-            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
-            return []
-        whole = b"".join(body)
-        if fault.get("flip") and whole:
-            whole = bytes([whole[0] ^ 1]) + whole[1:]
-        if fault.get("truncate"):
-            start_response(answer[0], answer[1])
-            environ["werkzeug.socket"]
-            return [whole[: -fault["truncate"]]]
-        start_response(answer[0], answer[1])
-        return [whole]
-
-    def _fault(self, operation):
-        with self._lock:
-            for entry in self._faults:
-                times, fault = entry
-                if times != 0 and re.fullmatch(fault["operation"], operation):
-                    if times is not None:
-                        entry[0] -= 1
-                    return fault
-        return {}
-
-    def _control(self, environ, start_response):
-        message = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
-        with self._lock:
+    def control(self, message):
+        with self.lock:
+            if message["do"] == "log":
+                return list(self.log)
             if message["do"] == "forget":
-                self._log.clear()
-            elif message["do"] == "restore":
-                self._log[:] = [tuple(entry) for entry in message["log"]]
+                self.log = []
             elif message["do"] == "misbehave":
-                self._faults.append([message["times"], message["fault"]])
+                self.faults.append([message["operation"], message["times"], message["fault"]])
             elif message["do"] == "behave":
-                self._faults.clear()
-            body = json.dumps(self._log if message["do"] == "log" else None).encode()
-        start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
-        return [body]
+                self.faults = []
+                self.behaving.set()  # what hangs now
+                self.behaving = threading.Event()
+            elif message["do"] == "put":
+                for key in message["keys"]:
+                    self.moto.put_object(message["bucket"], key, b"x")
+            return None
+
+    def arrived(self, operation, path, headers):
+        """Log a request; returns its entry, the fault it meets, and the event that ends a hang."""
+        entry = [operation, path, headers, None]
+        with self.lock:
+            self.log.append(entry)
+            for rule in self.faults:
+                pattern, times, fault = rule
+                if times != 0 and re.fullmatch(pattern, operation):
+                    rule[1] = times and times - 1
+                    return entry, fault, self.behaving
+        return entry, {}, self.behaving
 
 
 def _serve():
     import logging
 
+    from moto.backends import get_backend
+    from moto.core import DEFAULT_ACCOUNT_ID
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
+    from werkzeug.test import run_wsgi_app
+
+    moto = DomainDispatcherApplication(create_backend_app)
+    state = _State(get_backend("s3")[DEFAULT_ACCOUNT_ID]["aws"])
+
+    class Handler(WSGIRequestHandler):
+        """Serves a connection and keeps it open after an answer, as S3 does; werkzeug's own method closes it."""
+
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def run_wsgi(self):
+            if self.path == "/_control":
+                self.answer(200, [], json.dumps(state.control(json.loads(self.body()))).encode())
+                return
+            environ = self.make_environ()
+            entry, fault, behaving = self.arrived(environ)
+            body = self.body()
+            if body is None:
+                return
+            time.sleep(fault.get("latency", 0))
+            if fault.get("hang") and not self.hang(behaving):
+                return
+            if fault.get("ignore_range"):
+                environ.pop("HTTP_RANGE", None)
+            environ["wsgi.input"] = io.BytesIO(body)
+            if "status" in fault:
+                status, headers, body = fault["status"], [("Content-Type", "application/xml")], _error(fault)
+            else:
+                chunks, line, headers = run_wsgi_app(moto, environ, buffered=True)
+                status, body = int(line.split()[0]), b"".join(chunks)
+            entry[3] = status
+            if fault.get("lose"):
+                self.close_connection = True
+                return
+            more = fault.get("headers", {})
+            headers = [(n, v) for n, v in headers if n.lower() not in {name.lower() for name in more}]
+            if fault.get("flip") and body:
+                body = bytes([body[0] ^ 1]) + body[1:]
+            self.answer(status, [*headers, *more.items()], body, fault.get("truncate", 0))
+
+        def arrived(self, environ):
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            if headers.get("user-agent", "").startswith(_OWN):
+                return [None] * 4, {}, None
+            query = parse_qs(environ["QUERY_STRING"], keep_blank_values=True)
+            operation = _operation(self.command, environ["PATH_INFO"], query, headers)
+            telling = {n: v for n, v in headers.items() if n.startswith("x-amz-") or n in _TELLING}
+            return state.arrived(operation, environ["PATH_INFO"], telling)
+
+        def body(self):
+            """The body of the request; None if it broke off."""
+            length = int(self.headers.get("Content-Length", 0))
+            body = self.rfile.read(length)
+            if len(body) == length:
+                return body
+            self.close_connection = True
+            return None
+
+        def hang(self, behaving):
+            """Wait for ``behaving``; whether the client has waited too."""
+            while not behaving.wait(0.02) and not self.client_is_gone():
+                pass
+            self.close_connection = self.client_is_gone()
+            return not self.close_connection
+
+        def answer(self, status, headers, body, truncate=0):
+            self.send_response_only(status)
+            for name, value in headers:
+                if name.lower() not in ("content-length", "connection") or self.command == "HEAD":
+                    self.send_header(name, value)
+            if self.command != "HEAD" and status != 204:
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body[: max(0, len(body) - truncate)])
+            if truncate:
+                self.close_connection = True
+
+        def client_is_gone(self):
+            if not select.select([self.connection], [], [], 0)[0]:
+                return False
+            return not self.connection.recv(1, socket.MSG_PEEK)
 
     logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
-    WSGIRequestHandler.protocol_version = "HTTP/1.1"  # keeps connections open, as every S3 server does
-    app = _Front(DomainDispatcherApplication(create_backend_app))
-    server = make_server("127.0.0.1", 0, app, threaded=True)
+    server = make_server("127.0.0.1", 0, moto, threaded=True, request_handler=Handler)
     server.daemon_threads = True
     print(server.server_port, flush=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     sys.stdin.read()
+
+
+_TELLING = ("content-md5", "content-length", "expect", "range")
+
+
+def _error(fault):
+    if "code" in fault:
+        return f"<Error><Code>{fault['code']}</Code><Message>{fault.get('message', '')}</Message></Error>".encode()
+    return fault.get("body", "").encode()
 
 
 if __name__ == "__main__":

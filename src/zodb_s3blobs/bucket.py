@@ -6,6 +6,7 @@ what is truly absent and `BucketError` for all else; neither carries a botocore 
 credential.
 """
 
+import datetime
 import functools
 import hashlib
 import logging
@@ -39,6 +40,7 @@ _DELETE_BATCH = 1000  # the most keys that one DeleteObjects request may name
 _COPY_LIMIT = 5 << 30  # larger objects cannot be copied in one request
 _READ = 1 << 20
 
+_NOT_IMPLEMENTED = {"NotImplemented", "501", "MethodNotAllowed", "405"}
 _BODY_ERRORS = (
     ConnectionError,
     TimeoutError,
@@ -47,6 +49,9 @@ _BODY_ERRORS = (
     botocore.exceptions.IncompleteReadError,
     urllib3.exceptions.HTTPError,
 )
+
+
+Progress = Callable[[int], None]
 
 
 class BucketError(Exception):
@@ -112,6 +117,14 @@ class Listed:
     size: int
 
 
+@dataclass(frozen=True)
+class ListedStaged:
+    """One staged upload that `Bucket.list_staged` found; ``modified``: when it was completed."""
+
+    name: str
+    modified: datetime.datetime
+
+
 class Bucket:
     """The blobs below one prefix of one bucket. Making one sends no request."""
 
@@ -151,6 +164,8 @@ class Bucket:
             executor_cls=functools.partial(DaemonPool, name=f"{pool_name} transfer"),  # type: ignore[arg-type]
         )
         self._batch_delete = True
+        #: Whether, as far as is known, the service can copy.
+        self.can_copy = True
 
     def close(self) -> None:
         """Take no more requests; those under way are left to their daemon threads."""
@@ -166,16 +181,21 @@ class Bucket:
 
     # Writing
 
-    def put(self, oid: bytes, tid: bytes, filename: str, progress: Callable[[int], None] | None = None) -> None:
+    def put(self, oid: bytes, tid: bytes, filename: str, progress: Progress | None = None) -> None:
         """Store the bytes of ``filename`` as blob (oid, tid).
 
         ``progress`` is called with the number of bytes of each step, from several threads; what it raises ends the
         upload and is raised here.
         """
-        key = self.keys.key(oid, tid)
-        what = f"store {key} in bucket {self.name}"
+        self._put(self.keys.key(oid, tid), filename, progress)
+
+    def put_staged(self, name: str, filename: str, progress: Progress | None = None) -> None:
+        """The same to the staging key ``name``."""
+        self._put(self.keys.staged_key(name), filename, progress)
+
+    def _put(self, key: str, filename: str, progress: Progress | None) -> None:
         size = os.path.getsize(filename)
-        options = {"Metadata": {_SHA256: _digest("sha256", filename)}, **self._write_options, **self._key_options}
+        options = {"Metadata": self._metadata(filename), **self._write_options, **self._key_options}
         try:
             if size < min(self._multipart_threshold, PART):
                 # From memory: a body with a read method would make botocore send `Expect: 100-continue` and wait
@@ -194,7 +214,10 @@ class Bucket:
         except (BucketError, TransferCancelled):
             raise
         except Exception as error:
-            raise _bucket_error(error, what) from None
+            raise _bucket_error(error, f"store {key} in bucket {self.name}") from None
+
+    def _metadata(self, filename: str) -> dict[str, str]:
+        return {_SHA256: _digest("sha256", filename)}
 
     def _check_customer_key_used(self, answer: dict[str, Any]) -> None:
         if self._key_options and not answer.get("SSECustomerAlgorithm"):
@@ -209,23 +232,37 @@ class Bucket:
 
         Raises BlobNotFound if there is no such source.
         """
-        source, key = self.keys.key(oid, source_tid), self.keys.key(oid, tid)
-        what = f"copy {source} to {key} in bucket {self.name}"
+        source = self.keys.key(oid, source_tid)
+        head = self._head(source)
+        self._copy(source, self.keys.key(oid, tid), head["ContentLength"], lambda: head["Metadata"])
+
+    def publish_staged(self, name: str, oid: bytes, tid: bytes, filename: str) -> None:
+        """Copy what `put_staged` stored at ``name`` from ``filename`` to blob (oid, tid): one request up to 5 GiB."""
+        self._copy(
+            self.keys.staged_key(name),
+            self.keys.key(oid, tid),
+            os.path.getsize(filename),
+            lambda: self._metadata(filename),
+        )
+
+    def _copy(self, source: str, key: str, size: int, metadata: Callable[[], dict[str, str]]) -> None:
+        place = {"Bucket": self.name, "Key": source}
         options = {**self._write_options, **self._key_options, **self._copy_source_key_options}
         try:
-            head = self._head(source)
-            place = {"Bucket": self.name, "Key": source}
-            if head["ContentLength"] <= _COPY_LIMIT:
+            if size <= _COPY_LIMIT:
                 answer = self._client.copy_object(Bucket=self.name, Key=key, CopySource=place, **options)
                 self._check_customer_key_used(answer)
             else:
                 # s3transfer copies in parts, which loses the metadata unless it is given again.
-                options["Metadata"] = head["Metadata"]
+                options["Metadata"] = metadata()
                 self._transfers.copy(place, self.name, key, options).result()
-        except (BucketError, BlobNotFound):
+        except BucketError:
             raise
         except Exception as error:
-            raise _bucket_error(error, what) from None
+            failure = _bucket_error(error, f"copy {source} to {key} in bucket {self.name}")
+            if getattr(failure, "code", "") in _NOT_IMPLEMENTED:
+                self.can_copy = False
+            raise failure from None
 
     # Reading
 
@@ -349,13 +386,22 @@ class Bucket:
 
     def list_blobs(self) -> Iterator[Listed]:
         """All blobs, in the order of their keys; a request per 1,000. What is not a blob of ours is left out."""
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=self.keys.blobs)
+        for found in self._list(self.keys.blobs):
+            name = self.keys.parse(found["Key"])
+            if name is not None:
+                yield Listed(*name, found["Size"])
+
+    def list_staged(self) -> Iterator[ListedStaged]:
+        """All staged uploads, of this server and others."""
+        for found in self._list(self.keys.staged):
+            name = self.keys.parse_staged(found["Key"])
+            if name is not None:
+                yield ListedStaged(name, found["LastModified"])
+
+    def _list(self, prefix: str) -> Iterator[dict[str, Any]]:
         try:
-            for page in pages:
-                for found in page.get("Contents", ()):
-                    name = self.keys.parse(found["Key"])
-                    if name is not None:
-                        yield Listed(*name, found["Size"])
+            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix):
+                yield from page.get("Contents", ())
         except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
             raise _bucket_error(error, f"list bucket {self.name}") from None
 
@@ -364,13 +410,19 @@ class Bucket:
 
         Raises BucketError that names the first that could not be deleted, after all were tried.
         """
-        keys = [self.keys.key(oid, tid) for oid, tid in blobs]
+        self._delete([self.keys.key(oid, tid) for oid, tid in blobs])
+
+    def delete_staged(self, names: Iterable[str]) -> None:
+        """The same for staged uploads."""
+        self._delete([self.keys.staged_key(name) for name in names])
+
+    def _delete(self, keys: list[str]) -> None:
         errors: list[BucketError] = []
         for start in range(0, len(keys), _DELETE_BATCH):
             batch = keys[start : start + _DELETE_BATCH]
             errors += self._delete_batch(batch) if self._batch_delete and len(batch) > 1 else self._delete_each(batch)
         if errors:
-            raise BucketError(f"{errors[0]}; {len(errors)} of {len(keys)} blobs were not deleted", errors[0].code)
+            raise BucketError(f"{errors[0]}; {len(errors)} of {len(keys)} objects were not deleted", errors[0].code)
 
     def _delete_batch(self, keys: list[str]) -> list[BucketError]:
         try:
@@ -419,7 +471,7 @@ class _Range:
 
 
 class _Progress(BaseSubscriber):
-    def __init__(self, progress: Callable[[int], None]) -> None:
+    def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
     def on_progress(self, future: Any, bytes_transferred: int, **kwargs: Any) -> None:
@@ -431,8 +483,8 @@ def _client(settings: BucketSettings) -> Any:
         connect_timeout=settings.s3_connect_timeout,
         read_timeout=settings.s3_read_timeout,
         retries={"mode": "standard", "total_max_attempts": settings.s3_max_attempts},
-        # Uploads, their parts and the parts of downloads each have a pool of threads.
-        max_pool_connections=4 * settings.s3_concurrency,
+        # Uploads, staged uploads, their parts, downloads and the parts of those each have a pool of threads.
+        max_pool_connections=5 * settings.s3_concurrency,
         tcp_keepalive=True,
         request_checksum_calculation=settings.s3_checksums,
         response_checksum_validation=settings.s3_checksums,

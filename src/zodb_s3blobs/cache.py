@@ -94,11 +94,9 @@ class Incoming:
 
     def write_at(self, data: bytes, position: int) -> None:
         """Write ``data`` at ``position`` bytes from the start. Several threads may write different places."""
-        view = memoryview(data)
         with self._cache._writing(), open(self.path, "r+b", buffering=0) as file:
             file.seek(position)
-            while view:
-                view = view[self._cache._when_full(functools.partial(file.write, view), len(view)) or 0 :]
+            self._cache.write(file.fileno(), data)
 
     def clear(self) -> None:
         """Make it empty again."""
@@ -269,6 +267,13 @@ class Cache:
             raise
         return incoming
 
+    def write(self, fd: int, data: bytes) -> None:
+        """Write all of ``data`` to a file of this directory, evicting blobs if the disk is full; or CacheError."""
+        view = memoryview(data)
+        with self._writing():
+            while view:
+                view = view[self._when_full(functools.partial(os.write, fd, view), len(view)) :]
+
     def remove(self, oid: bytes, tid: bytes) -> None:
         """Drop a blob that is dead; it is no error if it is not there."""
         with self._lock:
@@ -363,6 +368,8 @@ class Cache:
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except CacheError:
+            raise
         except OSError as error:
             advice = "free space on its disk or lower cache-size" if error.errno in _FULL else "check its permissions"
             raise CacheError(f"Cannot write to cache-dir {self.directory}: {error.strerror}; {advice}") from error

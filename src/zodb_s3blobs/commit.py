@@ -6,16 +6,18 @@ delete what was uploaded. Until the finish nobody but the transaction's owner ca
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import Future, wait
 from typing import Any
 
 from .bucket import BlobNotFound, Bucket, BucketError, TransferCancelled
 from .cache import Cache, Incoming, Pin
 from .inflight import InFlight, Name
-from .workers import DaemonPool
+from .staging import Staged, Staging
+from .workers import DaemonPool, Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +29,17 @@ class Uploads:
     """What the transactions of one bucket share: the worker threads, and the register of keys in flight.
 
     ``fetch`` reads a blob through the cache; ``concurrency`` uploads go on at once; those of one transaction may
-    take ``timeout`` seconds.
+    take ``timeout`` seconds; blobs of at least ``stage_threshold`` bytes can be staged, none if it is 0.
     """
 
     def __init__(
-        self, bucket: Bucket, cache: Cache, fetch: Callable[[bytes, bytes], Pin], concurrency: int, timeout: float
+        self,
+        bucket: Bucket,
+        cache: Cache,
+        fetch: Callable[[bytes, bytes], Pin],
+        concurrency: int,
+        timeout: float,
+        stage_threshold: int = 0,
     ) -> None:
         self.bucket = bucket
         self.cache = cache
@@ -40,6 +48,7 @@ class Uploads:
         self.workers = DaemonPool(concurrency, "s3blobs upload")
         # Of its own, so that nobody's upload waits for the cleanup after somebody else's.
         self.cleaners = DaemonPool(2, "s3blobs cleanup")
+        self.staging = Staging(bucket, self.cleaners, concurrency, timeout, stage_threshold)
         self.in_flight = InFlight()
 
     def begin(self, transaction: Any, tid: bytes) -> "Commit":
@@ -48,6 +57,7 @@ class Uploads:
 
     def close(self) -> None:
         """Give up what is queued, and wait a little for the cleanup after aborted transactions."""
+        self.staging.close()
         self.workers.shutdown(wait=False, cancel_futures=True)
         self.cleaners.shutdown(timeout=_CLOSE_TIMEOUT)
 
@@ -55,23 +65,28 @@ class Uploads:
 class Commit:
     """The blobs of one transaction between its begin and its finish or abort.
 
-    Called on the thread that commits; nothing but `vote` waits for S3.
+    Called on the thread that commits; nothing here waits for S3.
     """
 
     def __init__(self, uploads: Uploads, transaction: Any, tid: bytes) -> None:
         self.transaction = transaction
         self.tid = tid
         self._uploads = uploads
-        self._deadline = time.monotonic() + uploads.timeout
+        self._deadline = math.inf
         self._blobs: list[_Blob] = []
         self._latest: dict[Name, _Blob] = {}
         self._undone: dict[bytes, bytes] = {}  # oid -> tid of the blob it goes back to
         self._aborted = threading.Event()
 
     def store(self, oid: bytes, filename: str) -> None:
-        """Take the file ``filename`` over as the transaction's blob of ``oid`` and start its upload."""
+        """Take the file ``filename`` over as the transaction's blob of ``oid`` and start its upload.
+
+        What has been staged is already in the bucket and only copied.
+        """
         file = self._uploads.cache.adopt(filename)
-        self._start(_Blob((oid, self.tid), file), self._upload)
+        staged = self._uploads.staging.take(filename)
+        blob = _Blob((oid, self.tid), file, staged)
+        self._start(blob, self._upload if staged is None else self._publish_staged)
 
     def restore(self, oid: bytes, tid: bytes, filename: str) -> None:
         """The same for a blob that another database committed at ``tid``.
@@ -85,24 +100,23 @@ class Commit:
         """Let the blob of ``oid`` go back to what it was at ``tid``; of several calls for an oid the last holds."""
         self._undone[oid] = tid
 
-    def vote(self) -> None:
-        """Wait until every blob is in the bucket.
+    def vote(self) -> Waiting:
+        """Start what is left to start; what is returned is over when every blob is in the bucket.
 
-        Raises BucketError, or BlobNotFound if what an undo goes back to is not there; the transaction is then to be
-        aborted.
+        It fails with BucketError, or BlobNotFound if what an undo goes back to is not there; the transaction is then
+        to be aborted.
         """
         for oid, source in self._undone.items():
             self._start(_Blob((oid, self.tid), None), self._copy, source)
         self._undone.clear()
-        futures = [blob.future for blob in self._blobs]
-        done, pending = wait(futures, max(0, self._deadline - time.monotonic()), return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-        if pending:
-            raise BucketError(
-                f"{len(pending)} of {len(futures)} blobs of the transaction were not stored in bucket "
+        return Waiting(
+            [blob.future for blob in self._blobs],
+            self._deadline,
+            BucketError(
+                f"Not all {len(self._blobs)} blobs of the transaction were stored in bucket "
                 f"{self._uploads.bucket.name} within upload-timeout ({self._uploads.timeout:g} s)"
-            )
+            ),
+        )
 
     def finish(self) -> None:
         """Publish the blobs in the cache; makes no request and never raises."""
@@ -140,6 +154,8 @@ class Commit:
     # In a worker
 
     def _start(self, blob: "_Blob", work: Callable[..., None], *args: Any) -> None:
+        if not self._blobs:
+            self._deadline = time.monotonic() + self._uploads.timeout
         before = self._latest.get(blob.name)
         self._uploads.in_flight.add(blob.name)
         blob.future = self._uploads.workers.submit(self._run, blob, before, work, *args)
@@ -162,6 +178,17 @@ class Commit:
         blob.file.sync()
         blob.attempted = True
         self._uploads.bucket.put(*blob.name, blob.file.path, self._check_wanted)
+
+    def _publish_staged(self, blob: "_Blob") -> None:
+        assert blob.file is not None and blob.staged is not None
+        try:
+            blob.staged.uploaded.result()
+            blob.attempted = True
+            self._uploads.bucket.publish_staged(blob.staged.name, *blob.name, blob.file.path)
+        except (BlobNotFound, BucketError) as error:
+            logger.warning("%s; uploading it again instead", error)
+            self._upload(blob)
+        self._uploads.staging.discard(blob.staged)
 
     def _upload_if_missing(self, blob: "_Blob") -> None:
         assert blob.file is not None
@@ -189,6 +216,8 @@ class Commit:
         for blob in self._blobs:
             if blob.file is not None:
                 blob.file.discard()
+            if blob.staged is not None:
+                self._uploads.staging.discard(blob.staged)
         # An upload that failed may have arrived all the same: its answer was lost.
         uploaded = {blob.name for blob in self._blobs if blob.attempted}
         try:
@@ -205,8 +234,9 @@ class _Blob:
 
     future: Future
 
-    def __init__(self, name: Name, file: Incoming | None) -> None:
+    def __init__(self, name: Name, file: Incoming | None, staged: Staged | None = None) -> None:
         self.name = name
         self.file = file
+        self.staged = staged
         #: Whether its key may have been written.
         self.attempted = False

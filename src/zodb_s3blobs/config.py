@@ -14,6 +14,7 @@ from typing import Any
 import ZConfig
 from ZODB.config import BaseConfig
 
+from . import zeo
 from .bases import UnsuitableBase
 from .bucket import MISCONFIGURED, Bucket, BucketError, BucketSettings
 from .cache import Cache, CacheDirectoryError
@@ -43,6 +44,7 @@ class S3BlobStorageFactory(BaseConfig):
         if not config.cache_dir:
             raise ValueError("cache-dir must name a directory")
         _at_least("cache-size", config.cache_size, 0)
+        _at_least("s3-stage-threshold", config.s3_stage_threshold, 0)
         _at_least("upload-timeout", config.upload_timeout, 1)
 
     def open(self) -> S3BlobStorage:
@@ -51,6 +53,7 @@ class S3BlobStorageFactory(BaseConfig):
         Raises ZConfig.ConfigurationError for a setting that turns out wrong; an S3 that does not answer is logged
         and no error.
         """
+        zeo.install()
         bucket = Bucket(self.settings)
         try:
             _probe(bucket)
@@ -171,8 +174,15 @@ def _probe(bucket: Bucket) -> None:
 def _assemble(config: Any, base: Any, bucket: Bucket) -> S3BlobStorage:
     cache = Cache(config.cache_dir, config.cache_size)
     try:
-        fetcher = Fetcher(bucket, cache)
-        uploads = Uploads(bucket, cache, fetcher.fetch, config.s3_concurrency, config.upload_timeout)
+        fetcher = Fetcher(bucket, cache, config.s3_concurrency)
+        uploads = Uploads(
+            bucket,
+            cache,
+            fetcher.fetch,
+            config.s3_concurrency,
+            config.upload_timeout,
+            config.s3_stage_threshold,
+        )
         return S3BlobStorage(base, Parts(bucket, cache, fetcher, uploads))
     except BaseException:
         cache.close()

@@ -4,8 +4,8 @@ The layout is a promise to the owner of the bucket and never changes::
 
     [{s3-prefix}/]blobs/{oid_hex}/{tid_hex}.blob
 
-``oid_hex`` and ``tid_hex`` are the 8 bytes as a big-endian number in lower-case hex without leading zeros.
-Pure functions; any thread may call.
+``oid_hex`` and ``tid_hex`` are the 8 bytes as a big-endian number in lower-case hex without leading zeros. Uploads
+that have no tid yet lie beside them, below ``staged/``. Pure functions; any thread may call.
 """
 
 import re
@@ -27,6 +27,8 @@ class Keys:
         self.prefix = prefix
         #: What every key of a blob starts with: the prefix to list.
         self.blobs = f"{prefix}/{FOLDER}" if prefix else FOLDER
+        #: The same for staged uploads.
+        self.staged = self.blobs.removesuffix(FOLDER) + "staged/"
 
     def key(self, oid: bytes, tid: bytes) -> str:
         """The object key of the blob of object ``oid`` (8 bytes) at revision ``tid`` (8 bytes)."""
@@ -38,3 +40,12 @@ class Keys:
             return None
         match = _BLOB.fullmatch(key, len(self.blobs))
         return (p64(int(match[1], 16)), p64(int(match[2], 16))) if match else None
+
+    def staged_key(self, name: str) -> str:
+        """The object key of the staged upload ``name`` (32 hex digits)."""
+        return self.staged + name
+
+    def parse_staged(self, key: str) -> str | None:
+        """The name of the staged upload at ``key``, or None: then the key is not ours and must be left alone."""
+        name = key.removeprefix(self.staged)
+        return name if key.startswith(self.staged) and re.fullmatch("[0-9a-f]{32}", name) else None

@@ -8,6 +8,7 @@ IBlobStorageRestoreable, IStorage and IMVCCStorage.
 import threading
 from base64 import decodebytes
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -23,6 +24,8 @@ from .bucket import BlobNotFound, Bucket, BucketError
 from .cache import Cache, CacheError, Pin
 from .commit import Commit, Uploads
 from .fetch import Fetcher
+from .staging import Staging
+from .workers import Waiting
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Parts:
 
     def close(self) -> None:
         """Give up threads, connections and the cache directory."""
+        self.fetcher.close()
         self.uploads.close()
         self.bucket.close()
         self.cache.close()
@@ -61,6 +65,8 @@ class S3BlobStorage:
         self._parts = parts
         self._owns_parts = True
         self._commit: Commit | None = None
+        self._handing_over = False
+        self._handed_over: Waiting | None = None
         self._untransform: Callable[[bytes], bytes] = lambda data: data
         blobs = IBlobStorageRestoreable if IStorageRestoreable.providedBy(base) else IBlobStorage
         zope.interface.directlyProvides(self, blobs, zope.interface.providedBy(base))
@@ -113,7 +119,7 @@ class S3BlobStorage:
         """Store the record in the base, take the file over, and start its upload. The file is gone afterwards."""
         if version:
             raise ValueError("Versions are not supported")
-        with _owning(blobfilename), _plain_errors():
+        with self._owning(blobfilename), _plain_errors():
             self.base.store(oid, oldserial, data, "", transaction)
             self._committing(transaction).store(oid, blobfilename)
 
@@ -121,9 +127,22 @@ class S3BlobStorage:
         self, oid: bytes, serial: bytes, data: bytes, blobfilename: str, prev_txn: bytes | None, transaction: Any
     ) -> None:
         """The same for a blob that was committed at ``serial`` in another database."""
-        with _owning(blobfilename), _plain_errors():
+        with self._owning(blobfilename), _plain_errors():
             self.base.restore(oid, serial, data, "", prev_txn, transaction)
             self._committing(transaction).restore(oid, serial, blobfilename)
+
+    @contextmanager
+    def _owning(self, filename: str) -> Iterator[None]:
+        """The file belongs to the body; neither it nor what was staged from it outlives a failure."""
+        try:
+            yield
+        except BaseException:
+            self.staging.forget(filename)
+            try:
+                ZODB.blob.remove_committed(filename)
+            except OSError:
+                pass  # it has been moved already
+            raise
 
     def undo(self, transaction_id: bytes, transaction: Any) -> Any:
         """The base's undo; blobs go back together with their records."""
@@ -148,9 +167,30 @@ class S3BlobStorage:
         Raises StorageError if they are not: the transaction is then to be aborted, as after any failed vote.
         """
         result = self.base.tpc_vote(transaction)
-        with _plain_errors():
-            self._committing(transaction).vote()
+        waiting = self._committing(transaction).vote()
+        if self._handing_over:
+            self._handed_over = waiting
+        else:
+            with _plain_errors():
+                waiting.wait()
         return result
+
+    def vote_later(self, vote: Callable[[], Any]) -> tuple[Any, Waiting | None]:
+        """Call ``vote``, whose `tpc_vote` does not wait for the uploads; return its result and what to wait for.
+
+        The latter is None if `tpc_vote` was not called. For the ZEO server, all of whose votes are on one thread;
+        `check` tells how the uploads ended.
+        """
+        self._handing_over, self._handed_over = True, None
+        try:
+            return vote(), self._handed_over
+        finally:
+            self._handing_over, self._handed_over = False, None
+
+    def check(self, waiting: Waiting) -> None:
+        """Raise StorageError unless what was waited for has succeeded."""
+        with _plain_errors():
+            waiting.check()
 
     def tpc_finish(self, transaction: Any, func: Callable[[bytes], Any] = lambda tid: None) -> Any:
         """The base's finish and its result. Sends no request and cannot fail because of blobs."""
@@ -213,20 +253,46 @@ class S3BlobStorage:
         with self._fetch(oid, serial) as path:
             return open(path, "rb") if blob is None else ZODB.blob.BlobFile(path, "r", blob)
 
-    def _fetch(self, oid: bytes, serial: bytes) -> Pin:
+    def request_blob(self, oid: bytes, serial: bytes) -> "Future[Pin]":
+        """Ask for the blob's file without waiting; done at once if it is cached. `pinned` takes the answer."""
+        return self._parts.fetcher.request(oid, serial)
+
+    def pinned(self, requested: "Future[Pin]", oid: bytes, serial: bytes) -> Pin:
+        """The file that `request_blob` asked for; the errors are those of `loadBlob`."""
         with _plain_errors():
             try:
-                return self._parts.fetcher.fetch(oid, serial)
+                return requested.result()
             except BlobNotFound as error:
                 raise POSKeyError(str(error), oid, serial) from None
+
+    def _fetch(self, oid: bytes, serial: bytes) -> Pin:
+        return self.pinned(self.request_blob(oid, serial), oid, serial)
 
     def is_blob_record(self, record: bytes | None) -> bool:
         """Whether ``record``, as the base stores it, is that of a blob."""
         return bool(record) and ZODB.blob.is_blob_record(self._untransform(record or b""))
 
+    @property
+    def s3blobstorage(self) -> "S3BlobStorage":
+        """This storage; how zeo.py finds it in wrappers that pass on attributes."""
+        return self
+
     def temporaryDirectory(self) -> str:
         """Where blobs that are being written are to be put: on the cache's file system, so that none is copied."""
         return self.fshelper.temp_dir
+
+    def write_temporary(self, fd: int, data: bytes) -> None:
+        """Write all of ``data`` to a file of `temporaryDirectory`; on a full disk cached blobs make room for it.
+
+        Raises StorageError when there is none.
+        """
+        with _plain_errors():
+            self._parts.cache.write(fd, data)
+
+    @property
+    def staging(self) -> Staging:
+        """Where large blobs can be uploaded to before they are stored."""
+        return self._parts.uploads.staging
 
     # Pack
 
@@ -242,6 +308,7 @@ class S3BlobStorage:
         try:
             with _plain_errors("The database was packed, but not all dead blobs were deleted; pack it again. "):
                 garbage.collect(self.base, self._parts.bucket, self._parts.cache, self._parts.uploads.in_flight)
+                self.staging.sweep()
         finally:
             self._parts.collecting.release()
         return result
@@ -262,19 +329,6 @@ class CacheFiles:
             "A ZEO client with shared-blob-dir true cannot use blobs that are in S3: "
             "set shared-blob-dir false (and a blob-dir of its own) at the client"
         )
-
-
-@contextmanager
-def _owning(filename: str) -> Iterator[None]:
-    """The file belongs to the body; it does not outlive a failure."""
-    try:
-        yield
-    except BaseException:
-        try:
-            ZODB.blob.remove_committed(filename)
-        except OSError:
-            pass  # it has been moved already
-        raise
 
 
 @contextmanager

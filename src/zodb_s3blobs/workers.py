@@ -1,13 +1,14 @@
-"""Pools of daemon threads.
+"""Pools of daemon threads, and waiting for them.
 
 `concurrent.futures.ThreadPoolExecutor` joins its threads when the interpreter exits, so that one request to a
 black-holed bucket keeps a server from stopping. These threads are daemons: the process ends when it is told to.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future, wait
 from typing import Any
 
 
@@ -72,3 +73,49 @@ class DaemonPool(Executor):
             self._changed.notify_all()
             if wait:
                 self._changed.wait_for(lambda: not self._threads, timeout)
+
+
+class Waiting:
+    """For futures, until a deadline.
+
+    ``done`` is done when all ``futures`` are, or the first of them has failed; ``deadline`` is a reading of
+    `time.monotonic`, after which the error is ``too_late``. Any thread may call.
+    """
+
+    def __init__(self, futures: list[Future], deadline: float, too_late: Exception) -> None:
+        self.done: Future[None] = Future()
+        self._deadline = deadline
+        self._too_late = too_late
+        self._left = len(futures)
+        self._lock = threading.Lock()
+        if not futures:
+            self.done.set_result(None)
+        for future in futures:
+            future.add_done_callback(self._one_done)
+
+    def _one_done(self, future: Future) -> None:
+        error = CancelledError() if future.cancelled() else future.exception()
+        with self._lock:
+            self._left -= 1
+            if self.done.done():
+                return
+            if error is not None:
+                self.done.set_exception(error)
+            elif not self._left:
+                self.done.set_result(None)
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline; never negative."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    def check(self) -> None:
+        """Without waiting: raise what failed, or ``too_late`` if the end has not come yet."""
+        if not self.done.done():
+            raise self._too_late
+        self.done.result()
+
+    def wait(self) -> None:
+        """Wait for the end, then `check`."""
+        wait([self.done], self.seconds_left)
+        self.check()

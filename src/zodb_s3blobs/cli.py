@@ -1,0 +1,50 @@
+"""The ``zodb-s3blobs`` command: finds the subcommand and leaves the rest to its module.
+
+A subcommand is a module that has
+
+- a docstring, whose first line, after the colon, is its line in ``zodb-s3blobs --help``,
+- ``add_arguments(parser)``, which declares its options,
+- ``run(arguments)``, which does the work and returns the exit status. What goes wrong is one sentence on stderr.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from . import demo
+
+COMMANDS: dict[str, ModuleType] = {"demo": demo}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv``, by default the process's own; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except BrokenPipeError:
+        # Whoever read the output, `head` for one, has seen enough. Python would try again to flush it at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="zodb-s3blobs", description="ZODB blobs in S3, served by ZEO.")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        summary, _, details = (module.__doc__ or "").partition("\n")
+        summary = summary.partition(": ")[2]
+        subparser = subparsers.add_parser(
+            name,
+            help=summary.rstrip("."),
+            description=f"{summary[:1].upper()}{summary[1:]}\n{details}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

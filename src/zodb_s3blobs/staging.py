@@ -1,0 +1,143 @@
+"""Large blobs are uploaded before the commit lock is asked for.
+
+The key of a blob ends with its tid, which is known only under the commit lock. So that an upload does not make other
+writers wait, a large blob goes to a staging key as soon as its last byte has arrived, and is copied to its own key by
+the service itself, under the lock: one round trip, whatever its size. The staged object is deleted afterwards; what a
+crash leaves behind, `Staging.sweep` finds.
+"""
+
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterable
+from concurrent.futures import Future
+
+from .bucket import Bucket, BucketError, TransferCancelled
+from .workers import DaemonPool, Waiting
+
+logger = logging.getLogger(__name__)
+
+#: After how many seconds a staged object belongs to nobody who still lives.
+_ABANDONED = 24 * 3600.0
+
+
+class Staged:
+    """A file that is on its way to, or at, its staging key ``name``."""
+
+    uploaded: Future[None]
+
+    def __init__(self, filename: str, timeout: float) -> None:
+        self.filename = filename
+        self.name = uuid.uuid4().hex
+        self.deadline = time.monotonic() + timeout
+        self.unwanted = threading.Event()
+
+
+class Staging:
+    """The staged files of one server.
+
+    ``concurrency`` of them are uploaded at once, each transaction's within ``timeout`` seconds; files smaller than
+    ``threshold`` bytes are not staged, none is if it is 0. ``cleaners`` delete what is no longer needed. Nothing but
+    `sweep` waits for S3; any thread may call.
+    """
+
+    def __init__(self, bucket: Bucket, cleaners: DaemonPool, concurrency: int, timeout: float, threshold: int) -> None:
+        self._bucket = bucket
+        self._cleaners = cleaners
+        self._timeout = timeout
+        self._threshold = threshold
+        # Of its own: the small blobs of whoever holds the commit lock must not queue behind large ones.
+        self._workers = DaemonPool(concurrency, "s3blobs staging")
+        self._lock = threading.Lock()
+        self._staged: dict[str, Staged] = {}  # by filename
+        self._live: set[str] = set()  # the names that are not for `sweep`
+
+    def stage(self, filename: str) -> None:
+        """Start the upload of ``filename``, complete and not to be changed any more, if it is worth while."""
+        if not self._threshold or os.path.getsize(filename) < self._threshold or not self._bucket.can_copy:
+            return
+        staged = Staged(filename, self._timeout)
+        with self._lock:
+            self._live.add(staged.name)
+            self._staged[filename] = staged
+            staged.uploaded = self._workers.submit(self._upload, staged)
+
+    def waiting(self, filenames: Iterable[str]) -> Waiting | None:
+        """What to wait for until those of ``filenames`` that have been staged are in the bucket; None if none has."""
+        with self._lock:
+            staged = [self._staged[filename] for filename in filenames if filename in self._staged]
+        if not staged:
+            return None
+        return Waiting(
+            [one.uploaded for one in staged],
+            min(one.deadline for one in staged),
+            BucketError(
+                f"Not all of {len(staged)} large blobs were stored in bucket {self._bucket.name} within "
+                f"upload-timeout ({self._timeout:g} s)"
+            ),
+        )
+
+    def take(self, filename: str) -> Staged | None:
+        """What was staged from ``filename``, if anything; the caller is to `discard` it."""
+        with self._lock:
+            return self._staged.pop(filename, None)
+
+    def discard(self, staged: Staged) -> None:
+        """It is no longer needed: stop its upload, and delete it in the background. A second call does nothing."""
+        with self._lock:
+            if staged.unwanted.is_set():
+                return
+            staged.unwanted.set()
+        staged.uploaded.cancel()
+        staged.uploaded.add_done_callback(lambda uploaded: self._delete_later(staged))
+
+    def forget(self, filename: str) -> None:
+        """The file goes without having been committed: `discard` what was staged from it, if anything."""
+        staged = self.take(filename)
+        if staged is not None:
+            self.discard(staged)
+
+    def sweep(self) -> int:
+        """Delete what crashed servers left behind, and return how much that was. Waits for S3; BucketError."""
+        old = time.time() - max(_ABANDONED, 2 * self._timeout)
+        names = [
+            found.name
+            for found in self._bucket.list_staged()
+            if found.modified.timestamp() < old and found.name not in self._live
+        ]
+        self._bucket.delete_staged(names)
+        return len(names)
+
+    def close(self) -> None:
+        """Start no more uploads."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    # In a worker
+
+    def _upload(self, staged: Staged) -> None:
+        def check_wanted(transferred: int = 0) -> None:
+            if staged.unwanted.is_set():
+                raise TransferCancelled()
+
+        check_wanted()
+        with open(staged.filename, "rb") as file:
+            # It is to become a file of the cache: see `cache.Incoming.sync`. Here nobody waits for it.
+            os.fsync(file.fileno())
+        self._bucket.put_staged(staged.name, staged.filename, check_wanted)
+
+    def _delete_later(self, staged: Staged) -> None:
+        try:
+            self._cleaners.submit(self._delete, staged.name)
+        except RuntimeError:
+            pass  # closed: somebody's pack sweeps it
+
+    def _delete(self, name: str) -> None:
+        try:
+            self._bucket.delete_staged([name])
+        except BucketError as error:
+            logger.warning("A staged upload stays behind until a pack removes it: %s", error)
+        finally:
+            with self._lock:
+                self._live.discard(name)

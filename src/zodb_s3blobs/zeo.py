@@ -1,0 +1,319 @@
+"""The ZEO server hook: keeps every wait for S3 off the event loop.
+
+A ZEO server is one event loop, and the stock handler of a client waits on it for blobs: while it does, all clients
+stand still. When a server starts, each client handler that it makes from then on becomes, once its client has chosen
+one of our storages, a subclass of its own type. No class is patched, and the handlers of other storages stay as they
+are.
+
+One rule keeps this simple: all calls of ZODB, ZEO and the base storage stay on the loop thread; only requests to S3
+go to worker threads. Everything here runs on the loop thread unless it says otherwise.
+"""
+
+import asyncio
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, BinaryIO, NamedTuple
+
+import zope.event
+from ZEO.asyncio.server import Delay
+from ZEO.StorageServer import Serving
+from ZODB.blob import link_or_copy
+from ZODB.POSException import StorageError, StorageTransactionError
+
+from .storage import S3BlobStorage
+from .workers import Waiting
+
+logger = logging.getLogger(__name__)
+
+#: How many bytes of a blob go into one message to a client, as in ZEO.
+_CHUNK = 59000
+
+
+def install() -> None:
+    """Have every ZEO server that starts in this process from now on looked at; a second call does nothing."""
+    if _serving not in zope.event.subscribers:
+        zope.event.subscribers.append(_serving)
+
+
+def _serving(event: Any) -> None:
+    """A server has opened its storages, and has no client yet."""
+    if not isinstance(event, Serving):
+        return
+    server = event.server
+    # A wrapper around ours, such as zlibstorage, passes on attributes that it does not know.
+    found = {name: getattr(storage, "s3blobstorage", None) for name, storage in server.storages.items()}
+    ours = {name: blobs for name, blobs in found.items() if blobs is not None}
+    if not ours:
+        return
+    stock = server.create_client_handler
+
+    def create_client_handler() -> Any:
+        handler = stock()
+        register = handler.register
+
+        def register_and_take_over(storage_id: str, read_only: bool) -> Any:
+            result = register(storage_id, read_only)
+            if storage_id in ours:
+                stock_class: type = type(handler)
+                handler.__class__ = _handler_class(stock_class)
+                handler.take_over(ours[storage_id])
+            return result
+
+        handler.register = register_and_take_over
+        return handler
+
+    server.create_client_handler = create_client_handler
+
+
+@functools.cache
+def _handler_class(stock: type) -> type:
+    return type(f"S3Blob{stock.__name__}", (BlobHandler, stock), {})
+
+
+class BlobHandler:
+    """What is different in the handler of a client of one of our storages. Mixed into the server's own class."""
+
+    # What the stock class has
+    storage: Any
+    connection: Any
+    connected: bool
+    log_label: str
+    _check_tid: Callable[..., int]
+    transaction: Any
+    locked: bool
+    conflicts: dict[bytes, Any]
+    client_conflict_resolution: bool
+    blob_log: list[Any]
+    blob_tempfile: Any
+    call_soon_threadsafe: Callable[..., None]
+
+    blobs: S3BlobStorage
+    #: The call of vote that waits for uploads: staged ones before it has the commit lock, others with it.
+    pending: "_Pending | None" = None
+    #: Why the transaction cannot be committed, found out where ZEO lets nobody tell the client.
+    refusal: str | None = None
+
+    def take_over(self, blobs: S3BlobStorage) -> None:
+        """The client has chosen the storage ``blobs``, which the server may know in wrappings."""
+        self.blobs = blobs
+        stock_close = self.connection.close
+
+        def close() -> Any:
+            # Without this the commit lock would leak: ZEO forgets the handler when the server is the one to close,
+            # as it does after transaction-timeout.
+            result = stock_close()
+            if self.connected:
+                self.notify_disconnected()
+            return result
+
+        self.connection.close = close
+
+    def notify_disconnected(self) -> None:
+        """The client is gone, possibly in the middle of a blob."""
+        self._drop_tempfile()
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.timer.cancel()
+        super().notify_disconnected()  # type: ignore[misc]
+
+    def _drop_tempfile(self) -> None:
+        if self.blob_tempfile is not None:
+            fd, filename = self.blob_tempfile
+            self.blob_tempfile = None
+            os.close(fd)
+            _unlink(filename)
+
+    # Reading
+
+    def sendBlob(self, oid: bytes, serial: bytes) -> Any:
+        """Send a cached blob at once, another when it has been fetched, whole and verified."""
+        pin = self.blobs.request_blob(oid, serial)
+        if pin.done():
+            return self._send(oid, serial, pin)
+        delay = Delay()
+        pin.add_done_callback(lambda done: self.call_soon_threadsafe(self._send_later, delay, oid, serial, done))
+        return delay
+
+    def _send_later(self, delay: Delay, oid: bytes, serial: bytes, pin: Future) -> None:
+        try:
+            self._send(oid, serial, pin)
+        except Exception:
+            delay.error(sys.exc_info())
+        else:
+            delay.reply(None)
+
+    def _send(self, oid: bytes, serial: bytes, requested: Future) -> None:
+        with self.blobs.pinned(requested, oid, serial) as path:
+            file = open(path, "rb")  # noqa: SIM115 (closed when all of it has been sent)
+        if self.connected:
+            self.connection.call_async_iter(_messages(oid, serial, file))
+        else:
+            file.close()
+
+    # Receiving blobs. The client sends these messages without waiting for answers: an exception would cut the
+    # connection and tell nobody why, so the reason waits for the vote.
+
+    def storeBlobStart(self) -> None:
+        try:
+            super().storeBlobStart()  # type: ignore[misc]
+        except OSError as error:
+            self.refusal = f"Cannot write to cache-dir {self.blobs.temporaryDirectory()}: {error.strerror}"
+
+    def storeBlobChunk(self, chunk: bytes) -> None:
+        # The stock method does not notice when a nearly full disk takes only part of the chunk.
+        if self.refusal is None:
+            try:
+                self.blobs.write_temporary(self.blob_tempfile[0], chunk)
+            except StorageError as error:
+                self.refusal = str(error)
+
+    def storeBlobEnd(self, oid: bytes, serial: bytes, data: bytes, id: int) -> None:
+        if self.refusal is None:
+            super().storeBlobEnd(oid, serial, data, id)  # type: ignore[misc]
+            self.blobs.staging.stage(self.blob_log[-1][-1])
+        else:
+            self._drop_tempfile()
+
+    def storeBlobShared(self, oid: bytes, serial: bytes, data: bytes, filename: str, id: int) -> None:
+        try:
+            self.blobs.fshelper.getPathForOID(oid)
+        except StorageError as error:
+            self.refusal = str(error)
+
+    # Committing
+
+    def vote(self, tid: int) -> Any:
+        """Refuse what cannot be committed; else wait for staged uploads, then queue for the commit lock as in ZEO."""
+        self._check_tid(tid, exc=StorageTransactionError)
+        if self.refusal is not None:
+            raise StorageError(self.refusal)
+        if self.pending is not None:
+            raise StorageTransactionError("Already voting")
+        vote = functools.partial(super().vote, tid)  # type: ignore[misc]
+        staged = self.blobs.staging.waiting(filename for _, _, _, filename in self.blob_log)
+        if staged is None:
+            return vote()
+        return self._reply_when(staged, vote, failed=lambda: None)
+
+    def _vote(self, delay: Any = None) -> Any:
+        """With the commit lock: the stock vote without its wait for S3, then answer when the uploads are done.
+
+        ``locked`` is set by then, so that the lock stays with this client and others queue for it.
+        """
+        kept = self._link_blobs()
+        try:
+            result, uploads = self.blobs.vote_later(functools.partial(super()._vote, delay))  # type: ignore[misc]
+        except Exception:
+            _unlink_blobs(kept)
+            raise
+        if self.conflicts:
+            # The client resolves them and votes again. ZEO would commit the records then, but no blobs.
+            self.blob_log = kept
+            return result
+        _unlink_blobs(kept)
+        if uploads is None:
+            return result
+        if uploads.done.done():
+            try:
+                self.blobs.check(uploads)
+            except Exception:
+                self._abort_vote()
+                raise
+            return result
+        return self._reply_when(uploads, lambda: result, self._abort_vote)
+
+    def _link_blobs(self) -> list[Any]:
+        if not self.client_conflict_resolution:
+            return []
+        kept = []
+        for oid, serial, data, filename in self.blob_log:
+            link_or_copy(filename, f"{filename}.kept")
+            kept.append((oid, serial, data, f"{filename}.kept"))
+        return kept
+
+    def _abort_vote(self) -> None:
+        """As the stock vote does when it fails."""
+        logger.error("(%s) The blobs of a transaction could not be stored: it is aborted", self.log_label)
+        self.storage.tpc_abort(self.transaction)
+        self._clear_transaction()
+
+    def _reply_when(self, uploads: Waiting, reply: Callable[[], Any], failed: Callable[[], None]) -> Delay:
+        """Answer the call that is being handled when ``uploads`` have ended: with what ``reply`` returns, or raises.
+
+        ``failed`` is called before an error is answered. If the transaction ends meanwhile, neither is called.
+        """
+        delay = Delay()
+
+        def ended() -> None:
+            if self.pending is not pending:
+                return
+            self.pending = None
+            pending.timer.cancel()
+            try:
+                self.blobs.check(uploads)
+            except Exception:
+                failed()
+                delay.error(sys.exc_info())
+                return
+            try:
+                result = reply()
+            except Exception:
+                delay.error(sys.exc_info())
+            else:
+                delay.reply(result)
+
+        pending = self.pending = _Pending(delay, self.connection.loop.call_later(uploads.seconds_left, ended))
+        uploads.done.add_done_callback(lambda done: self.call_soon_threadsafe(ended))
+        return delay
+
+    def tpc_finish(self, id: int) -> Any:
+        """Refused until the vote has been answered."""
+        if self.pending is not None:
+            raise StorageTransactionError("tpc_finish called before the vote has been answered")
+        return super().tpc_finish(id)  # type: ignore[misc]
+
+    def _clear_transaction(self) -> None:
+        """The common end of finish, abort and disconnect."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.timer.cancel()
+            if self.connected:
+                error = StorageTransactionError("The transaction was aborted before the vote has been answered")
+                pending.delay.error((type(error), error, None))
+        self.refusal = None
+        self._drop_tempfile()
+        for _, _, _, filename in self.blob_log:
+            self.blobs.staging.forget(filename)
+        super()._clear_transaction()  # type: ignore[misc]
+
+
+class _Pending(NamedTuple):
+    """A call of the client that waits for uploads."""
+
+    delay: Delay
+    timer: asyncio.TimerHandle
+
+
+def _messages(oid: bytes, serial: bytes, file: BinaryIO) -> Iterator[tuple[str, tuple]]:
+    """What ZEO sends a client that has asked for a blob."""
+    with file:
+        yield "receiveBlobStart", (oid, serial)
+        while chunk := file.read(_CHUNK):
+            yield "receiveBlobChunk", (oid, serial, chunk)
+        yield "receiveBlobStop", (oid, serial)
+
+
+def _unlink_blobs(blob_log: list[Any]) -> None:
+    for _, _, _, filename in blob_log:
+        _unlink(filename)
+
+
+def _unlink(filename: str) -> None:
+    try:
+        os.unlink(filename)
+    except FileNotFoundError:
+        pass

@@ -1,0 +1,131 @@
+"""What the test files share: one S3 server for all, a fresh bucket and a fresh cache directory for each test."""
+
+import functools
+import itertools
+import types
+
+import botocore.endpoint
+import botocore.session
+import pytest
+from s3server import S3Server
+from ZODB.utils import p64
+
+from zodb_s3blobs.bucket import Bucket, BucketSettings
+from zodb_s3blobs.cache import Cache
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_loader():
+    """Let boto3 read its description of S3 once, and not for each client anew: a tenth of a second every time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.session, "create_loader", functools.cache(botocore.session.create_loader))
+        yield
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    """Let boto3 try again at once: it pauses up to a second before the second attempt, and longer before others."""
+    monkeypatch.setattr(botocore.endpoint, "time", types.SimpleNamespace(sleep=lambda seconds: None))
+
+
+@pytest.fixture(scope="session")
+def running_s3():
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(running_s3):
+    """The S3 server: well-behaved, with an empty log."""
+    running_s3.behave()
+    running_s3.forget()
+    yield running_s3
+    running_s3.behave()
+
+
+@pytest.fixture
+def bucket_name(s3):
+    """A bucket with nothing in it."""
+    return s3.bucket(f"bucket-{next(_numbers)}")
+
+
+@pytest.fixture
+def settings(s3, bucket_name):
+    """Makes the `BucketSettings` of that bucket; keywords replace single ones."""
+
+    def make(**changes):
+        defaults = {
+            "bucket_name": bucket_name,
+            "s3_endpoint_url": s3.url,
+            "s3_region": "us-east-1",
+            "s3_access_key": "test",
+            "s3_secret_key": "test-secret",
+            "s3_read_timeout": 10,
+        }
+        return BucketSettings(**{**defaults, **changes})
+
+    return make
+
+
+@pytest.fixture
+def open_bucket(settings):
+    """Makes a `Bucket`; keywords replace single settings."""
+    buckets = []
+
+    def make(**changes):
+        buckets.append(Bucket(settings(**changes)))
+        return buckets[-1]
+
+    yield make
+    for bucket in buckets:
+        bucket.close()
+
+
+@pytest.fixture
+def bucket(open_bucket):
+    return open_bucket()
+
+
+@pytest.fixture
+def open_cache(tmp_path):
+    """Makes a `Cache` of ``limit`` bytes in a directory of its own."""
+    caches = []
+
+    def make(limit=100 << 20):
+        caches.append(Cache(tmp_path / f"cache-{len(caches)}", limit))
+        return caches[-1]
+
+    yield make
+    for cache in caches:
+        cache.close()
+
+
+@pytest.fixture
+def cache(open_cache):
+    return open_cache()
+
+
+@pytest.fixture
+def new_file(tmp_path):
+    """Makes a file with ``data`` in it; returns its path."""
+
+    def make(data):
+        path = tmp_path / f"file-{next(_numbers)}"
+        path.write_bytes(data)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture
+def oid():
+    """The oid of a number."""
+    return p64
+
+
+@pytest.fixture
+def tid():
+    """The tid of a number."""
+    return p64

@@ -1,0 +1,152 @@
+"""A stock ``runzeo`` in a process of its own, with an ``<s3blobstorage>``, and stock clients of it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ZEO.ClientStorage
+import ZODB
+
+FILESTORAGE = "<filestorage>\n path {dir}/Data.fs\n</filestorage>"
+
+CONFIG = """
+%import zodb_s3blobs
+%import zc.zlibstorage
+<zeo>
+  address 127.0.0.1:{port}
+  {zeo}
+</zeo>
+<eventlog>
+  <logfile>
+    path {dir}/zeo.log
+  </logfile>
+</eventlog>
+{storages}
+"""
+
+SECTION = """
+<s3blobstorage {name}>
+  bucket-name {bucket}
+  s3-prefix {name}
+  s3-endpoint-url {endpoint}
+  s3-access-key test
+  s3-secret-key test-secret
+  cache-dir {dir}/{cache}
+  {options}
+  {base}
+</s3blobstorage>
+"""
+
+
+class ZEOServer:
+    """One server on a port that stays the same over restarts; use as a context manager.
+
+    ``options`` and ``zeo``: more keys of the s3blobstorage and the zeo section; ``storages``: the text of the
+    storage sections instead of the one that the other arguments make.
+    """
+
+    def __init__(self, directory, s3, bucket, *, base=FILESTORAGE, options=None, zeo=None, storages=None):
+        self.directory = Path(directory)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.address = probe.getsockname()
+        self._clients = []
+        self._process = None
+        self.cache_name = "cache"
+        self._settings = {
+            "name": "1",
+            "bucket": bucket,
+            "endpoint": s3.url,
+            "dir": directory,
+            "options": "\n".join(f"{key.replace('_', '-')} {value}" for key, value in (options or {}).items()),
+            "base": base.format(dir=directory),
+        }
+        self._zeo = "\n".join(f"{key.replace('_', '-')} {value}" for key, value in (zeo or {}).items())
+        self._storages = storages or (lambda settings: SECTION.format(**settings))
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *exc):
+        for client in self._clients:
+            client.close()
+        if self._process is not None:
+            self.kill()
+
+    @property
+    def cache_dir(self):
+        return self.directory / self.cache_name
+
+    @property
+    def pid(self):
+        return self._process.pid
+
+    def start(self):
+        """Start, and wait until it accepts clients."""
+        config = self.directory / "zeo.conf"
+        config.write_text(
+            CONFIG.format(
+                port=self.address[1],
+                dir=self.directory,
+                zeo=self._zeo,
+                storages=self._storages({**self._settings, "cache": self.cache_name}),
+            )
+        )
+        # In tests, root's rights and all: a server that hangs is not to outlive the tests.
+        with open(self.directory / "output", "wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ZEO.runzeo", "-C", str(config)], stdout=output, stderr=subprocess.STDOUT
+            )
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(self.address, 1).close()
+                return
+            except OSError:
+                assert self._process.poll() is None, self.output()
+                assert time.monotonic() < deadline, self.output()
+                time.sleep(0.02)
+
+    def stop(self):
+        """SIGTERM; returns how many seconds it took to end."""
+        started = time.monotonic()
+        self._process.terminate()
+        self._process.wait(60)
+        return time.monotonic() - started
+
+    def kill(self):
+        """kill -9."""
+        self._process.kill()
+        self._process.wait()
+
+    def signal(self, number=signal.SIGTERM):
+        self._process.send_signal(number)
+
+    def output(self):
+        """What it printed and logged."""
+        log = self.directory / "zeo.log"
+        return (self.directory / "output").read_text() + (log.read_text() if log.exists() else "")
+
+    def client(self, **options):
+        """A stock client, with a blob directory of its own."""
+        blob_dir = self.directory / f"client-{len(self._clients)}"
+        client = ZEO.ClientStorage.ClientStorage(
+            self.address, **{"blob_dir": str(blob_dir), "wait_timeout": 30, "min_disconnect_poll": 0.1, **options}
+        )
+        self._clients.append(client)
+        return client
+
+    def db(self, **options):
+        """A database on a client of its own."""
+        return ZODB.DB(self.client(**options))
+
+    def open_files(self):
+        """The names of the files that the server has open in its cache directory."""
+        links = Path(f"/proc/{self.pid}/fd")
+        names = [os.readlink(link) for link in links.iterdir() if link.exists()]
+        return sorted(name for name in names if name.startswith(f"{self.cache_dir}/"))
