@@ -62,7 +62,7 @@ def settings(s3, bucket_name):
             "s3_region": "us-east-1",
             "s3_access_key": "test",
             "s3_secret_key": "test-secret",
-            "s3_read_timeout": 10,
+            "s3_read_timeout": 60,  # so long that what `hang` holds up is not tried again
         }
         return BucketSettings(**{**defaults, **changes})
 

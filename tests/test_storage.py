@@ -2,6 +2,7 @@
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import transaction
@@ -467,8 +468,8 @@ def test_copy_transactions_from_a_plain_blob_directory_and_back(open_storage, tm
             assert original.tid == copied.tid
             for record in original:
                 if ZODB.blob.is_blob_record(record.data):
-                    with open(plain.loadBlob(record.oid, record.tid), "rb") as file:
-                        assert file.read() == open(copy.loadBlob(record.oid, record.tid), "rb").read()
+                    name = record.oid, record.tid
+                    assert Path(plain.loadBlob(*name)).read_bytes() == Path(copy.loadBlob(*name)).read_bytes()
     db.close()
     back.close()
 

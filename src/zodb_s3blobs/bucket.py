@@ -13,10 +13,11 @@ import logging
 import os
 import re
 import ssl
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import boto3
 import botocore.config
@@ -41,6 +42,9 @@ _COPY_LIMIT = 5 << 30  # larger objects cannot be copied in one request
 _READ = 1 << 20
 
 _NOT_IMPLEMENTED = {"NotImplemented", "501", "MethodNotAllowed", "405"}
+#: What they log at level debug repeats access keys, signatures and the key of SSE-C.
+_TALKATIVE = ("boto3", "botocore", "s3transfer")
+
 _BODY_ERRORS = (
     ConnectionError,
     TimeoutError,
@@ -52,6 +56,7 @@ _BODY_ERRORS = (
 
 
 Progress = Callable[[int], None]
+T = TypeVar("T")
 
 
 class BucketError(Exception):
@@ -150,6 +155,8 @@ class Bucket:
         if settings.s3_storage_class:
             self._write_options["StorageClass"] = settings.s3_storage_class
         self._client = _client(settings)
+        #: Where requests go; without s3-endpoint-url, boto3 may have found another than Amazon's.
+        self.endpoint_url: str = self._client.meta.endpoint_url
         pool_name = f"s3blobs {settings.bucket_name}"
         # Of its own: a part of a download must never wait for the download that waits for it.
         self._parts = DaemonPool(settings.s3_concurrency, f"{pool_name} part")
@@ -170,14 +177,16 @@ class Bucket:
     def close(self) -> None:
         """Take no more requests; those under way are left to their daemon threads."""
         self._parts.shutdown(wait=False, cancel_futures=True)
+        # It waits for the transfers that it cancels, which a silent service can make a long time.
+        threading.Thread(target=self._transfers.shutdown, kwargs={"cancel": True}, daemon=True).start()
         self._client.close()
 
     def probe(self) -> None:
         """Ask for one key: BucketError if bucket, credentials, permission to list or connection are not right."""
-        try:
-            self._client.list_objects_v2(Bucket=self.name, Prefix=self.keys.blobs, MaxKeys=1)
-        except Exception as error:
-            raise _bucket_error(error, f"list bucket {self.name}") from None
+        _ask(
+            f"list bucket {self.name}",
+            lambda: self._client.list_objects_v2(Bucket=self.name, Prefix=self.keys.blobs, MaxKeys=1),
+        )
 
     # Writing
 
@@ -194,27 +203,26 @@ class Bucket:
         self._put(self.keys.staged_key(name), filename, progress)
 
     def _put(self, key: str, filename: str, progress: Progress | None) -> None:
-        size = os.path.getsize(filename)
         options = {"Metadata": self._metadata(filename), **self._write_options, **self._key_options}
-        try:
-            if size < min(self._multipart_threshold, PART):
-                # From memory: a body with a read method would make botocore send `Expect: 100-continue` and wait
-                # one more round trip for the answer.
-                with open(filename, "rb") as file:
-                    body = file.read()
-                if progress is not None:
-                    progress(0)
-                answer = self._client.put_object(Bucket=self.name, Key=key, Body=body, **options)
-                self._check_customer_key_used(answer)
-            else:
-                subscribers = [_Progress(progress)] if progress is not None else []
-                self._transfers.upload(filename, self.name, key, options, subscribers).result()
-                if self._key_options:
-                    self._check_customer_key_used(self._head(key))
-        except (BucketError, TransferCancelled):
-            raise
-        except Exception as error:
-            raise _bucket_error(error, f"store {key} in bucket {self.name}") from None
+        small = os.path.getsize(filename) < min(self._multipart_threshold, PART)
+        put = self._put_small if small else self._put_large
+        _ask(f"store {key} in bucket {self.name}", lambda: put(key, filename, options, progress))
+
+    def _put_small(self, key: str, filename: str, options: dict[str, Any], progress: Progress | None) -> None:
+        # From memory: a body with a read method, which botocore also makes of bytes, would make it send
+        # `Expect: 100-continue` and wait one more round trip for the answer.
+        with open(filename, "rb") as file:
+            body = bytearray(file.read())
+        if progress is not None:
+            progress(0)
+        answer = self._client.put_object(Bucket=self.name, Key=key, Body=body, **options)
+        self._check_customer_key_used(answer)
+
+    def _put_large(self, key: str, filename: str, options: dict[str, Any], progress: Progress | None) -> None:
+        subscribers = [_Progress(progress)] if progress is not None else []
+        self._transfers.upload(filename, self.name, key, options, subscribers).result()
+        if self._key_options:
+            self._check_customer_key_used(self._head(key))
 
     def _metadata(self, filename: str) -> dict[str, str]:
         return {_SHA256: _digest("sha256", filename)}
@@ -248,44 +256,47 @@ class Bucket:
     def _copy(self, source: str, key: str, size: int, metadata: Callable[[], dict[str, str]]) -> None:
         place = {"Bucket": self.name, "Key": source}
         options = {**self._write_options, **self._key_options, **self._copy_source_key_options}
-        try:
+
+        def copy() -> None:
             if size <= _COPY_LIMIT:
                 answer = self._client.copy_object(Bucket=self.name, Key=key, CopySource=place, **options)
                 self._check_customer_key_used(answer)
             else:
                 # s3transfer copies in parts, which loses the metadata unless it is given again.
-                options["Metadata"] = metadata()
-                self._transfers.copy(place, self.name, key, options).result()
-        except BucketError:
-            raise
-        except Exception as error:
-            failure = _bucket_error(error, f"copy {source} to {key} in bucket {self.name}")
-            if getattr(failure, "code", "") in _NOT_IMPLEMENTED:
+                self._transfers.copy(place, self.name, key, {**options, "Metadata": metadata()}).result()
+
+        try:
+            _ask(f"copy {source} to {key} in bucket {self.name}", copy)
+        except BucketError as error:
+            if error.code in _NOT_IMPLEMENTED:
                 self.can_copy = False
-            raise failure from None
+            raise
 
     # Reading
 
-    def has(self, oid: bytes, tid: bytes, filename: str) -> bool:
-        """Whether blob (oid, tid) is in the bucket already; BucketError if it is there but not as in ``filename``."""
+    def has(self, oid: bytes, tid: bytes, filename: str) -> bool | None:
+        """Whether blob (oid, tid) is in the bucket already with the bytes of ``filename``.
+
+        None if it is there, has the same size, and carries no checksum to tell. BucketError if it is another blob.
+        """
         key = self.keys.key(oid, tid)
         try:
             head = self._head(key)
         except BlobNotFound:
             return False
-        sha256 = head["Metadata"].get(_SHA256)
-        if head["ContentLength"] != os.path.getsize(filename) or (sha256 and sha256 != _digest("sha256", filename)):
+        name, expected = _checksum(head)
+        if head["ContentLength"] != os.path.getsize(filename) or (expected and expected != _digest(name, filename)):
             raise BucketError(
                 f"{key} in bucket {self.name} exists already and is another blob: "
                 f"does another database use this s3-prefix? It was left as it is"
             )
-        return bool(sha256)
+        return True if expected else None
 
     def _head(self, key: str) -> dict[str, Any]:
-        try:
-            return self._client.head_object(Bucket=self.name, Key=key, **self._key_options)
-        except Exception as error:
-            raise _bucket_error(error, f"look up {key} in bucket {self.name}") from None
+        return _ask(
+            f"look up {key} in bucket {self.name}",
+            lambda: self._client.head_object(Bucket=self.name, Key=key, **self._key_options),
+        )
 
     def get(self, oid: bytes, tid: bytes, file: "Target") -> int:
         """Write blob (oid, tid) into the empty ``file``; return its size in bytes.
@@ -297,21 +308,12 @@ class Bucket:
         what = f"read {key} of bucket {self.name}"
         for attempt in range(1, self._attempts + 1):
             try:
-                return self._get(key, file)
+                return _ask(what, lambda: self._get(key, file))
             except Corrupt as error:
                 logger.error("Could not %s: %s (attempt %d of %d)", what, error, attempt, self._attempts)
-                if attempt == self._attempts:
-                    raise BucketError(
-                        f"Could not {what}: {error}. The object is damaged or was changed; restore it from a backup"
-                    ) from None
+                damage = str(error)
                 file.clear()
-            except _BODY_ERRORS as error:
-                raise _bucket_error(error, what) from None
-            except (BucketError, BlobNotFound, OSError):
-                raise
-            except Exception as error:
-                raise _bucket_error(error, what) from None
-        raise AssertionError("s3-max-attempts is at least 1")
+        raise BucketError(f"Could not {what}: {damage}. The object is damaged or was changed; restore it from a backup")
 
     def _get(self, key: str, file: "Target") -> int:
         first = self._open_range(key, 0, PART)
@@ -353,6 +355,8 @@ class Bucket:
                 if position != end:
                     raise Corrupt(f"{position - start} bytes of {end - start} arrived")
                 return
+            except botocore.exceptions.FlexibleChecksumError:
+                raise Corrupt("it does not have the checksum that the service sent with it") from None
             except (*_BODY_ERRORS, Corrupt) as error:
                 logger.warning("The answer for %s broke off (attempt %d): %s", key, attempt, type(error).__name__)
                 if attempt == self._attempts:
@@ -362,15 +366,16 @@ class Bucket:
 
     def _open_range(self, key: str, start: int, end: int) -> "_Range":
         options = {"Bucket": self.name, "Key": key, **self._key_options}
-        try:
+
+        def get() -> dict[str, Any]:
             try:
-                answer = self._client.get_object(Range=f"bytes={start}-{end - 1}", **options)
+                return self._client.get_object(Range=f"bytes={start}-{end - 1}", **options)
             except botocore.exceptions.ClientError as error:
                 if start or error.response.get("Error", {}).get("Code") not in ("InvalidRange", "416"):
                     raise
-                answer = self._client.get_object(**options)  # an empty object has no first byte to ask for
-        except Exception as error:
-            raise _bucket_error(error, f"read {key} of bucket {self.name}") from None
+            return self._client.get_object(**options)  # an empty object has no first byte to ask for
+
+        answer = _ask(f"read {key} of bucket {self.name}", get)
         length = answer["ContentLength"]
         total = length
         match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange") or "")
@@ -380,7 +385,7 @@ class Bucket:
             # The service ignores ranges and would send everything: only the first request may be answered so.
             answer["Body"].close()
             raise Corrupt("the service answered one range with the whole object and another with a part")
-        return _Range(answer["Body"], length, total, answer["ETag"], answer["Metadata"].get(_SHA256), answer)
+        return _Range(answer["Body"], length, total, answer["ETag"], _checksum(answer))
 
     # Listing and deleting
 
@@ -399,11 +404,12 @@ class Bucket:
                 yield ListedStaged(name, found["LastModified"])
 
     def _list(self, prefix: str) -> Iterator[dict[str, Any]]:
-        try:
-            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix):
-                yield from page.get("Contents", ())
-        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
-            raise _bucket_error(error, f"list bucket {self.name}") from None
+        pages = iter(self._client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix))
+        while True:
+            page = _ask(f"list bucket {self.name}", lambda: next(pages, None))
+            if page is None:
+                return
+            yield from page.get("Contents", ())
 
     def delete(self, blobs: Iterable[tuple[bytes, bytes]]) -> None:
         """Delete the blobs (oid, tid), 1,000 a request; absent ones are no error.
@@ -466,8 +472,7 @@ class _Range:
     length: int
     total: int
     etag: str
-    sha256: str | None
-    answer: dict[str, Any]
+    checksum: tuple[str, str]
 
 
 class _Progress(BaseSubscriber):
@@ -490,14 +495,20 @@ def _client(settings: BucketSettings) -> Any:
         response_checksum_validation=settings.s3_checksums,
         s3={"addressing_style": settings.s3_addressing_style},
     )
-    client = boto3.session.Session().client(
-        "s3",
-        endpoint_url=settings.s3_endpoint_url,
-        region_name=settings.s3_region,
-        aws_access_key_id=settings.s3_access_key,
-        aws_secret_access_key=settings.s3_secret_key,
-        use_ssl=settings.s3_use_ssl,
-        config=config,
+    for name in _TALKATIVE:
+        talkative = logging.getLogger(name)
+        talkative.setLevel(max(talkative.level, logging.INFO))
+    client = _ask(
+        f"set up the connection to bucket {settings.bucket_name}",
+        lambda: boto3.session.Session().client(
+            "s3",
+            endpoint_url=settings.s3_endpoint_url,
+            region_name=settings.s3_region,
+            aws_access_key_id=settings.s3_access_key,
+            aws_secret_access_key=settings.s3_secret_key,
+            use_ssl=settings.s3_use_ssl,
+            config=config,
+        ),
     )
     if settings.s3_checksums == "when_required":
         # The one checksum that every service understands and refuses a damaged body by.
@@ -519,23 +530,43 @@ def _digest(name: str, filename: str) -> str:
     return digest.hexdigest()
 
 
+def _checksum(answer: dict[str, Any]) -> tuple[str, str]:
+    """The algorithm and the hex digest of what an object that was got or looked up should hold; "" if unknown."""
+    sha256 = answer["Metadata"].get(_SHA256)
+    if sha256:
+        return "sha256", sha256
+    # An object that other software put there. Its ETag is its MD5 unless it is encrypted or came in parts.
+    etag = answer["ETag"].strip('"')
+    encrypted = answer.get("ServerSideEncryption") not in (None, "AES256") or answer.get("SSECustomerAlgorithm")
+    return "md5", etag if re.fullmatch("[0-9a-f]{32}", etag) and not encrypted else ""
+
+
 def _check(answer: _Range, filename: str) -> None:
     """Corrupt unless the file has the size and the checksum that the object should have."""
     size = os.path.getsize(filename)
     if size != answer.total:
         raise Corrupt(f"{size} bytes of {answer.total} arrived")
-    if answer.sha256:
-        name, expected = "sha256", answer.sha256
-    else:
-        # An object that other software put there. Its ETag is its MD5 unless it is encrypted or came in parts.
-        expected = answer.etag.strip('"')
-        plain = answer.answer.get("ServerSideEncryption") in (None, "AES256")
-        if not plain or answer.answer.get("SSECustomerAlgorithm") or not re.fullmatch("[0-9a-f]{32}", expected):
-            return
-        name = "md5"
-    actual = _digest(name, filename)
+    name, expected = answer.checksum
+    actual = _digest(name, filename) if expected else ""
     if actual != expected:
         raise Corrupt(f"its {name} is {actual} and should be {expected}")
+
+
+def _ask(what: str, call: Callable[[], T]) -> T:
+    """What ``call`` returns; boto3's and urllib3's errors become ours, which say that ``what`` could not be done.
+
+    OSErrors of this machine's disk, and errors that are ours already, pass.
+    """
+    try:
+        return call()
+    except _BODY_ERRORS as error:
+        failure = _bucket_error(error, what)
+    except (BucketError, BlobNotFound, Corrupt, TransferCancelled, OSError):
+        raise
+    except Exception as error:
+        failure = _bucket_error(error, what)
+    # Out of the except clauses, so that the original does not hang on it as its context, with all that it tells.
+    raise failure
 
 
 def _bucket_error(error: BaseException, what: str) -> Any:
@@ -544,8 +575,8 @@ def _bucket_error(error: BaseException, what: str) -> Any:
     Only S3's code and our own words go into it: S3's messages may repeat access keys and signed strings.
     """
     if isinstance(error, botocore.exceptions.ClientError):
-        code = str(error.response.get("Error", {}).get("Code", ""))
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        code = str(error.response.get("Error", {}).get("Code") or status)
         # The answer to HEAD has no body that could name a code. To anything else a bare 404 is no word on the
         # object: it may come from a proxy, or mean the bucket.
         if code == "NoSuchKey" or (error.operation_name == "HeadObject" and status == 404):
@@ -554,7 +585,8 @@ def _bucket_error(error: BaseException, what: str) -> Any:
         return BucketError(f"Could not {what}: the service answered {code} (HTTP {status}){advice}", code)
     if isinstance(error, botocore.exceptions.NoCredentialsError | botocore.exceptions.PartialCredentialsError):
         return BucketError(f"Could not {what}: no credentials{_ADVICE['NoCredentials']}", "NoCredentials")
-    return BucketError(f"Could not {what}: {type(error).__name__}", type(error).__name__)
+    name = type(error).__name__
+    return BucketError(f"Could not {what}: {name}{_ADVICE.get(name, '')}", name)
 
 
 _CREDENTIALS = "; check s3-access-key and s3-secret-key, or the credentials that boto3 finds"
@@ -575,6 +607,10 @@ _ADVICE = {
     "AuthorizationHeaderMalformed": _REGION,
     "PermanentRedirect": _REGION,
     "301": _REGION,
+    "InvalidRegionError": "; check s3-region, or AWS_REGION and AWS_DEFAULT_REGION in the environment",
+    "ProfileNotFound": "; check AWS_PROFILE in the environment, or set s3-access-key and s3-secret-key",
+    "EndpointResolutionError": "; check s3-endpoint-url and bucket-name",
+    "ValueError": "; check s3-endpoint-url",
     "RequestTimeTooSkewed": "; check the clock of this machine",
     "InvalidStorageClass": "; check s3-storage-class",
     "MissingContentLength": "; set s3-checksums to when_required",
@@ -595,4 +631,8 @@ MISCONFIGURED = {
     "AuthorizationHeaderMalformed": "s3-region",
     "PermanentRedirect": "s3-region",
     "301": "s3-region",
+    "InvalidRegionError": "s3-region",
+    "ProfileNotFound": "s3-access-key",
+    "EndpointResolutionError": "s3-endpoint-url",
+    "ValueError": "s3-endpoint-url",
 }

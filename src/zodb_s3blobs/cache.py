@@ -145,20 +145,20 @@ class Cache:
         self._lock = threading.RLock()
         self._unused: OrderedDict[Name, int] = OrderedDict()  # name -> size, least recent first
         self._pinned: dict[Name, _Pinned] = {}
-        self._size = 0
-        self._oversized = 0
+        self._size = 0  # of all files
+        self._oversized = 0  # of those among the pinned ones that are larger than the limit, and do not count for it
         self._leases: deque[tuple[float, Pin]] = deque()
         self._evicting_leases = False
         # While the directory is still being read: what was removed meanwhile and must not be found again.
         self._removed_while_reading: set[Name] | None = set()
         self._read = threading.Event()
         self._closed = False
-        self._lock_file = self._take_directory()
+        self._take_directory()
         threading.Thread(target=self._read_directory, name="s3blobs cache index", daemon=True).start()
 
     # The directory
 
-    def _take_directory(self) -> zc.lockfile.LockFile:
+    def _take_directory(self) -> None:
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not (self.directory / _LOCK_FILE).exists():
@@ -168,7 +168,16 @@ class Cache:
                         f"{self.directory} holds files that are no blob cache ({sorted(strangers)[0]!r} for one); "
                         f"name an empty or new directory"
                     )
-            lock_file = zc.lockfile.LockFile(str(self.directory / _LOCK_FILE))
+            self._lock_file = zc.lockfile.LockFile(str(self.directory / _LOCK_FILE))
+        except zc.lockfile.LockError:
+            raise CacheDirectoryError(
+                f"{self.directory} is in use by another process; every storage of every process needs its own"
+            ) from None
+        except FileExistsError:
+            raise CacheDirectoryError(f"{self.directory} is not a directory") from None
+        except OSError as error:
+            raise CacheDirectoryError(f"{self.directory} cannot be used: {error.strerror or error}") from error
+        try:
             self._mode = stat.S_IMODE(self.directory.stat().st_mode)
             # What a crash left behind. Nobody is using it: the lock is ours.
             for directory in (self.temporary, self._incoming):
@@ -178,13 +187,9 @@ class Cache:
                 directory.mkdir(mode=self._mode, exist_ok=True)
             # Readable for those who may read the directory, writable for nobody.
             self._file_mode = stat.S_IMODE(self._blobs.stat().st_mode) & 0o444
-        except zc.lockfile.LockError:
-            raise CacheDirectoryError(
-                f"{self.directory} is in use by another process; every storage of every process needs its own"
-            ) from None
         except OSError as error:
-            raise CacheDirectoryError(f"{self.directory} cannot be used: {error.strerror or error}") from error
-        return lock_file
+            self._lock_file.close()
+            raise CacheDirectoryError(f"{error.filename} cannot be used: {error.strerror or error}") from error
 
     def _read_directory(self) -> None:
         """Find the files of earlier runs; those used since the start are newer than all of them."""
@@ -200,15 +205,17 @@ class Cache:
                     logger.warning("%s is no file of this cache and is left alone", entry.path)
                 else:
                     found.append((status.st_mtime_ns, name, status.st_size))
-        found.sort(reverse=True)
-        with self._lock:
-            removed = self._removed_while_reading or set()
-            for _, name, size in found:
-                if name not in self._unused and name not in self._pinned and name not in removed:
-                    self._unused[name] = size
-                    self._unused.move_to_end(name, last=False)
-                    self._count(size, +1)
+        found.sort()
+        index = OrderedDict((name, size) for _, name, size in found)
+        with self._lock:  # for as short as can be: whoever reads or commits waits meanwhile
+            for name in (*(self._removed_while_reading or ()), *self._unused, *self._pinned):
+                index.pop(name, None)
+            self._size += sum(index.values())
+            index.update(self._unused)
+            self._unused = index
             self._removed_while_reading = None
+            for name in [name for name, size in index.items() if size > self.limit]:
+                self._unlink(name)  # the limit was larger once
             self._evict()
         self._read.set()
         logger.info("The cache in %s holds %d blobs, %d bytes", self.directory, len(self), self.size)
@@ -245,7 +252,7 @@ class Cache:
                     # Not ours to serve: a file that somebody else put here.
                     return None
                 self._unused[name] = size
-                self._count(size, +1)
+                self._size += size
             return self._pin(name, path)
 
     def new_file(self) -> Incoming:
@@ -294,6 +301,7 @@ class Cache:
         pinned = self._pinned.get(name)
         if pinned is None:
             pinned = self._pinned[name] = _Pinned(self._unused.pop(name))
+            self._oversized += self._excess(pinned.size)
         pinned.pins += 1
         return Pin(self, name, path, pinned)
 
@@ -303,6 +311,7 @@ class Cache:
             if pinned.pins or self._pinned.get(name) is not pinned:  # still in use, or removed meanwhile
                 return
             del self._pinned[name]
+            self._oversized -= self._excess(pinned.size)
             self._unused[name] = pinned.size
             if self._closed:
                 return  # the directory may belong to another process by now
@@ -346,16 +355,19 @@ class Cache:
     def _publish(self, name: Name, filename: str) -> Pin:
         path = self.path(*name)
         with self._lock:
+            if self._closed:
+                raise CacheError(f"The cache in {self.directory} has been closed")
             size = os.stat(filename).st_size
             os.chmod(filename, self._file_mode)
             self._when_full(functools.partial(self._move, filename, path), 1)
-            if name in self._pinned:  # the same bytes again: whoever reads the old file goes on with it
-                self._count(self._pinned[name].size, -1)
-                self._pinned[name].size = size
-            else:
-                self._count(self._unused.get(name, 0), -1)
+            pinned = self._pinned.get(name)
+            if pinned is None:
+                self._size += size - self._unused.pop(name, 0)
                 self._unused[name] = size
-            self._count(size, +1)
+            else:  # the same bytes again: whoever reads the old file goes on with it
+                self._size += size - pinned.size
+                self._oversized += self._excess(size) - self._excess(pinned.size)
+                pinned.size = size
             pin = self._pin(name, path)
             self._evict()
         return pin
@@ -384,10 +396,9 @@ class Cache:
                     raise
                 logger.warning("The disk of %s is full: evicted blobs to make room", self.directory)
 
-    def _count(self, size: int, sign: int) -> None:
-        self._size += sign * size
-        if size > self.limit:
-            self._oversized += sign * size
+    def _excess(self, size: int) -> int:
+        # What a file that is larger than the whole cache adds to `_oversized` while it is pinned.
+        return size if size > self.limit else 0
 
     def _evict(self) -> None:
         if self._removed_while_reading is None:  # before that, the least recent ones are not yet known
@@ -427,11 +438,11 @@ class Cache:
     def _forget(self, name: Name) -> None:
         if self._removed_while_reading is not None:
             self._removed_while_reading.add(name)
-        size = self._unused.pop(name, None)
-        if size is None and name in self._pinned:
-            size = self._pinned.pop(name).size
-        if size is not None:
-            self._count(size, -1)
+        self._size -= self._unused.pop(name, 0)
+        pinned = self._pinned.pop(name, None)
+        if pinned is not None:
+            self._size -= pinned.size
+            self._oversized -= self._excess(pinned.size)
 
 
 def _parse(filename: str) -> Name | None:

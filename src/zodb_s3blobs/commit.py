@@ -128,7 +128,7 @@ class Commit:
                     # It is in the bucket, and committed: the next reader fetches it from there.
                     logger.exception("A committed blob could not be put into the cache")
                     blob.file.discard()
-        self._uploads.in_flight.discard(blob.name for blob in self._blobs)
+        self._uploads.in_flight.discard(self._latest)
 
     def abandon(self) -> None:
         """Leave everything as it is: the base failed to finish, and whether it committed only it can say.
@@ -138,7 +138,7 @@ class Commit:
         for blob in self._blobs:
             if blob.file is not None:
                 blob.file.discard()
-        self._uploads.in_flight.discard(blob.name for blob in self._blobs)
+        self._uploads.in_flight.discard(self._latest)
 
     def abort(self) -> None:
         """Give up all blobs; a worker deletes what was uploaded."""
@@ -157,7 +157,8 @@ class Commit:
         if not self._blobs:
             self._deadline = time.monotonic() + self._uploads.timeout
         before = self._latest.get(blob.name)
-        self._uploads.in_flight.add(blob.name)
+        if before is None:
+            self._uploads.in_flight.add(blob.name)
         blob.future = self._uploads.workers.submit(self._run, blob, before, work, *args)
         self._latest[blob.name] = blob
         self._blobs.append(blob)
@@ -193,10 +194,13 @@ class Commit:
     def _upload_if_missing(self, blob: "_Blob") -> None:
         assert blob.file is not None
         self._uploads.in_flight.wait_until_judged(blob.name)
-        if self._uploads.bucket.has(*blob.name, blob.file.path):
-            blob.file.sync()
-        else:
+        blob.file.sync()
+        there = self._uploads.bucket.has(*blob.name, blob.file.path)
+        if there is False:
             self._upload(blob)
+        elif there is None:
+            # The same blob, as far as can be told. It gets our checksum; it was not this transaction that made it.
+            self._uploads.bucket.put(*blob.name, blob.file.path, self._check_wanted)
 
     def _copy(self, blob: "_Blob", source: bytes) -> None:
         oid, tid = blob.name
@@ -226,7 +230,7 @@ class Commit:
         except (BlobNotFound, BucketError) as error:
             logger.warning("After an aborted transaction: %s. The next pack deletes them", error)
         finally:
-            self._uploads.in_flight.discard(blob.name for blob in self._blobs)
+            self._uploads.in_flight.discard(self._latest)
 
 
 class _Blob:

@@ -8,10 +8,13 @@ import base64
 import binascii
 import logging
 import re
+from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
+from urllib.parse import urlsplit
 
 import ZConfig
+import ZConfig.datatypes
 from ZODB.config import BaseConfig
 
 from . import zeo
@@ -31,31 +34,82 @@ _PROBE_TIMEOUT = 10.0
 _MB = 1 << 20
 
 
+def _datatype(
+    key: str, kind: str, form: str, least: float | None = None, most: float | None = None
+) -> Callable[[str], Any]:
+    """ZConfig's datatype ``kind``, from ``least`` to ``most``, with an error that names the key and not the value."""
+    convert = ZConfig.datatypes.Registry().get(kind)
+
+    def datatype(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or (least is not None and value < least) or (most is not None and value > most):
+            raise ValueError(f"{key} must be {form}")
+        return value
+
+    return datatype
+
+
+# The datatypes of component.xml
+_SIZE, _TIME = "a number of bytes such as 500MB or 20GB", "a time of at least 1s, such as 30s or 10m"
+s3_use_ssl = _datatype("s3-use-ssl", "boolean", "true or false")
+cache_size = _datatype("cache-size", "byte-size", _SIZE, 0)
+s3_multipart_threshold = _datatype(
+    "s3-multipart-threshold", "byte-size", "a number of bytes from 5MB to 5GB", 5 * _MB, 5 << 30
+)
+s3_concurrency = _datatype("s3-concurrency", "integer", "a whole number of at least 1", 1)
+s3_connect_timeout = _datatype("s3-connect-timeout", "time-interval", _TIME, 1)
+s3_read_timeout = _datatype("s3-read-timeout", "time-interval", _TIME, 1)
+s3_max_attempts = _datatype("s3-max-attempts", "integer", "a whole number of at least 1", 1)
+s3_stage_threshold = _datatype("s3-stage-threshold", "byte-size", f"{_SIZE}, or 0", 0)
+upload_timeout = _datatype("upload-timeout", "time-interval", _TIME, 1)
+
+
+class StartRefused(ZConfig.ConfigurationError, SystemExit):
+    """A setting turned out wrong when the storage was opened; the message names its key.
+
+    Nobody in a starting server catches it. As a SystemExit it ends the process with its one sentence on stderr,
+    where the operator would have to find that below a traceback otherwise.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence)
+        self.code = sentence
+
+
 class S3BlobStorageFactory(BaseConfig):
     """The datatype of the section; `open` makes the storage.
 
-    Raises ValueError, which ZConfig turns into an error that names file and line, for settings that are wrong
-    whatever the bucket and the disk are like.
+    Raises ZConfig.ConfigurationError for settings that are wrong whatever the bucket and the disk are like. Not
+    ValueError: ZConfig would hang the section, with its secrets, on the error that it makes of that, and add line -1.
     """
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.settings = bucket_settings(config)
         if not config.cache_dir:
-            raise ValueError("cache-dir must name a directory")
-        _at_least("cache-size", config.cache_size, 0)
-        _at_least("s3-stage-threshold", config.s3_stage_threshold, 0)
-        _at_least("upload-timeout", config.upload_timeout, 1)
+            raise ZConfig.ConfigurationError("cache-dir must name a directory")
 
     def open(self) -> S3BlobStorage:
         """Open the base and the storage around it.
 
-        Raises ZConfig.ConfigurationError for a setting that turns out wrong; an S3 that does not answer is logged
+        Raises `StartRefused` for a setting that turns out wrong; an S3 that does not answer is logged
         and no error.
         """
         zeo.install()
-        bucket = Bucket(self.settings)
         try:
+            bucket = Bucket(self.settings)
+        except BucketError as error:
+            raise _misconfigured(error) from None
+        try:
+            if self.settings.s3_sse_customer_key and not bucket.endpoint_url.startswith("https:"):
+                raise _refuse(
+                    "s3-sse-customer-key sends the key with every request and so needs TLS, but boto3 found another "
+                    "endpoint in AWS_ENDPOINT_URL, AWS_ENDPOINT_URL_S3 or its configuration file: set s3-endpoint-url "
+                    "to one with https://"
+                )
             _probe(bucket)
             base = self.config.base.open()
         except BaseException:
@@ -67,37 +121,35 @@ class S3BlobStorageFactory(BaseConfig):
             base.close()
             bucket.close()
             if isinstance(error, UnsuitableBase):
-                raise ZConfig.ConfigurationError(f"s3blobstorage: {error}") from None
+                raise _refuse(f"s3blobstorage: {error}") from None
             if isinstance(error, CacheDirectoryError):
-                raise ZConfig.ConfigurationError(f"cache-dir: {error}") from None
+                raise _refuse(f"cache-dir: {error}") from None
             raise
 
 
 def bucket_settings(config: Any) -> BucketSettings:
-    """The settings of the section that concern S3, checked; ValueError names the key of the first bad one."""
+    """The settings of the section that concern S3, checked; ConfigurationError names the key of the first bad one."""
     endpoint = config.s3_endpoint_url
-    if endpoint and not re.fullmatch(r"https?://[^/\s@]+/?", endpoint):
-        raise ValueError("s3-endpoint-url must be http://host[:port] or https://host[:port]")
+    if endpoint and not _is_endpoint(endpoint):
+        raise ZConfig.ConfigurationError("s3-endpoint-url must be http(s)://host[:port][/path]")
     if not re.fullmatch(r"[a-zA-Z0-9.\-_]{1,255}", config.bucket_name) and not config.bucket_name.startswith("arn:"):
-        raise ValueError("bucket-name is not the name of a bucket: letters, digits, dots, hyphens and underscores")
+        raise ZConfig.ConfigurationError(
+            "bucket-name is not the name of a bucket: letters, digits, dots, hyphens and underscores"
+        )
     if any(part in ("", ".", "..") for part in config.s3_prefix.strip("/").split("/")) and config.s3_prefix.strip("/"):
-        raise ValueError("s3-prefix must not contain empty, '.' or '..' parts")
+        raise ZConfig.ConfigurationError("s3-prefix must not contain empty, '.' or '..' parts")
     if bool(config.s3_access_key) != bool(config.s3_secret_key):
         given, missing = ("access", "secret") if config.s3_access_key else ("secret", "access")
-        raise ValueError(f"s3-{given}-key is set, but s3-{missing}-key is not: set both or neither")
+        raise ZConfig.ConfigurationError(f"s3-{given}-key is set, but s3-{missing}-key is not: set both or neither")
     _one_of("s3-addressing-style", config.s3_addressing_style, ("auto", "path", "virtual"))
-    if config.s3_sse is not None:
+    if config.s3_sse:
         _one_of("s3-sse", config.s3_sse, ("AES256", "aws:kms"))
     if config.s3_sse_kms_key_id and config.s3_sse != "aws:kms":
-        raise ValueError("s3-sse-kms-key-id needs s3-sse aws:kms")
+        raise ZConfig.ConfigurationError("s3-sse-kms-key-id needs s3-sse aws:kms")
     checksums: Any = config.s3_checksums or ("when_required" if endpoint else "when_supported")
     _one_of("s3-checksums", checksums, ("when_supported", "when_required"))
-    if not 5 * _MB <= config.s3_multipart_threshold <= 5 << 30:
-        raise ValueError("s3-multipart-threshold must be from 5MB to 5GB")
-    _at_least("s3-concurrency", config.s3_concurrency, 1)
-    _at_least("s3-connect-timeout", config.s3_connect_timeout, 1)
-    _at_least("s3-read-timeout", config.s3_read_timeout, 1)
-    _at_least("s3-max-attempts", config.s3_max_attempts, 1)
+    if config.s3_storage_class and not re.fullmatch("[A-Z0-9_]+", config.s3_storage_class):
+        raise ZConfig.ConfigurationError("s3-storage-class must be a name in capitals, such as STANDARD_IA")
     tls = endpoint.startswith("https:") if endpoint else config.s3_use_ssl
     return BucketSettings(
         bucket_name=config.bucket_name,
@@ -125,29 +177,44 @@ def _customer_key(encoded: str | None, tls: bool, sse: str | None) -> bytes | No
     if not encoded:
         return None
     if not tls:
-        raise ValueError(
+        raise ZConfig.ConfigurationError(
             "s3-sse-customer-key sends the key with every request and so needs TLS: use an https:// s3-endpoint-url "
             "and s3-use-ssl true"
         )
     if sse:
-        raise ValueError("s3-sse-customer-key and s3-sse exclude each other: set one of them")
+        raise ZConfig.ConfigurationError("s3-sse-customer-key and s3-sse exclude each other: set one of them")
     try:
         key = base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError):
         key = b""
     if len(key) != 32:
-        raise ValueError("s3-sse-customer-key must be 32 bytes in base64, as `openssl rand -base64 32` makes them")
+        raise ZConfig.ConfigurationError(
+            "s3-sse-customer-key must be 32 bytes in base64, as `openssl rand -base64 32` makes them"
+        )
     return key
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}")
+        raise ZConfig.ConfigurationError(f"{name} must be one of {', '.join(allowed)}")
 
 
-def _at_least(name: str, value: float, least: float) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}")
+def _is_endpoint(url: str) -> bool:
+    if not re.fullmatch(r"https?://[^/\s@?#]+(/[^\s@?#]*)?", url):
+        return False
+    try:
+        return bool(urlsplit(url).hostname) and urlsplit(url).port != 0
+    except ValueError:  # the port is no number, or none that a port can have
+        return False
+
+
+def _misconfigured(error: BucketError) -> StartRefused:
+    return _refuse(f"{MISCONFIGURED.get(error.code, 's3blobstorage')}: {error}")
+
+
+def _refuse(sentence: str) -> StartRefused:
+    logger.critical("%s", sentence)  # the stderr of a daemon is read by nobody
+    return StartRefused(sentence)
 
 
 def _probe(bucket: Bucket) -> None:
@@ -156,9 +223,8 @@ def _probe(bucket: Bucket) -> None:
     try:
         worker.submit(bucket.probe).result(_PROBE_TIMEOUT)
     except BucketError as error:
-        key = MISCONFIGURED.get(error.code)
-        if key is not None:
-            raise ZConfig.ConfigurationError(f"{key}: {error}") from None
+        if error.code in MISCONFIGURED:
+            raise _misconfigured(error) from None
         logger.error("%s. Starting all the same: objects and cached blobs are served, other blobs fail", error)
     except FutureTimeout:
         logger.error(

@@ -39,7 +39,9 @@ def collect(base: Any, bucket: Bucket, cache: Cache, in_flight: InFlight) -> int
     started = time.monotonic()
 
     def delete() -> int:
-        with in_flight.deleting(dead) as names:
+        with in_flight.deleting(dead) as free:
+            # Judged again now that nobody can begin to restore them: one may have been restored since.
+            names = [name for name in free if not _is_live(base.loadSerial, *name)]
             bucket.delete(names)
             for name in names:
                 cache.remove(*name)

@@ -1,0 +1,113 @@
+"""Does one client's blob hold up the others? Run by hand; prints a Markdown table.
+
+    S3BLOBS_TEST_ENDPOINT=http://127.0.0.1:7480 AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... \
+        python tests/benchmarks/stall.py [--size MIB] [--latency SECONDS] [--bandwidth MIB_PER_SECOND]
+
+A real runzeo, and clients in processes of their own. While one of them reads a cold blob, and while it commits one,
+another loads an object over and over, and a third commits small objects. The same against ZODB's own blob directory
+on the same machine in the same run, where "cold" is a client that does not have the blob yet. Without an endpoint it
+starts the tests' own S3 server, which is moto and no match for a real one.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from common import client, commit_blob, commit_object, empty_cache, random_file, s3, zeo
+from ZODB.tests.StorageTestBase import ZERO
+
+SETTLE = 1.0  # seconds of measuring before the work begins
+IDLE = 5.0  # seconds
+
+
+def measure_loads(port, oid, stop, result):
+    storage = client(port)
+    times = []
+    while not stop.is_set():
+        started = time.perf_counter()
+        storage._call("loadBefore", oid, b"\x7f" + b"\xff" * 7)
+        times.append(time.perf_counter() - started)
+        time.sleep(0.001)
+    result.put(times)
+    storage.close()
+
+
+def measure_commits(port, stop, result):
+    storage = client(port)
+    oid, serial, times = storage.new_oid(), ZERO, []
+    while not stop.is_set():
+        started = time.perf_counter()
+        serial = commit_object(storage, oid, serial)
+        times.append(time.perf_counter() - started)
+        time.sleep(0.01)
+    result.put(times)
+    storage.close()
+
+
+def during(port, oid, work):
+    """Loads and small commits of two other clients while ``work`` goes on; returns both times, and the work's."""
+    stop, loads, commits = multiprocessing.Event(), multiprocessing.Queue(), multiprocessing.Queue()
+    meters = [
+        multiprocessing.Process(target=measure_loads, args=(port, oid, stop, loads)),
+        multiprocessing.Process(target=measure_commits, args=(port, stop, commits)),
+    ]
+    for meter in meters:
+        meter.start()
+    time.sleep(SETTLE)
+    started = time.perf_counter()
+    work()
+    took = time.perf_counter() - started
+    stop.set()
+    results = loads.get(), commits.get()
+    for meter in meters:
+        meter.join()
+    return *results, took
+
+
+def shown(times):
+    times = sorted(times)
+    milliseconds = [1000 * value for value in (statistics.median(times), times[int(len(times) * 0.99)], times[-1])]
+    return " | ".join(f"{value:.1f}" for value in milliseconds)
+
+
+def run(name, directory, service, size):
+    rows = []
+    directory = Path(directory)
+    with zeo(directory, service) as port:
+        storage = client(port, blob_dir=str(directory / "writer"))
+        oid, blob_oid = storage.new_oid(), storage.new_oid()
+        commit_object(storage, oid, ZERO)
+        rows.append(("idle", during(port, oid, lambda: time.sleep(IDLE))))
+        path, tid = random_file(directory / "writer" / "tmp" / "blob", size), []
+        work = during(port, oid, lambda: tid.append(commit_blob(storage, blob_oid, path)))
+        rows.append((f"commit of {size} MiB", work))
+        storage.close()
+    empty_cache(directory)
+    with zeo(directory, service) as port:
+        storage = client(port, blob_dir=str(directory / "reader"))
+        work = during(port, oid, lambda: storage.loadBlob(blob_oid, tid[0]))
+        rows.append((f"cold read of {size} MiB", work))
+        storage.close()
+    for row, (loads, commits, took) in rows:
+        print(f"| {name} | {row} ({took:.1f} s) | {shown(loads)} | {shown(commits)} |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--size", type=int, default=256, help="of the blob, in MiB")
+    parser.add_argument("--latency", type=float, default=0, help="round trip to S3, in seconds")
+    parser.add_argument("--bandwidth", type=float, default=0, help="of the link to S3, in MiB per second")
+    arguments = parser.parse_args()
+    print("| server | meanwhile | load p50 | p99 | max (ms) | small commit p50 | p99 | max (ms) |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    with s3(arguments.latency, arguments.bandwidth) as service:
+        for name, where in ("s3blobs", service), ("blob-dir", None):
+            with tempfile.TemporaryDirectory() as directory:
+                run(name, directory, where, arguments.size)
+
+
+if __name__ == "__main__":
+    main()

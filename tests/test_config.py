@@ -1,0 +1,647 @@
+"""The ``<s3blobstorage>`` section: what is refused and how it is said, what is accepted, and how the start goes."""
+
+import base64
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+import traceback
+from io import StringIO
+from types import SimpleNamespace
+
+import pytest
+import transaction
+import ZConfig
+import ZODB
+import ZODB.blob
+import ZODB.config
+from ZODB.blob import Blob
+from ZODB.FileStorage import FileStorage
+from ZODB.MappingStorage import MappingStorage
+
+from zodb_s3blobs import config as config_module
+
+ACCESS_KEY = "AKIAOFTHISTEST"
+SECRET_KEY = "secret-key-of-this-test"
+CUSTOMER_KEY = base64.b64encode(b"customer key of this test, 32 by").decode()
+SECRETS = (ACCESS_KEY, SECRET_KEY, CUSTOMER_KEY)
+
+MAPPING = "<mappingstorage/>"
+FILES = "<filestorage>\n path {dir}/Data.fs\n</filestorage>"
+
+
+@pytest.fixture(autouse=True)
+def no_aws_settings(monkeypatch, tmp_path):
+    """Whatever this machine knows about AWS is none of the tests' business."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture
+def section(tmp_path):
+    """Makes the text of a section around the section ``base``; keywords are its keys, with _ for -; None: left out."""
+
+    def make(base=MAPPING, **keys):
+        keys = {"bucket_name": "blobs", "cache_dir": "{dir}/cache", **keys}
+        lines = [f"{key.replace('_', '-')} {value}" for key, value in keys.items() if value is not None]
+        text = "\n".join(["%import zodb_s3blobs", "%import zc.zlibstorage", "<s3blobstorage>", *lines, base])
+        return text.replace("{dir}", str(tmp_path)) + "\n</s3blobstorage>\n"
+
+    return make
+
+
+def read(text):
+    """The factory that ZConfig makes of the text of a section."""
+    config, _ = ZConfig.loadConfigFile(ZODB.config.getStorageSchema(), StringIO(text))
+    return config.storage
+
+
+def settings(text):
+    return read(text).settings
+
+
+@pytest.fixture
+def refusal(caplog):
+    """Calls a function that must raise ConfigurationError; returns its text, after looking for secrets everywhere."""
+    caplog.set_level(logging.DEBUG)
+
+    def call(function, *args, secrets=SECRETS):
+        with pytest.raises(ZConfig.ConfigurationError) as caught:
+            function(*args)
+        shown = "".join([*everything_shown(caught.value), caplog.text])
+        for secret in secrets:
+            assert secret not in shown
+        return str(caught.value)
+
+    return call
+
+
+def everything_shown(error):
+    """All texts of an exception, of those before it in its chain, suppressed ones too, and the tracebacks."""
+    seen = set()
+    waiting = [error]
+    while waiting:
+        error = waiting.pop()
+        if error is not None and id(error) not in seen:
+            seen.add(id(error))
+            yield from (str(error), repr(error), repr(error.args), *traceback.format_exception(error))
+            waiting += [error.__cause__, error.__context__]
+
+
+# Bad values are refused when the configuration is read
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bucket-name", "two words"),
+        ("bucket-name", "a/b"),
+        ("bucket-name", "s3://bucket"),
+        ("bucket-name", "b" * 256),
+        ("s3-prefix", "a//b"),
+        ("s3-prefix", "../b"),
+        ("s3-prefix", "a/./b"),
+        ("s3-endpoint-url", "minio.example.net:9000"),
+        ("s3-endpoint-url", "ftp://minio.example.net"),
+        ("s3-endpoint-url", "http://user:hunter2@minio.example.net"),
+        ("s3-endpoint-url", "http://minio.example.net?region=x"),
+        ("s3-endpoint-url", "http://minio example.net"),
+        ("s3-endpoint-url", "http://minio.example.net:http"),
+        ("s3-endpoint-url", "http://minio.example.net:99999"),
+        ("s3-use-ssl", "maybe"),
+        ("s3-addressing-style", "virtuel"),
+        ("s3-sse", "aes256"),
+        ("s3-sse", "SSE-C"),
+        ("s3-storage-class", "standard ia"),
+        ("s3-checksums", "always"),
+        ("s3-multipart-threshold", "large"),
+        ("s3-multipart-threshold", "1MB"),
+        ("s3-multipart-threshold", "6GB"),
+        ("s3-concurrency", "many"),
+        ("s3-concurrency", "0"),
+        ("s3-concurrency", "-1"),
+        ("s3-connect-timeout", "soon"),
+        ("s3-connect-timeout", "0"),
+        ("s3-read-timeout", "1.5s"),
+        ("s3-read-timeout", "0s"),
+        ("s3-max-attempts", "twice"),
+        ("s3-max-attempts", "0"),
+        ("upload-timeout", "ten minutes"),
+        ("upload-timeout", "0"),
+        ("cache-size", "lots"),
+        ("cache-size", "-1"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_key_named(section, refusal, key, value):
+    text = section(**{"s3_access_key": ACCESS_KEY, "s3_secret_key": SECRET_KEY, key.replace("-", "_"): value})
+    sentence = refusal(read, text)
+    assert key in sentence
+    assert "line -1" not in sentence
+    if len(value) > 4:  # shorter ones are in the sentence by chance
+        assert value not in sentence
+        assert "hunter2" not in sentence
+
+
+@pytest.mark.parametrize("key", ["bucket-name", "cache-dir"])
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_required_key_that_is_missing_or_empty_is_refused(section, refusal, key, value):
+    assert key in refusal(read, section(**{key.replace("-", "_"): value}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"s3_access_key": ACCESS_KEY}, ["s3-access-key", "s3-secret-key"]),
+        ({"s3_secret_key": SECRET_KEY}, ["s3-access-key", "s3-secret-key"]),
+        ({"s3_access_key": ACCESS_KEY, "s3_secret_key": ""}, ["s3-access-key", "s3-secret-key"]),
+        ({"s3_sse_kms_key_id": "some-key"}, ["s3-sse-kms-key-id", "s3-sse"]),
+        ({"s3_sse": "AES256", "s3_sse_kms_key_id": "some-key"}, ["s3-sse-kms-key-id", "s3-sse"]),
+        ({"s3_sse_customer_key": CUSTOMER_KEY, "s3_sse": "AES256"}, ["s3-sse-customer-key", "s3-sse"]),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(section, refusal, keys, named):
+    sentence = refusal(read, section(**keys))
+    assert all(key in sentence for key in named)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "not base64, and secret",
+        CUSTOMER_KEY[:-8],
+        CUSTOMER_KEY + CUSTOMER_KEY,
+        CUSTOMER_KEY.rstrip("="),
+        base64.b64encode(b"only a few bytes").decode(),
+        "\N{SNOWMAN}" * 44,
+    ],
+)
+def test_a_customer_key_that_is_not_32_bytes_in_base64_is_refused_and_not_shown(section, refusal, value):
+    assert "s3-sse-customer-key" in refusal(read, section(s3_sse_customer_key=value), secrets=(value,))
+
+
+def test_an_unknown_key_is_refused(section, refusal):
+    assert "s3-secretkey" in refusal(read, section(s3_secretkey=SECRET_KEY))
+
+
+def test_a_section_without_a_storage_in_it_is_refused(section, refusal):
+    assert "zodb.storage" in refusal(read, section(base=""))
+
+
+def test_an_error_holds_no_section_full_of_secrets(section):
+    # Tools that report errors show the attributes of an exception as well.
+    text = section(s3_access_key=ACCESS_KEY, s3_secret_key=SECRET_KEY, s3_sse="nonsense")
+    with pytest.raises(ZConfig.ConfigurationError) as caught:
+        read(text)
+    shown = " ".join(f"{value} {value!r}" for value in vars(caught.value).values())
+    assert not any(secret in shown for secret in SECRETS)
+
+
+# SSE-C needs TLS
+
+
+@pytest.mark.parametrize("keys", [{"s3_endpoint_url": "http://s3.example.net"}, {"s3_use_ssl": "false"}])
+def test_a_customer_key_is_refused_without_tls(section, refusal, keys):
+    sentence = refusal(read, section(s3_sse_customer_key=CUSTOMER_KEY, **keys))
+    assert "s3-sse-customer-key" in sentence
+    assert "TLS" in sentence
+
+
+@pytest.mark.parametrize("keys", [{}, {"s3_endpoint_url": "https://s3.example.net", "s3_use_ssl": "false"}])
+def test_a_customer_key_is_accepted_with_tls(section, keys):
+    key = settings(section(s3_sse_customer_key=CUSTOMER_KEY, **keys)).s3_sse_customer_key
+    assert key == base64.b64decode(CUSTOMER_KEY)
+
+
+def test_a_customer_key_is_refused_if_boto3_finds_an_endpoint_without_tls(section, refusal, s3, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.url)
+    factory = read(section(s3_access_key=ACCESS_KEY, s3_secret_key=SECRET_KEY, s3_sse_customer_key=CUSTOMER_KEY))
+    assert "s3-sse-customer-key" in refusal(factory.open)
+    assert s3.requests() == []
+
+
+# What the section means
+
+
+def test_defaults(section):
+    factory = read(section())
+    assert factory.config.cache_size == 1 << 30
+    assert factory.config.upload_timeout == 600
+    assert vars(factory.settings) == {
+        "bucket_name": "blobs",
+        "s3_prefix": "",
+        "s3_endpoint_url": None,
+        "s3_region": None,
+        "s3_access_key": None,
+        "s3_secret_key": None,
+        "s3_use_ssl": True,
+        "s3_addressing_style": "auto",
+        "s3_sse_customer_key": None,
+        "s3_sse": None,
+        "s3_sse_kms_key_id": None,
+        "s3_storage_class": None,
+        "s3_checksums": "when_supported",
+        "s3_multipart_threshold": 8 << 20,
+        "s3_concurrency": 16,
+        "s3_connect_timeout": 5,
+        "s3_read_timeout": 30,
+        "s3_max_attempts": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "meaning"),
+    [
+        ("s3_prefix", "/site/one/", "site/one"),
+        ("s3_endpoint_url", "http://minio.example.net:9000", "http://minio.example.net:9000"),
+        ("s3_endpoint_url", "https://[::1]:9000", "https://[::1]:9000"),
+        ("s3_region", "eu-central-1", "eu-central-1"),
+        ("s3_use_ssl", "off", False),
+        ("s3_addressing_style", "virtual", "virtual"),
+        ("s3_sse", "aws:kms", "aws:kms"),
+        ("s3_storage_class", "STANDARD_IA", "STANDARD_IA"),
+        ("s3_checksums", "when_required", "when_required"),
+        ("s3_multipart_threshold", "5GB", 5 << 30),
+        ("s3_concurrency", "4", 4),
+        ("s3_connect_timeout", "1m", 60),
+        ("s3_max_attempts", "1", 1),
+        ("bucket_name", "arn:aws:s3:eu-central-1:111122223333:accesspoint/blobs", None),
+    ],
+)
+def test_a_value_is_taken_over(section, key, value, meaning):
+    assert getattr(settings(section(**{key: value})), key) == (value if meaning is None else meaning)
+
+
+def test_an_empty_value_is_no_value(section):
+    # What $(NAME) leaves when the variable is set but empty.
+    optional = ("s3_prefix", "s3_endpoint_url", "s3_region", "s3_access_key", "s3_secret_key", "s3_sse_customer_key")
+    more = ("s3_sse", "s3_sse_kms_key_id", "s3_storage_class", "s3_checksums")
+    assert settings(section(**dict.fromkeys((*optional, *more), ""))) == settings(section())
+
+
+def test_checksums_that_every_service_understands_are_the_default_beside_an_endpoint(section):
+    assert settings(section(s3_endpoint_url="https://s3.example.net")).s3_checksums == "when_required"
+
+
+def test_values_come_from_the_environment(section, monkeypatch):
+    monkeypatch.setenv("TEST_BUCKET", "from-the-environment")
+    monkeypatch.setenv("TEST_ACCESS_KEY", ACCESS_KEY)
+    monkeypatch.setenv("TEST_SECRET_KEY", "with $ and $(this)")  # is not looked at again
+    read_settings = settings(
+        section(bucket_name="$(TEST_BUCKET)", s3_access_key="$(TEST_ACCESS_KEY)", s3_secret_key="$(TEST_SECRET_KEY)")
+    )
+    assert read_settings.bucket_name == "from-the-environment"
+    assert read_settings.s3_access_key == ACCESS_KEY
+    assert read_settings.s3_secret_key == "with $ and $(this)"
+
+
+def test_a_missing_environment_variable_is_named(section, refusal, monkeypatch):
+    monkeypatch.delenv("TEST_SECRET_KEY", raising=False)
+    text = section(s3_access_key=ACCESS_KEY, s3_secret_key="$(TEST_SECRET_KEY)")
+    assert "TEST_SECRET_KEY" in refusal(read, text)
+
+
+# The start
+
+
+@pytest.fixture
+def s3_section(section, s3, bucket_name):
+    """As `section`, with a bucket that is there."""
+
+    def make(base=MAPPING, **keys):
+        there = {
+            "bucket_name": bucket_name,
+            "s3_endpoint_url": s3.url,
+            "s3_access_key": ACCESS_KEY,
+            "s3_secret_key": SECRET_KEY,
+            "s3_max_attempts": "1",
+        }
+        return section(base, **{**there, **keys})
+
+    return make
+
+
+@pytest.fixture
+def open_storage(s3_section):
+    """Opens the storage of a section; closed after the test."""
+    opened = []
+
+    def make(base=MAPPING, **keys):
+        opened.append(read(s3_section(base, **keys)).open())
+        return opened[-1]
+
+    yield make
+    for storage in opened:
+        storage.close()
+
+
+def test_neither_repr_nor_log_shows_a_secret(open_storage, caplog, s3):
+    caplog.set_level(logging.DEBUG)
+    storage = open_storage()
+    commit_blob(storage)
+    assert s3.requests("PutObject")
+    shown = caplog.text + repr(storage) + repr(storage._parts)
+    assert not any(secret in shown for secret in SECRETS)
+
+
+def test_repr_of_the_settings_shows_no_secret(section):
+    factory = read(section(s3_access_key=ACCESS_KEY, s3_secret_key=SECRET_KEY, s3_sse_customer_key=CUSTOMER_KEY))
+    shown = f"{factory!r} {factory.settings!r} {factory.settings}"
+    assert not any(secret in shown for secret in (*SECRETS, "customer key of this test"))
+
+
+def test_an_unknown_bucket_stops_the_start(s3_section, refusal):
+    assert refusal(read(s3_section(bucket_name="no-such-bucket")).open).startswith("bucket-name: ")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "key"),
+    [
+        (403, "InvalidAccessKeyId", "s3-access-key"),
+        (403, "SignatureDoesNotMatch", "s3-secret-key"),
+        (403, "AccessDenied", "s3-access-key"),
+        (403, "", "s3-access-key"),
+        (400, "AuthorizationHeaderMalformed", "s3-region"),
+    ],
+)
+def test_refused_credentials_stop_the_start(s3_section, refusal, s3, status, code, key):
+    # Services like to tell more than they should; with no code there is no text either.
+    message = f"No good: {ACCESS_KEY} {SECRET_KEY} {CUSTOMER_KEY}" if code else ""
+    s3.misbehave(status=status, code=code, message=message)
+    sentence = refusal(read(s3_section()).open)
+    assert sentence.startswith(f"{key}: ")
+    assert "\n" not in sentence
+
+
+def test_the_log_says_why_the_start_was_refused(s3_section, refusal, caplog):
+    # The stderr of a daemon is read by nobody.
+    sentence = refusal(read(s3_section(bucket_name="no-such-bucket")).open)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == [sentence]
+
+
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [
+        ({"s3_concurrency": "0"}, "s3-concurrency"),
+        ({"s3_sse": "nonsense"}, "s3-sse"),
+        ({"bucket_name": "no-such-bucket"}, "bucket-name"),
+    ],
+)
+def test_runzeo_says_it_in_one_sentence(s3_section, tmp_path, keys, key):
+    eventlog = f"<eventlog>\n<logfile>\n path {tmp_path}/log\n</logfile>\n</eventlog>\n"
+    (tmp_path / "zeo.conf").write_text(f"<zeo>\n address 127.0.0.1:0\n</zeo>\n{s3_section(**keys)}{eventlog}")
+    runzeo = [sys.executable, "-m", "ZEO.runzeo", "-C", tmp_path / "zeo.conf"]
+    done = subprocess.run(runzeo, capture_output=True, text=True, timeout=60)
+    assert done.returncode
+    said = [line for line in done.stderr.splitlines() if "For help" not in line]
+    assert len(said) == 1
+    assert key in said[0]
+    assert "line -1" not in said[0]
+
+
+def test_no_credentials_at_all_stop_the_start(s3_section, refusal):
+    assert "s3-access-key" in refusal(read(s3_section(s3_access_key=None, s3_secret_key=None)).open)
+
+
+def test_a_region_that_is_none_stops_the_start(s3_section, refusal):
+    assert "s3-region" in refusal(read(s3_section(s3_region="somewhere in Europe")).open)
+
+
+def test_a_profile_that_does_not_exist_stops_the_start(s3_section, refusal, monkeypatch):
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    sentence = refusal(read(s3_section(s3_access_key=None, s3_secret_key=None)).open)
+    assert "s3-access-key" in sentence
+    assert "AWS_PROFILE" in sentence
+
+
+def test_an_endpoint_that_is_down_does_not_stop_the_start(open_storage, caplog):
+    with socket.socket() as nobody_listens:
+        nobody_listens.bind(("127.0.0.1", 0))
+        storage = open_storage(s3_endpoint_url=f"http://127.0.0.1:{nobody_listens.getsockname()[1]}")
+    assert "Starting all the same" in caplog.text
+    assert objects_work(storage)
+
+
+@pytest.mark.parametrize(("status", "code"), [(503, "SlowDown"), (500, "InternalError"), (502, "")])
+def test_a_service_in_trouble_does_not_stop_the_start(open_storage, caplog, s3, status, code):
+    s3.misbehave(status=status, code=code)
+    storage = open_storage()
+    assert "Starting all the same" in caplog.text
+    assert objects_work(storage)
+
+
+def test_a_service_that_does_not_answer_does_not_stop_the_start(open_storage, caplog, s3, monkeypatch):
+    monkeypatch.setattr(config_module, "_PROBE_TIMEOUT", 0.2)
+    s3.misbehave(hang=True)
+    storage = open_storage()
+    assert "did not answer within 0.2 s" in caplog.text
+    assert objects_work(storage)
+
+
+def objects_work(storage):
+    database = ZODB.DB(storage)
+    with database.transaction() as connection:
+        connection.root()["key"] = "value"
+    with database.transaction() as connection:
+        return connection.root()["key"] == "value"
+
+
+def commit_blob(storage):
+    """Commit a blob and read it again."""
+    database = ZODB.DB(storage)
+    with database.transaction() as connection:
+        connection.root()["blob"] = Blob(b"data")
+    with database.transaction() as connection, connection.root()["blob"].open("c") as file:
+        assert file.read() == b"data"
+
+
+# The cache directory
+
+
+def test_a_cache_directory_of_another_storage_is_refused(open_storage, s3_section, refusal):
+    open_storage()
+    assert refusal(read(s3_section()).open).startswith("cache-dir: ")
+
+
+def test_a_file_in_place_of_the_cache_directory_is_refused(s3_section, refusal, tmp_path):
+    (tmp_path / "cache").write_text("something else")
+    sentence = refusal(read(s3_section()).open)
+    assert sentence.startswith("cache-dir: ")
+    assert "not a directory" in sentence
+    assert (tmp_path / "cache").read_text() == "something else"
+
+
+def test_a_cache_directory_below_a_file_is_refused(s3_section, refusal, tmp_path):
+    (tmp_path / "file").write_text("something else")
+    assert refusal(read(s3_section(cache_dir="{dir}/file/cache")).open).startswith("cache-dir: ")
+
+
+def test_a_directory_with_something_else_in_it_is_refused_and_left_alone(s3_section, refusal, tmp_path):
+    (tmp_path / "cache" / "tmp").mkdir(parents=True)
+    (tmp_path / "cache" / "tmp" / "file").write_text("something else")
+    assert refusal(read(s3_section()).open).startswith("cache-dir: ")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["tmp"]
+    assert (tmp_path / "cache" / "tmp" / "file").read_text() == "something else"
+
+
+def test_a_cache_directory_is_made_with_all_above_it_and_only_for_its_owner(open_storage, tmp_path):
+    open_storage(cache_dir="{dir}/new/directory/cache")
+    assert (tmp_path / "new" / "directory" / "cache").stat().st_mode & 0o077 == 0
+
+
+# The storage inside
+
+
+BASES = {
+    "filestorage": FILES,
+    "mappingstorage": MAPPING,
+    "demostorage": "<demostorage/>",
+    "demostorage with base": f"<demostorage>\n{FILES}\n</demostorage>",
+    "demostorage with base and changes": (
+        "<demostorage>\n<mappingstorage base>\n</mappingstorage>\n"
+        "<filestorage changes>\n path {dir}/changes.fs\n</filestorage>\n</demostorage>"
+    ),
+    "zlibstorage": f"<zlibstorage>\n{FILES}\n</zlibstorage>",
+}
+
+
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES.keys())
+def test_a_base_that_is_accepted_keeps_its_blobs_in_the_bucket(open_storage, s3, bucket_name, base):
+    commit_blob(open_storage(base))
+    assert re.fullmatch(r"blobs/[0-9a-f]+/[0-9a-f]+\.blob", "\n".join(s3.keys(bucket_name)))
+
+
+def test_zlibstorage_around_it_is_accepted(s3_section, s3, bucket_name):
+    imports, start, end = s3_section(FILES).partition("<s3blobstorage>")
+    storage = read(f"{imports}<zlibstorage>\n{start}{end}</zlibstorage>\n").open()
+    try:
+        commit_blob(storage)
+        assert len(s3.keys(bucket_name)) == 1
+    finally:
+        storage.close()
+
+
+BLOB_FILES = "<filestorage>\n path {dir}/Data.fs\n blob-dir {dir}/blobs\n</filestorage>"
+
+REFUSED_BASES = {
+    "filestorage with blob-dir": (BLOB_FILES, "blob-dir"),
+    "blobstorage": (f"<blobstorage>\n blob-dir {{dir}}/blobs\n {FILES}\n</blobstorage>", "blob-dir"),
+    "demostorage around blobs": (f"<demostorage>\n{BLOB_FILES}\n</demostorage>", "blob-dir"),
+    "zlibstorage around blobs": (f"<zlibstorage>\n{BLOB_FILES}\n</zlibstorage>", "blob-dir"),
+    "itself": (
+        "<s3blobstorage>\n bucket-name {bucket}\n s3-endpoint-url {url}\n s3-access-key a\n s3-secret-key b\n"
+        " cache-dir {dir}/inner\n <mappingstorage/>\n</s3blobstorage>",
+        "blob-dir",
+    ),
+    "zeoclient": ("<zeoclient>\n server localhost:1\n wait off\n</zeoclient>", "tid"),
+}
+
+
+@pytest.mark.parametrize(("base", "reason"), REFUSED_BASES.values(), ids=REFUSED_BASES.keys())
+def test_a_base_that_does_not_fit_is_refused_in_one_sentence(s3_section, refusal, s3, bucket_name, base, reason):
+    base = base.replace("{bucket}", bucket_name).replace("{url}", s3.url)
+    sentence = refusal(read(s3_section(base)).open)
+    assert sentence.startswith("s3blobstorage: ")
+    assert reason in sentence
+    assert "\n" not in sentence
+
+
+class UnknownStorage:
+    """A storage that is none of ZODB's, and says nothing about the tid it is committing."""
+
+    closed = False
+
+    def getName(self):
+        return "unknown"
+
+    def close(self):
+        self.closed = True
+
+
+class RelStorage(UnknownStorage):
+    """What looks like RelStorage."""
+
+
+RelStorage.__module__ = "relstorage.storage"
+
+
+@pytest.mark.parametrize(("base", "reason"), [(UnknownStorage(), "tid"), (RelStorage(), "RelStorage")])
+def test_a_storage_that_cannot_be_served_is_refused_and_closed(s3_section, refusal, base, reason):
+    factory = read(s3_section())
+    factory.config.base = SimpleNamespace(open=lambda: base)
+    sentence = refusal(factory.open)
+    assert sentence.startswith("s3blobstorage: ")
+    assert reason in sentence
+    assert "\n" not in sentence
+    assert base.closed
+
+
+def test_the_name_of_a_base_may_hold_anything(s3_section):
+    # A name is shown in the refusal; it must not be mistaken for a format.
+    factory = read(s3_section())
+    factory.config.base = SimpleNamespace(open=lambda: MappingStorage("100% {}"))
+    factory.open().close()
+
+
+# After a start that failed nothing is left open
+
+
+def opens_again(factory, tmp_path):
+    FileStorage(str(tmp_path / "Data.fs")).close()  # LockError if somebody has it
+    factory.open().close()
+    return True
+
+
+def test_everything_is_free_again_after_a_refused_bucket(s3_section, refusal, s3, tmp_path):
+    factory = read(s3_section(FILES))
+    s3.misbehave(status=403, code="AccessDenied")
+    refusal(factory.open)
+    s3.behave()
+    assert opens_again(factory, tmp_path)
+
+
+def test_everything_is_free_again_after_a_refused_cache_directory(s3_section, tmp_path):
+    factory = read(s3_section(FILES))
+    (tmp_path / "cache").write_text("something else")
+    # The exception, and with it all its frames, lives on as it would in a process that reports it.
+    with pytest.raises(ZConfig.ConfigurationError):
+        factory.open()
+    (tmp_path / "cache").unlink()
+    assert opens_again(factory, tmp_path)
+
+
+def test_everything_is_free_again_after_a_cache_directory_that_cannot_be_swept(s3_section, tmp_path):
+    factory = read(s3_section(FILES))
+    factory.open().close()
+    (tmp_path / "cache" / "tmp").rmdir()
+    (tmp_path / "cache" / "tmp").write_text("no directory")
+    with pytest.raises(ZConfig.ConfigurationError) as caught:
+        factory.open()
+    assert str(caught.value).startswith("cache-dir: ")
+    (tmp_path / "cache" / "tmp").unlink()
+    assert opens_again(factory, tmp_path)
+
+
+def test_everything_is_free_again_after_a_refused_base(s3_section, tmp_path):
+    with pytest.raises(ZConfig.ConfigurationError):
+        read(s3_section(BLOB_FILES)).open()
+    assert opens_again(read(s3_section(FILES)), tmp_path)
+
+
+def test_everything_is_free_again_after_a_base_that_does_not_open(s3_section, tmp_path):
+    factory = read(s3_section(FILES))
+    somebody = FileStorage(str(tmp_path / "Data.fs"))
+    with pytest.raises(Exception, match="lock"):
+        factory.open()
+    somebody.close()
+    assert opens_again(factory, tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def no_transaction_left():
+    yield
+    transaction.abort()

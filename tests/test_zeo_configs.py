@@ -1,0 +1,242 @@
+"""The files in zeo-configs/ are accepted by the software they are for, and what README.md says of keys is true."""
+
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import ZConfig
+
+import zodb_s3blobs
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "zeo-configs"
+README = (ROOT / "README.md").read_text()
+PACKAGE = Path(zodb_s3blobs.__file__).parent
+
+#: What each file of a ZEO server serves.
+SERVERS = {
+    "quickstart.conf": ["1"],
+    "aws.conf": ["1"],
+    "minio.conf": ["1"],
+    "ceph.conf": ["1"],
+    "several-storages.conf": ["main", "archive"],
+    "zlib.conf": ["1"],
+    "encrypted.conf": ["1"],
+}
+CLIENTS = ["client-zope.conf", "zope-relstorage.conf"]
+
+ENVIRONMENT = {
+    "S3BLOBS_ADDRESS": "localhost:8100",
+    "S3BLOBS_ENDPOINT": "http://localhost:9000",
+    "S3BLOBS_BUCKET": "blobs",
+    "S3BLOBS_ACCESS_KEY": "access",
+    "S3BLOBS_SECRET_KEY": "secret",
+    "S3BLOBS_CUSTOMER_KEY": "MTIzNDU2Nzg5MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTI=",
+    "ZODB_PASSWORD": "secret",
+}
+
+#: Reads a configuration as runzeo does, and tells what came of it.
+READ_AS_RUNZEO = """
+import json, sys
+from ZEO.runzeo import ZEOOptions
+options = ZEOOptions()
+options.realize(["-C", sys.argv[1]])
+def s3blobs(storage):
+    inside = getattr(storage.config, "base", None)
+    return [storage.config] if hasattr(storage, "settings") else s3blobs(inside) if inside else []
+found = [section for storage in options.storages for section in s3blobs(storage)]
+print(json.dumps({
+    "names": [storage.name for storage in options.storages],
+    "transaction_timeout": options.transaction_timeout,
+    "upload_timeouts": [section.upload_timeout for section in found],
+    "cache_dirs": [section.cache_dir for section in found],
+    "keys_start_with": [[section.bucket_name, section.s3_prefix] for section in found],
+    "logs": options.config_logger is not None,
+}))
+"""
+
+#: The part of Zope's schema that describes databases.
+ZOPE_SCHEMA = """
+<schema>
+  <import package="ZODB"/>
+  <sectiontype name="zodb_db" extends="zodb" datatype="ZODB.config.ZODBDatabase" implements="ZODB.database">
+    <multikey name="mount-point" required="yes" attribute="mount_points"/>
+  </sectiontype>
+  <multisection type="ZODB.database" name="+" attribute="databases" required="yes"/>
+</schema>
+"""
+
+#: What zope-relstorage.conf uses of RelStorage, which need not be installed.
+RELSTORAGE_COMPONENT = """
+<component>
+  <import package="ZODB"/>
+  <sectiontype name="postgresql"><key name="dsn"/></sectiontype>
+  <sectiontype name="relstorage" implements="ZODB.storage">
+    <section type="postgresql" name="*" attribute="adapter"/>
+  </sectiontype>
+</component>
+"""
+
+
+@pytest.fixture
+def environment(monkeypatch, tmp_path):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("S3BLOBS_DIR", str(tmp_path))
+
+
+@pytest.fixture
+def read_as_runzeo(environment, tmp_path):
+    """Reads the text of a configuration in a process of its own, where ZEO may set up logging as it likes."""
+
+    def read(text):
+        path = tmp_path / "zeo.conf"
+        path.write_text(text)
+        done = subprocess.run([sys.executable, "-c", READ_AS_RUNZEO, path], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        return json.loads(done.stdout)
+
+    return read
+
+
+def installed(text, directory):
+    """The text with the one line changed that says where everything is."""
+    return re.sub(r"(?m)^%define instance .*$", f"%define instance {directory}", text)
+
+
+def test_every_file_is_tested_here():
+    assert sorted(path.name for path in CONFIGS.iterdir()) == sorted([*SERVERS, *CLIENTS])
+
+
+def test_the_files_are_part_of_the_package():
+    assert (PACKAGE / "zeo-configs" / "quickstart.conf").is_file()
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_runzeo_accepts_a_server_file(read_as_runzeo, tmp_path, name):
+    read = read_as_runzeo(installed((CONFIGS / name).read_text(), tmp_path))
+    assert read["names"] == SERVERS[name]
+    assert read["logs"]
+    # What must not be shared
+    assert len(set(read["cache_dirs"])) == len(SERVERS[name])
+    assert len(set(map(tuple, read["keys_start_with"]))) == len(SERVERS[name])
+
+
+@pytest.mark.parametrize("name", [name for name in SERVERS if name != "quickstart.conf"])
+def test_a_production_file_gives_uploads_less_time_than_transactions(read_as_runzeo, tmp_path, name):
+    read = read_as_runzeo(installed((CONFIGS / name).read_text(), tmp_path))
+    assert read["transaction_timeout"] > max(read["upload_timeouts"])
+
+
+@pytest.fixture
+def read_as_zope(environment, tmp_path):
+    """Reads a database section as Zope does."""
+
+    def read(text):
+        schema = ZConfig.loadSchemaFile(StringIO(ZOPE_SCHEMA))
+        config, _ = ZConfig.loadConfigFile(schema, StringIO(installed(text, tmp_path)))
+        return config.databases
+
+    return read
+
+
+def test_zope_accepts_the_client_file(read_as_zope):
+    [database] = read_as_zope((CONFIGS / "client-zope.conf").read_text())
+    client = database.config.storage.config
+    assert database.name == "main"
+    assert client.storage == "1"
+    assert client.blob_dir
+    assert client.blob_cache_size
+    assert client.shared_blob_dir is False
+
+
+def test_zope_accepts_the_relstorage_file(read_as_zope, tmp_path, monkeypatch):
+    if find_spec("relstorage") is None:
+        (tmp_path / "relstorage").mkdir()
+        (tmp_path / "relstorage" / "__init__.py").write_text("")
+        (tmp_path / "relstorage" / "component.xml").write_text(RELSTORAGE_COMPONENT)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "relstorage", raising=False)
+    [database] = read_as_zope((CONFIGS / "zope-relstorage.conf").read_text())
+    assert database.config.storage.settings.bucket_name == "example-blobs"
+
+
+# What is said of the keys
+
+
+def keys():
+    """The keys of component.xml, each with its default as README's table shows it."""
+    section = ElementTree.parse(PACKAGE / "component.xml").find("sectiontype")
+    return {key.get("name"): _default(key) for key in section.findall("key")}
+
+
+def _default(key):
+    if key.get("required") == "yes":
+        return "required"
+    return f"`{key.get('default')}`" if key.get("default") else "none"
+
+
+def part_of_readme(heading):
+    """The text below ``heading``, up to the next heading of the same level or a higher one."""
+    level = heading.split()[0]
+    [text] = re.findall(rf"(?ms)^{re.escape(heading)}\n(.*?)(?=^#{{1,{len(level)}}} |\Z)", README)
+    return text
+
+
+def table(text):
+    """The rows of the first table in ``text``, without its head."""
+    [lines] = re.findall(r"(?s)\A.*?((?:^\|[^\n]*\n)+)", text, re.MULTILINE)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()[2:]]
+
+
+def test_the_table_of_the_readme_has_every_key_with_its_default_and_a_meaning():
+    rows = table(part_of_readme("## Configuration"))
+    assert {name.strip("`"): default for name, default, _ in rows} == keys()
+    assert [name.strip("`") for name, _, _ in rows] == list(keys())
+    assert all(meaning for _, _, meaning in rows)
+
+
+TEXTS = [ROOT / "README.md", ROOT / "CHANGES.md", *sorted(CONFIGS.iterdir())]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_a_key_that_is_spoken_of_exists(path):
+    spoken_of = re.findall(r"\b(?<![-.])(?:s3-[a-z-]*[a-z]|cache-dir|upload-[a-z]+)\b", path.read_text())
+    assert not set(spoken_of) - set(keys())
+
+
+@pytest.mark.parametrize("text", re.findall(r"(?ms)^```conf\n(.*?)^```$", README))
+def test_runzeo_accepts_a_configuration_of_the_readme(read_as_runzeo, tmp_path, text):
+    for directory in re.findall(r"\$instance/(.*)/", text):
+        (tmp_path / directory).mkdir(parents=True, exist_ok=True)
+    assert read_as_runzeo(installed(text, tmp_path))["names"]
+
+
+# The rest of what the README says that software can check
+
+
+def test_the_bucket_policy_of_the_readme_is_json_and_explains_each_action():
+    [text] = re.findall(r"(?ms)^```json\n(.*?)^```$", part_of_readme("## Bucket policy"))
+    actions = {action for statement in json.loads(text)["Statement"] for action in statement["Action"]}
+    explained = {cells[0].strip("`") for cells in table(part_of_readme("## Bucket policy"))}
+    assert actions == explained
+
+
+def test_the_file_table_of_the_readme_is_complete():
+    named = [name for row in table(part_of_readme("## Architecture")) for name in re.findall(r"`([\w.]+)`", row[0])]
+    there = [path.name for path in PACKAGE.iterdir() if path.suffix in (".py", ".xml") and path.name != "__init__.py"]
+    assert sorted(named) == sorted(there)
+
+
+def test_the_first_screen_has_the_two_commands_and_no_third():
+    first_screen = README.partition("\n## ")[0]
+    commands = "".join(re.findall(r"(?ms)^```sh\n(.*?)^```$", first_screen)).splitlines()
+    assert len(commands) == 2
+    assert all(line.startswith("python3 -m venv .venv && .venv/bin/pip install") for line in commands)
