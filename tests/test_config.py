@@ -645,3 +645,8 @@ def test_everything_is_free_again_after_a_base_that_does_not_open(s3_section, tm
 def no_transaction_left():
     yield
     transaction.abort()
+
+
+@pytest.mark.parametrize("url", ["https://s3.example.net", "http://[::1]:9000/", "https://example.net/storage/v1/s3"])
+def test_an_endpoint_may_have_a_port_and_a_path(section, url):
+    assert read(section(s3_endpoint_url=url)).settings.s3_endpoint_url == url
