@@ -8,7 +8,6 @@ import botocore.endpoint
 import botocore.session
 import pytest
 from s3server import S3Server
-from ZODB.utils import p64
 
 from zodb_s3blobs.bucket import Bucket, BucketSettings
 from zodb_s3blobs.cache import Cache
@@ -117,15 +116,3 @@ def new_file(tmp_path):
         return str(path)
 
     return make
-
-
-@pytest.fixture
-def oid():
-    """The oid of a number."""
-    return p64
-
-
-@pytest.fixture
-def tid():
-    """The tid of a number."""
-    return p64

@@ -52,7 +52,7 @@ class S3Server:
             aws_access_key_id="test",
             aws_secret_access_key="test-secret",
             config=botocore.config.Config(
-                user_agent=_OWN, retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}
+                user_agent=_OWN, retries={"total_max_attempts": 5}, s3={"addressing_style": "path"}
             ),
         )
 

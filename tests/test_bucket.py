@@ -486,7 +486,7 @@ def test_a_server_that_hangs_is_an_error_within_the_timeouts(s3, open_bucket, pu
     started = time.monotonic()
     with pytest.raises(BucketError, match="ReadTimeoutError"):
         read(open_bucket(s3_read_timeout=1, s3_max_attempts=2))
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 20
     assert operations(s3) == ["GetObject", "GetObject"]
 
 

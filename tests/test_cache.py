@@ -723,6 +723,15 @@ def test_what_is_released_after_close_evicts_nothing(start_cache):
     assert on_disk(cache) == {1, 2, 3}
 
 
+def test_nothing_is_published_after_close(start_cache):
+    cache = start_cache()
+    file = cache.new_file()
+    cache.close()
+    with pytest.raises(CacheError, match="has been closed"):
+        file.publish(p64(1), TID)
+    assert on_disk(cache) == set()
+
+
 # While the directory is still being read
 
 

@@ -135,10 +135,10 @@ def test_foreign_keys_are_left_alone(s3, bucket_name, put, collect_garbage):
 def test_what_a_transaction_wants_is_left_alone(s3, bucket_name, put, in_flight, collect_garbage):
     (wanted,) = put((p64(1), p64(1)))
     put((p64(2), p64(1)))
-    in_flight.add((p64(1), p64(1)))
+    in_flight.add((p64(1), p64(1)), "a transaction")
     assert collect_garbage(Base()) == 1
     assert s3.keys(bucket_name) == [wanted]
-    in_flight.discard([(p64(1), p64(1))])
+    in_flight.discard([(p64(1), p64(1))], "a transaction")
     assert collect_garbage(Base()) == 1
     assert s3.keys(bucket_name) == []
 

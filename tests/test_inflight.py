@@ -8,6 +8,7 @@ from ZODB.utils import p64
 from zodb_s3blobs.inflight import InFlight
 
 TIMEOUT = 30
+ME, ANOTHER = "me", "another"
 ONE, TWO, THREE = [(p64(number), p64(7)) for number in (1, 2, 3)]
 
 
@@ -21,7 +22,7 @@ def judging(register, name):
     judged = threading.Event()
 
     def judge():
-        register.wait_until_judged(name)
+        register.wait_until_judged(name, ME)
         judged.set()
 
     threading.Thread(target=judge, daemon=True).start()
@@ -29,28 +30,28 @@ def judging(register, name):
 
 
 def test_deleting_leaves_out_what_is_being_committed(register):
-    register.add(TWO)
+    register.add(TWO, ME)
     with register.deleting([ONE, TWO, THREE]) as names:
         assert names == [ONE, THREE]
 
 
 def test_another_revision_of_what_is_being_committed_may_be_deleted(register):
     oid, _ = ONE
-    register.add(ONE)
+    register.add(ONE, ME)
     with register.deleting([(oid, p64(6))]) as names:
         assert names == [(oid, p64(6))]
 
 
 def test_what_is_no_longer_being_committed_may_be_deleted(register):
-    register.add(ONE)
-    register.add(TWO)
-    register.discard([ONE])
+    register.add(ONE, ME)
+    register.add(TWO, ME)
+    register.discard([ONE], ME)
     with register.deleting([ONE, TWO]) as names:
         assert names == [ONE]
 
 
 def test_discarding_what_is_not_there_does_nothing(register):
-    register.discard([ONE])
+    register.discard([ONE], ME)
     with register.deleting([ONE]) as names:
         assert names == [ONE]
 
@@ -64,7 +65,7 @@ def test_wait_until_judged_waits_while_the_name_is_being_deleted(register):
 
 def test_wait_until_judged_waits_though_the_name_was_added_after_the_deletion_had_begun(register):
     with register.deleting([ONE]) as names:
-        register.add(ONE)
+        register.add(ONE, ME)
         assert names == [ONE]
         judged = judging(register, ONE)
         assert not judged.wait(0.2)
@@ -72,7 +73,7 @@ def test_wait_until_judged_waits_though_the_name_was_added_after_the_deletion_ha
 
 
 def test_wait_until_judged_does_not_wait_while_others_are_being_deleted(register):
-    register.add(TWO)
+    register.add(TWO, ME)
     with register.deleting([ONE, TWO]):
         assert judging(register, TWO).wait(TIMEOUT)
         assert judging(register, THREE).wait(TIMEOUT)
@@ -92,25 +93,31 @@ def test_everybody_who_waits_is_told(register):
 
 
 def test_what_two_transactions_want_is_kept_until_both_have_ended(register):
-    register.add(ONE)
-    register.add(ONE)
-    register.discard([ONE])
+    register.add(ONE, ANOTHER)
+    register.add(ONE, ME)
+    register.discard([ONE], ME)
     with register.deleting([ONE]) as names:
         assert names == []
-    register.discard([ONE])
+    register.discard([ONE], ANOTHER)
     with register.deleting([ONE]) as names:
         assert names == [ONE]
 
 
 def test_wait_until_judged_does_not_wait_for_the_transaction_that_asks(register):
-    register.add(ONE)
+    register.add(ONE, ME)
     assert judging(register, ONE).wait(TIMEOUT)
 
 
-def test_wait_until_judged_waits_while_the_cleanup_after_another_transaction_may_delete_the_name(register):
-    register.add(ONE)
-    register.add(ONE)
+def test_wait_until_judged_waits_for_the_cleanup_after_an_earlier_transaction(register):
+    register.add(ONE, ANOTHER)
+    register.add(ONE, ME)
     judged = judging(register, ONE)
     assert not judged.wait(0.2)
-    register.discard([ONE])
+    register.discard([ONE], ANOTHER)
     assert judged.wait(TIMEOUT)
+
+
+def test_wait_until_judged_does_not_wait_for_a_later_transaction(register):
+    register.add(ONE, ME)
+    register.add(ONE, ANOTHER)
+    assert judging(register, ONE).wait(TIMEOUT)

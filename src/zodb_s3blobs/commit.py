@@ -123,12 +123,13 @@ class Commit:
         for blob in self._blobs:
             if blob.file is not None:
                 try:
-                    blob.file.publish(*blob.name).release()
+                    if self._latest[blob.name] is blob:
+                        blob.file.publish(*blob.name).release()
                 except Exception:
                     # It is in the bucket, and committed: the next reader fetches it from there.
                     logger.exception("A committed blob could not be put into the cache")
-                    blob.file.discard()
-        self._uploads.in_flight.discard(self._latest)
+                blob.file.discard()
+        self._uploads.in_flight.discard(self._latest, self)
 
     def abandon(self) -> None:
         """Leave everything as it is: the base failed to finish, and whether it committed only it can say.
@@ -138,7 +139,7 @@ class Commit:
         for blob in self._blobs:
             if blob.file is not None:
                 blob.file.discard()
-        self._uploads.in_flight.discard(self._latest)
+        self._uploads.in_flight.discard(self._latest, self)
 
     def abort(self) -> None:
         """Give up all blobs; a worker deletes what was uploaded."""
@@ -158,7 +159,7 @@ class Commit:
             self._deadline = time.monotonic() + self._uploads.timeout
         before = self._latest.get(blob.name)
         if before is None:
-            self._uploads.in_flight.add(blob.name)
+            self._uploads.in_flight.add(blob.name, self)
         blob.future = self._uploads.workers.submit(self._run, blob, before, work, *args)
         self._latest[blob.name] = blob
         self._blobs.append(blob)
@@ -193,7 +194,7 @@ class Commit:
 
     def _upload_if_missing(self, blob: "_Blob") -> None:
         assert blob.file is not None
-        self._uploads.in_flight.wait_until_judged(blob.name)
+        self._uploads.in_flight.wait_until_judged(blob.name, self)
         blob.file.sync()
         there = self._uploads.bucket.has(*blob.name, blob.file.path)
         if there is False:
@@ -230,7 +231,7 @@ class Commit:
         except (BlobNotFound, BucketError) as error:
             logger.warning("After an aborted transaction: %s. The next pack deletes them", error)
         finally:
-            self._uploads.in_flight.discard(self._latest)
+            self._uploads.in_flight.discard(self._latest, self)
 
 
 class _Blob:

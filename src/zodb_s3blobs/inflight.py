@@ -6,7 +6,6 @@ restored again meanwhile.
 """
 
 import threading
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -14,40 +13,44 @@ Name = tuple[bytes, bytes]  # (oid, tid)
 
 
 class InFlight:
-    """The register; any thread may call."""
+    """The register; any thread may call. A ``holder`` is whatever stands for one transaction."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._wanted: Counter[Name] = Counter()
+        self._holders: dict[Name, list[object]] = {}  # in the order in which they came
         self._deleting: frozenset[Name] = frozenset()
 
-    def add(self, name: Name) -> None:
-        """A transaction that has not ended wants ``name``."""
+    def add(self, name: Name, holder: object) -> None:
+        """The transaction ``holder``, which has not ended, wants ``name``."""
         with self._changed:
-            self._wanted[name] += 1
+            self._holders.setdefault(name, []).append(holder)
 
-    def discard(self, names: Iterable[Name]) -> None:
+    def discard(self, names: Iterable[Name], holder: object) -> None:
         """The transaction that wanted ``names`` has ended, and all that was left of it has been cleaned up."""
         with self._changed:
             for name in names:
-                self._wanted[name] -= 1
-                if self._wanted[name] <= 0:
-                    del self._wanted[name]
+                holders = self._holders.get(name, [])
+                if holder in holders:
+                    holders.remove(holder)
+                if not holders:
+                    self._holders.pop(name, None)
             self._changed.notify_all()
 
-    def wait_until_judged(self, name: Name) -> None:
+    def wait_until_judged(self, name: Name, holder: object) -> None:
         """Wait, in a worker, until nobody else is about to delete ``name``: only then can it be told if it exists.
 
-        For a transaction that wants it: any other one that still does has been aborted and is being cleaned up after.
+        For a transaction that wants it: one that came earlier has been aborted and is still being cleaned up after.
         """
         with self._changed:
-            self._changed.wait_for(lambda: name not in self._deleting and self._wanted[name] <= 1)
+            self._changed.wait_for(
+                lambda: name not in self._deleting and self._holders.get(name, [holder])[0] is holder
+            )
 
     @contextmanager
     def deleting(self, names: Iterable[Name]) -> Iterator[list[Name]]:
         """The ``names`` that no transaction wants, to be deleted in the body; for one thread at a time."""
         with self._changed:
-            free = [name for name in names if name not in self._wanted]
+            free = [name for name in names if name not in self._holders]
             self._deleting = frozenset(free)
         try:
             yield free
