@@ -191,6 +191,7 @@ def test_an_upload_that_is_not_wanted_any_more_ends_and_leaves_nothing(s3, bucke
         bucket.put(OID, TID, new_file(os.urandom(size)), progress)
     assert s3.keys(bucket_name) == []
     assert "Uploads" not in s3.client.list_multipart_uploads(Bucket=bucket_name)
+    assert len(s3.requests("PutObject") + s3.requests("UploadPart")) <= 1  # it is not tried again
 
 
 def test_progress_adds_up_to_the_size_of_the_blob(bucket, new_file):

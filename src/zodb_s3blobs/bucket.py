@@ -193,8 +193,8 @@ class Bucket:
     def put(self, oid: bytes, tid: bytes, filename: str, progress: Progress | None = None) -> None:
         """Store the bytes of ``filename`` as blob (oid, tid).
 
-        ``progress`` is called with the number of bytes of each step, from several threads; what it raises ends the
-        upload and is raised here.
+        ``progress`` is called with the number of bytes of each step, from several threads; the `TransferCancelled`
+        that it may raise ends the upload and is raised here.
         """
         self._put(self.keys.key(oid, tid), filename, progress)
 
@@ -262,7 +262,7 @@ class Bucket:
                 answer = self._client.copy_object(Bucket=self.name, Key=key, CopySource=place, **options)
                 self._check_customer_key_used(answer)
             else:
-                # s3transfer copies in parts, which loses the metadata unless it is given again.
+                # s3transfer copies in parts, where older versions lose the metadata unless it is given again.
                 self._transfers.copy(place, self.name, key, {**options, "Metadata": metadata()}).result()
 
         try:
@@ -274,10 +274,10 @@ class Bucket:
 
     # Reading
 
-    def has(self, oid: bytes, tid: bytes, filename: str) -> bool | None:
-        """Whether blob (oid, tid) is in the bucket already with the bytes of ``filename``.
+    def has(self, oid: bytes, tid: bytes, filename: str) -> bool:
+        """Whether blob (oid, tid) is in the bucket already; BucketError if it is there, but not as in ``filename``.
 
-        None if it is there, has the same size, and carries no checksum to tell. BucketError if it is another blob.
+        Size and checksum tell, the size alone if the object carries no checksum.
         """
         key = self.keys.key(oid, tid)
         try:
@@ -290,7 +290,7 @@ class Bucket:
                 f"{key} in bucket {self.name} exists already and is another blob: "
                 f"does another database use this s3-prefix? It was left as it is"
             )
-        return True if expected else None
+        return True
 
     def _head(self, key: str) -> dict[str, Any]:
         return _ask(
@@ -340,7 +340,10 @@ class Bucket:
     def _get_range(
         self, key: str, start: int, end: int, etag: str, file: "Target", opened: "_Range | None" = None
     ) -> None:
-        """Write bytes start to end of the object to their place in the file; a broken body is asked for again."""
+        """Write bytes start to end of the object to their place in the file; a broken body is asked for again.
+
+        Here, because botocore's own retries end with the headers. What is wrong with the whole object is `get`'s.
+        """
         for attempt in range(1, self._attempts + 1):
             answer = opened or self._open_range(key, start, end)
             opened = None
@@ -438,7 +441,7 @@ class Bucket:
         except botocore.exceptions.ClientError as error:
             failure = _bucket_error(error, f"delete objects of bucket {self.name}")
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            if isinstance(failure, BlobNotFound) or status not in (400, 404, 405, 411, 501):
+            if isinstance(failure, BlobNotFound) or status not in (400, 405, 411, 501):
                 return [failure] * len(keys) if isinstance(failure, BucketError) else []
             # Some services have no DeleteObjects, or want another checksum with it.
             logger.info("The service behind bucket %s has no batch delete: deleting one by one", self.name)
@@ -510,11 +513,19 @@ def _client(settings: BucketSettings) -> Any:
             config=config,
         ),
     )
+    client.meta.events.register_first("needs-retry.s3", _give_up_if_cancelled)
     if settings.s3_checksums == "when_required":
         # The one checksum that every service understands and refuses a damaged body by.
         for operation in ("PutObject", "UploadPart", "DeleteObjects"):
             client.meta.events.register_last(f"before-call.s3.{operation}", _add_content_md5)
     return client
+
+
+def _give_up_if_cancelled(caught_exception: BaseException | None = None, **kwargs: Any) -> None:
+    # botocore takes what `_Progress` raises while a body is sent for a broken connection, and would try again.
+    cause = caught_exception.__context__ if caught_exception is not None else None
+    if isinstance(cause, TransferCancelled):
+        raise cause
 
 
 def _add_content_md5(params: dict[str, Any], **kwargs: Any) -> None:

@@ -196,12 +196,8 @@ class Commit:
         assert blob.file is not None
         self._uploads.in_flight.wait_until_judged(blob.name, self)
         blob.file.sync()
-        there = self._uploads.bucket.has(*blob.name, blob.file.path)
-        if there is False:
+        if not self._uploads.bucket.has(*blob.name, blob.file.path):
             self._upload(blob)
-        elif there is None:
-            # The same blob, as far as can be told. It gets our checksum; it was not this transaction that made it.
-            self._uploads.bucket.put(*blob.name, blob.file.path, self._check_wanted)
 
     def _copy(self, blob: "_Blob", source: bytes) -> None:
         oid, tid = blob.name
