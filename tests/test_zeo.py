@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -662,9 +661,9 @@ def test_the_log_and_the_errors_hold_no_secret(s3, start):
         assert "test-secret" not in text
 
 
-def test_threads_of_the_server_are_bounded(s3, server, background):
-    for answer in [background(commit_blob, server.client(), os.urandom(1000)) for _ in range(20)]:
-        answer.result(60)
-    threads = len(os.listdir(f"/proc/{server.pid}/task"))
-    assert threads < 80
-    assert threading.active_count() < 500
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="only /proc tells how many threads another process has")
+def test_threads_of_the_server_are_bounded(server, background):
+    for _ in range(3):
+        for answer in [background(commit_blob, server.client(), os.urandom(1000)) for _ in range(20)]:
+            answer.result(60)
+    assert len(os.listdir(f"/proc/{server.pid}/task")) < 80

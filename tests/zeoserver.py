@@ -45,11 +45,11 @@ SECTION = """
 class ZEOServer:
     """One server on a port that stays the same over restarts; use as a context manager.
 
-    ``options`` and ``zeo``: more keys of the s3blobstorage and the zeo section; ``storages``: the text of the
-    storage sections instead of the one that the other arguments make.
+    ``options`` and ``zeo``: more keys of the s3blobstorage and the zeo section; ``storages``: makes the text of the
+    storage sections from the settings of the one that the other arguments describe.
     """
 
-    def __init__(self, directory, s3, bucket, *, base=FILESTORAGE, options=None, zeo=None, storages=None):
+    def __init__(self, directory, s3, bucket=None, *, base=FILESTORAGE, options=None, zeo=None, storages=None):
         self.directory = Path(directory)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -60,7 +60,7 @@ class ZEOServer:
         self._settings = {
             "name": "1",
             "bucket": bucket,
-            "endpoint": s3.url,
+            "endpoint": getattr(s3, "url", None),
             "dir": directory,
             "options": "\n".join(f"{key.replace('_', '-')} {value}" for key, value in (options or {}).items()),
             "base": base.format(dir=directory),
@@ -97,7 +97,6 @@ class ZEOServer:
                 storages=self._storages({**self._settings, "cache": self.cache_name}),
             )
         )
-        # In tests, root's rights and all: a server that hangs is not to outlive the tests.
         with open(self.directory / "output", "wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ZEO.runzeo", "-C", str(config)], stdout=output, stderr=subprocess.STDOUT
@@ -146,7 +145,7 @@ class ZEOServer:
         return ZODB.DB(self.client(**options))
 
     def open_files(self):
-        """The names of the files that the server has open in its cache directory."""
+        """The names of the files that the server has open in its cache directory; none where the system cannot tell."""
         links = Path(f"/proc/{self.pid}/fd")
-        names = [os.readlink(link) for link in links.iterdir() if link.exists()]
+        names = [os.readlink(link) for link in links.iterdir() if link.exists()] if links.exists() else []
         return sorted(name for name in names if name.startswith(f"{self.cache_dir}/"))

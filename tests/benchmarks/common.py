@@ -1,10 +1,8 @@
 """What the benchmarks share: servers, clients, an S3 endpoint, and a slow link to it."""
 
 import os
-import socket
 import subprocess
 import sys
-import time
 import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,24 +14,13 @@ sys.path.insert(0, str(HERE.parent))
 import boto3  # noqa: E402
 import ZEO.ClientStorage  # noqa: E402
 from s3server import S3Server  # noqa: E402
+from zeoserver import ZEOServer  # noqa: E402
 from ZODB.blob import Blob  # noqa: E402
 from ZODB.Connection import TransactionMetaData  # noqa: E402
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle  # noqa: E402
 
 MIB = 1 << 20
 RECORD = zodb_pickle(Blob())
-
-_ZEO = """
-%import zodb_s3blobs
-<zeo>
-  address 127.0.0.1:{port}
-</zeo>
-<eventlog>
-  <logfile>
-    path {dir}/zeo.log
-  </logfile>
-</eventlog>
-"""
 
 _OURS = """
 <s3blobstorage 1>
@@ -108,28 +95,10 @@ def s3(latency=0.0, bandwidth=0.0):
 @contextmanager
 def zeo(directory, service):
     """A runzeo in ``directory``, over the S3 ``service`` or, if that is None, a blob directory; gives its port."""
-    directory = Path(directory)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    values = {**(vars(service) if service else {}), "dir": directory, "port": port}
-    config = directory / "zeo.conf"
-    config.write_text((_ZEO + (_OURS if service else _PLAIN)).format(**values))
-    process = subprocess.Popen([sys.executable, "-m", "ZEO.runzeo", "-C", str(config)])
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise SystemExit("runzeo did not start") from None
-                time.sleep(0.05)
-        yield port
-    finally:
-        process.terminate()
-        process.wait()
+    text = _OURS.format(**vars(service), dir=directory) if service else _PLAIN.format(dir=directory)
+    with ZEOServer(directory, service, storages=lambda settings: text) as server:
+        yield server.address[1]
+        server.stop()
 
 
 def empty_cache(directory):
