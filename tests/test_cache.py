@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ZODB.utils
@@ -421,6 +422,27 @@ def test_what_was_pinned_at_the_end_does_not_exceed_the_limit_after_the_next_sta
     check_accounting(cache)
 
 
+def test_files_larger_than_a_smaller_limit_go_at_the_next_start_and_push_nothing_out(start_cache):
+    cache = start_cache(limit=1000)
+    fill(cache, 1, size=50)
+    fill(cache, 2, 3, size=300)
+    cache.close()
+    cache = start_cache(limit=100)
+    assert on_disk(cache) == {1}
+    check_accounting(cache)
+
+
+def test_the_order_of_publication_survives_a_restart_however_old_the_files_are(start_cache, tmp_path):
+    cache = start_cache(limit=300)
+    source = tmp_path / "source"
+    source.write_bytes(content(1))
+    os.utime(source, (1, 1))
+    fill(cache, 3, 2)
+    cache.adopt(str(source)).publish(p64(1), TID).release()
+    cache.close()
+    assert evicted_in_order(start_cache(limit=300)) == [3, 2, 1]
+
+
 # Pins
 
 
@@ -574,6 +596,15 @@ def test_a_leased_blob_larger_than_the_cache_goes_by_itself(start_cache, monkeyp
     check_accounting(cache)
 
 
+def test_a_leased_file_stays_though_the_pin_it_was_leased_with_is_released(start_cache):
+    cache = start_cache(limit=100)
+    pin = put(cache, 1)
+    leased = pin.lease()
+    pin.release()
+    fill(cache, 2)
+    assert Path(leased).exists()
+
+
 # The directory
 
 
@@ -635,7 +666,7 @@ def test_a_directory_whose_start_failed_may_be_used_again(start_cache, tmp_path)
     cache.close()
     cache.temporary.rmdir()
     cache.temporary.symlink_to(tmp_path)
-    with pytest.raises(CacheDirectoryError, match="cannot be used"):
+    with pytest.raises(CacheDirectoryError, match=f"{cache.directory} cannot be used"):
         start_cache()
     assert tmp_path.exists()
     cache.temporary.unlink()
@@ -682,6 +713,9 @@ def test_unknown_files_among_the_blobs_are_left_alone(start_cache):
         "01/one.two.blob": b"no number",
         f"{path(cache, 1).relative_to(blobs)}.bak": b"longer",
         "zz/deeper/file": b"far away",
+        f"02/{path(cache, 1).name}": b"in another's folder",
+        "0a/000000000000000A.0000000000001234.blob": b"upper case",
+        f"05/{path(cache, 5).name}/file": b"a folder",
     }
     for name, data in strangers.items():
         (blobs / name).parent.mkdir(parents=True, exist_ok=True)
@@ -730,6 +764,25 @@ def test_nothing_is_published_after_close(start_cache):
     with pytest.raises(CacheError, match="has been closed"):
         file.publish(p64(1), TID)
     assert on_disk(cache) == set()
+
+
+def test_a_folder_that_cannot_be_read_does_not_keep_the_limit_from_being_honoured(start_cache, monkeypatch):
+    cache = start_cache(limit=200)
+    fill(cache, 1, 2)
+    cache.close()
+    (cache.directory / "blobs" / "private").mkdir()
+    scandir = os.scandir
+
+    def refuse(directory):
+        if str(directory).endswith("/private"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), directory)
+        return scandir(directory)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    cache = start_cache(limit=200, wait=False)
+    assert cache.wait_until_read(5)
+    fill(cache, 3)
+    assert cache.size == 200
 
 
 # While the directory is still being read
@@ -833,6 +886,17 @@ def test_what_is_pinned_is_not_evicted_when_the_directory_has_been_read(start_ca
         check_accounting(cache)
     assert on_disk(cache) == {1, 3}
     check_accounting(cache)
+
+
+def test_a_cache_that_is_closed_while_its_directory_is_being_read_evicts_nothing(start_cache, reopen_slowly):
+    cache = start_cache(limit=200)
+    for number in (1, 2, 3):
+        put(cache, number)
+    put(cache, 4, size=500)
+    cache, go = reopen_slowly(cache)
+    cache.close()
+    go()
+    assert on_disk(cache) == {1, 2, 3, 4}
 
 
 # Full disks
@@ -942,6 +1006,15 @@ def test_a_write_on_a_full_disk_evicts_what_it_needs_and_no_more(cache, monkeypa
     check_accounting(cache)
 
 
+def test_a_sync_that_failed_is_not_tried_again(cache, monkeypatch):
+    fill(cache, 1, 2)
+    fsync, failed = os.fsync, []
+    monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC, lambda: not failed and not failed.append(1), fsync))
+    file = cache.new_file()
+    with pytest.raises(CacheError, match="free space"):
+        file.sync()
+
+
 @BREAK
 def test_what_eviction_cannot_cure_evicts_nothing_and_says_so(cache, monkeypatch, break_):
     fill(cache, 1, 2)
@@ -1027,3 +1100,19 @@ def test_many_threads_leave_the_accounting_exact(start_cache):
     check_accounting(cache)
     assert cache.size <= 300
     assert files(cache.directory / "incoming") == {}
+
+
+# What many files cost
+
+
+def test_many_evictions_at_once_do_not_hold_up_whoever_causes_them(start_cache, monkeypatch):
+    go_on = threading.Event()
+    clock = SimpleNamespace(sleep=lambda seconds: go_on.wait(TIMEOUT), time_ns=time.time_ns, monotonic=time.monotonic)
+    monkeypatch.setattr(cache_module, "time", clock)
+    cache = start_cache(limit=2000)
+    fill(cache, *range(2000), size=1)
+    put(cache, 3000, size=2000)
+    assert len(cache) > 1000, "one call evicted everything"
+    go_on.set()
+    until(lambda: len(cache) == 1)
+    check_accounting(cache)

@@ -124,6 +124,27 @@ def test_an_idle_worker_does_not_keep_the_arguments_of_its_last_task(pool):
     until(lambda: kept() is None)
 
 
+def test_an_idle_worker_does_not_keep_the_result_of_its_last_task(pool):
+    class Data:
+        pass
+
+    kept = weakref.ref(pool.submit(Data).result(TIMEOUT))
+    until(lambda: kept() is None)
+
+
+def test_when_no_thread_can_be_started_the_task_is_refused_and_the_next_one_runs(pool, monkeypatch):
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    ran = []
+    with monkeypatch.context() as broken:
+        broken.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start"):
+            pool.submit(ran.append, 1)
+    assert pool.submit(int, "5").result(TIMEOUT) == 5
+    assert ran == []
+
+
 def test_shutdown_waits_for_what_was_submitted(pool, hanging):
     futures = [pool.submit(int, "5") for _ in range(3)]
     threading.Timer(0.1, hanging.set).start()
@@ -144,6 +165,7 @@ def test_shutdown_may_cancel_what_is_queued(pool, hanging):
     futures = [pool.submit(ran.append, number) for number in range(3)]
     pool.shutdown(wait=False, cancel_futures=True)
     assert all(future.cancelled() for future in futures)
+    assert wait(futures, TIMEOUT).done == set(futures)
     hanging.set()
     pool.shutdown()
     assert ran == []

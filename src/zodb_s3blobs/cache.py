@@ -7,7 +7,7 @@ Knows nothing of S3 or ZODB. A file in the cache is named by its (oid, tid), is 
     {directory}/blobs/{last byte of oid}/{oid}.{tid}.blob
 
 The modification time of a file is the time of its last use: that is how the order survives a restart. All sizes
-are in bytes. Every method may be called from any thread, and none waits for more than one file system call.
+are in bytes. Every method may be called from any thread, and none waits for more than a few file system calls.
 """
 
 import errno
@@ -36,6 +36,9 @@ Name = tuple[bytes, bytes]  # (oid, tid)
 
 #: How long, in seconds, a file whose path was handed out stays, so that whoever asked can open it.
 LEASE = 10.0
+
+#: How many files one call evicts at most, so that it does not hold up the event loop.
+_EVICTED_AT_ONCE = 50
 
 _LOCK_FILE = ".zodb-s3blobs.lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -77,7 +80,8 @@ class Pin:
 
     def lease(self) -> str:
         """The path; the file stays `LEASE` seconds from now."""
-        self._cache._lease(self)
+        self._cache._lease(self.again())
+        self.release()
         return self.path
 
 
@@ -105,8 +109,9 @@ class Incoming:
 
     def sync(self) -> None:
         """Wait until its bytes are on the disk: or a power cut could leave half a file where only whole ones may be."""
+        # Not tried again on a full disk: the system may have dropped what it could not write, and say so only once.
         with self._cache._writing(), open(self.path, "rb") as file:
-            self._cache._when_full(lambda: os.fsync(file.fileno()), 1)
+            os.fsync(file.fileno())
 
     def publish(self, oid: bytes, tid: bytes) -> Pin:
         """Make it the blob's file in the cache; returns that, pinned. The file must be complete and synced."""
@@ -147,8 +152,9 @@ class Cache:
         self._pinned: dict[Name, _Pinned] = {}
         self._size = 0  # of all files
         self._oversized = 0  # of those among the pinned ones that are larger than the limit, and do not count for it
+        self._evicting = False  # whether a thread is evicting what one call did not
         self._leases: deque[tuple[float, Pin]] = deque()
-        self._evicting_leases = False
+        self._lease_timer_runs = False
         # While the directory is still being read: what was removed meanwhile and must not be found again.
         self._removed_while_reading: set[Name] | None = set()
         self._read = threading.Event()
@@ -189,7 +195,7 @@ class Cache:
             self._file_mode = stat.S_IMODE(self._blobs.stat().st_mode) & 0o444
         except OSError as error:
             self._lock_file.close()
-            raise CacheDirectoryError(f"{error.filename} cannot be used: {error.strerror or error}") from error
+            raise CacheDirectoryError(f"{self.directory} cannot be used: {error}") from error
 
     def _read_directory(self) -> None:
         """Find the files of earlier runs; those used since the start are newer than all of them."""
@@ -201,7 +207,7 @@ class Cache:
                     status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue
-                if name is None:
+                if name is None or entry.path != self.path(*name) or not stat.S_ISREG(status.st_mode):
                     logger.warning("%s is no file of this cache and is left alone", entry.path)
                 else:
                     found.append((status.st_mtime_ns, name, status.st_size))
@@ -215,8 +221,8 @@ class Cache:
             self._unused = index
             self._removed_while_reading = None
             for name in [name for name, size in index.items() if size > self.limit]:
-                self._unlink(name)  # the limit was larger once
-            self._evict()
+                index.move_to_end(name, last=False)  # the limit was larger once: let them go first
+        self._evict_rest()
         self._read.set()
         logger.info("The cache in %s holds %d blobs, %d bytes", self.directory, len(self), self.size)
 
@@ -313,9 +319,7 @@ class Cache:
             del self._pinned[name]
             self._oversized -= self._excess(pinned.size)
             self._unused[name] = pinned.size
-            if self._closed:
-                return  # the directory may belong to another process by now
-            if pinned.size > self.limit:
+            if pinned.size > self.limit and not self._closed:
                 # Larger than the whole cache: read it may be, but not at the price of everything else.
                 self._unlink(name)
             else:
@@ -324,8 +328,8 @@ class Cache:
     def _lease(self, pin: Pin) -> None:
         with self._lock:
             self._leases.append((time.monotonic() + LEASE, pin))
-            if not self._evicting_leases:
-                self._evicting_leases = True
+            if not self._lease_timer_runs:
+                self._lease_timer_runs = True
                 self._start_timer(LEASE)
 
     def _start_timer(self, seconds: float) -> None:
@@ -339,7 +343,7 @@ class Cache:
         with self._lock:
             while self._leases and self._leases[0][0] <= now:
                 ended.append(self._leases.popleft()[1])
-            self._evicting_leases = bool(self._leases)
+            self._lease_timer_runs = bool(self._leases)
             if self._leases:
                 self._start_timer(self._leases[0][0] - now)
         for pin in ended:
@@ -358,6 +362,7 @@ class Cache:
             if self._closed:
                 raise CacheError(f"The cache in {self.directory} has been closed")
             size = os.stat(filename).st_size
+            self._touch(filename)  # its times are those of its writing, wherever that was
             os.chmod(filename, self._file_mode)
             self._when_full(functools.partial(self._move, filename, path), 1)
             pinned = self._pinned.get(name)
@@ -401,9 +406,36 @@ class Cache:
         return size if size > self.limit else 0
 
     def _evict(self) -> None:
-        if self._removed_while_reading is None:  # before that, the least recent ones are not yet known
-            while self._size - self._oversized > self.limit and self._unused:
-                self._unlink(next(iter(self._unused)))
+        """Evict until the limit is kept; if that takes many files, let a thread of its own evict the rest.
+
+        The lock is held, perhaps by a thread that must not wait long.
+        """
+        self._evict_some()
+        if self._is_over_limit() and not self._evicting:
+            self._evicting = True
+            threading.Thread(target=self._evict_rest, name="s3blobs cache eviction", daemon=True).start()
+
+    def _evict_rest(self) -> None:
+        while True:
+            with self._lock:
+                self._evict_some()
+                if not self._is_over_limit():
+                    self._evicting = False
+                    return
+            time.sleep(0.001)  # or the others would not get the lock in between
+
+    def _evict_some(self) -> None:
+        for _ in range(_EVICTED_AT_ONCE):
+            if not self._is_over_limit():
+                return
+            self._unlink(next(iter(self._unused)))
+
+    def _is_over_limit(self) -> bool:
+        """Whether there is something to evict and it is to be evicted."""
+        if self._removed_while_reading is not None or self._closed or not self._unused:
+            # The least recently used ones are not yet known, or the directory may belong to another process by now.
+            return False
+        return self._size - self._oversized > self.limit
 
     def _touch(self, path: str) -> None:
         now = time.time_ns()
@@ -460,3 +492,5 @@ def _entries(directory: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
             yield from entries
     except (FileNotFoundError, NotADirectoryError):
         pass  # evicted meanwhile, or not ours
+    except OSError as error:
+        logger.error("Cannot read %s: %s; what is in it does not count towards cache-size", directory, error)

@@ -33,10 +33,10 @@ class DaemonPool(Executor):
         with self._changed:
             if self._closed:
                 raise RuntimeError(f"the {self._name} threads have been shut down")
-            self._tasks.append((future, lambda: fn(*args, **kwargs)))
-            if self._idle < len(self._tasks) and self._threads < self._max_workers:
-                self._threads += 1
+            if self._idle <= len(self._tasks) and self._threads < self._max_workers:
                 threading.Thread(target=self._work, name=self._name, daemon=True).start()
+                self._threads += 1
+            self._tasks.append((future, lambda: fn(*args, **kwargs)))
             self._changed.notify()
         return future
 
@@ -59,6 +59,7 @@ class DaemonPool(Executor):
                     future.set_exception(error)
                 else:
                     future.set_result(result)
+                    del result
             # A worker that waits for its next task must not keep the last one's data alive.
             del future, call
 
@@ -69,6 +70,7 @@ class DaemonPool(Executor):
             if cancel_futures:
                 for future, _ in self._tasks:
                     future.cancel()
+                    future.set_running_or_notify_cancel()  # or `concurrent.futures.wait` waits for it for ever
                 self._tasks.clear()
             self._changed.notify_all()
             if wait:
