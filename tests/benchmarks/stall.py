@@ -5,7 +5,8 @@
 
 A real runzeo, and clients in processes of their own. While one of them reads a cold blob, and while it commits one,
 another loads an object over and over, and a third commits small objects. The same against ZODB's own blob directory
-on the same machine in the same run, where "cold" is a client that does not have the blob yet. Without an endpoint it
+on the same machine in the same run, where "cold" is a client that does not have the blob yet; and as a control with raw
+boto3 in a process of its own, which shows what an S3 server on the same machine takes away. Without an endpoint it
 starts the tests' own S3 server, which is moto and no match for a real one.
 """
 
@@ -73,7 +74,20 @@ def shown(times):
     return " | ".join(f"{value:.1f}" for value in milliseconds)
 
 
-def run(name, directory, service, size):
+def raw_upload(service, path):
+    """What a commit asks of S3, without a ZEO server."""
+    client = service.client()
+    client.upload_file(path, service.bucket, "raw")
+    client.copy_object(Bucket=service.bucket, Key="raw-copy", CopySource={"Bucket": service.bucket, "Key": "raw"})
+
+
+def in_a_process(function, *args):
+    process = multiprocessing.Process(target=function, args=args)
+    process.start()
+    process.join()
+
+
+def run(name, directory, service, size, control=None):
     rows = []
     directory = Path(directory)
     with zeo(directory, service) as port:
@@ -82,6 +96,9 @@ def run(name, directory, service, size):
         commit_object(storage, oid, ZERO)
         rows.append(("idle", during(port, oid, lambda: time.sleep(IDLE))))
         path, tid = random_file(directory / "writer" / "tmp" / "blob", size), []
+        if control:
+            work = during(port, oid, lambda: in_a_process(raw_upload, control, path))
+            rows.append((f"raw boto3 stores {size} MiB", work))
         work = during(port, oid, lambda: tid.append(commit_blob(storage, blob_oid, path)))
         rows.append((f"commit of {size} MiB", work))
         storage.close()
@@ -104,9 +121,10 @@ def main():
     print("| server | meanwhile | load p50 | p99 | max (ms) | small commit p50 | p99 | max (ms) |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     with s3(arguments.latency, arguments.bandwidth) as service:
-        for name, where in ("s3blobs", service), ("blob-dir", None):
-            with tempfile.TemporaryDirectory() as directory:
-                run(name, directory, where, arguments.size)
+        with tempfile.TemporaryDirectory() as directory:
+            run("s3blobs", directory, service, arguments.size)
+        with tempfile.TemporaryDirectory() as directory:
+            run("blob-dir", directory, None, arguments.size, control=service)
 
 
 if __name__ == "__main__":
