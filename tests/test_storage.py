@@ -25,6 +25,7 @@ from ZODB.interfaces import (
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError, POSKeyError, StorageError, StorageTransactionError
 from ZODB.tests.hexstorage import HexStorage
+from ZODB.tests.MinPO import MinPO
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import p64
 
@@ -306,7 +307,7 @@ def test_a_commit_without_blobs_makes_no_request_and_works_while_s3_is_down(s3, 
     s3.misbehave(hang=True)
     txn = TransactionMetaData()
     storage.tpc_begin(txn)
-    storage.store(storage.new_oid(), ZERO, zodb_pickle(1), "", txn)
+    storage.store(storage.new_oid(), ZERO, zodb_pickle(MinPO(1)), "", txn)
     storage.tpc_vote(txn)
     storage.tpc_finish(txn)
     s3.behave()

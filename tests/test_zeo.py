@@ -19,6 +19,7 @@ from zeoserver import SECTION, ZEOServer
 from ZODB.blob import Blob
 from ZODB.Connection import TransactionMetaData
 from ZODB.POSException import ConflictError, POSKeyError, StorageError
+from ZODB.tests.MinPO import MinPO
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import p64, z64
 
@@ -80,7 +81,7 @@ def load(client):
 def commit_object(client, value="x"):
     txn = TransactionMetaData()
     client.tpc_begin(txn)
-    client.store(client.new_oid(), ZERO, zodb_pickle(value), "", txn)
+    client.store(client.new_oid(), ZERO, zodb_pickle(MinPO(value)), "", txn)
     client.tpc_vote(txn)
     return client.tpc_finish(txn)
 

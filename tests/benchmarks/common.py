@@ -17,6 +17,7 @@ from s3server import S3Server  # noqa: E402
 from zeoserver import ZEOServer  # noqa: E402
 from ZODB.blob import Blob  # noqa: E402
 from ZODB.Connection import TransactionMetaData  # noqa: E402
+from ZODB.tests.MinPO import MinPO  # noqa: E402
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle  # noqa: E402
 
 MIB = 1 << 20
@@ -123,7 +124,7 @@ def random_file(path, size):
 def commit_object(storage, oid, serial):
     txn = TransactionMetaData()
     storage.tpc_begin(txn)
-    storage.store(oid, serial, zodb_pickle("x"), "", txn)
+    storage.store(oid, serial, zodb_pickle(MinPO("x")), "", txn)
     storage.tpc_vote(txn)
     return storage.tpc_finish(txn)
 
