@@ -1,5 +1,6 @@
 """A stock ``runzeo`` in a process of its own, with an ``<s3blobstorage>``, and stock clients of it."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -146,6 +147,8 @@ class ZEOServer:
 
     def open_files(self):
         """The names of the files that the server has open in its cache directory; none where the system cannot tell."""
-        links = Path(f"/proc/{self.pid}/fd")
-        names = [os.readlink(link) for link in links.iterdir() if link.exists()] if links.exists() else []
+        names = []
+        for link in Path(f"/proc/{self.pid}").glob("fd/*"):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                names.append(os.readlink(link))
         return sorted(name for name in names if name.startswith(f"{self.cache_dir}/"))
