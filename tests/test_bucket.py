@@ -349,6 +349,13 @@ def test_nothing_is_left_of_a_longer_object_that_was_read_first(s3, bucket, put,
     assert read(bucket) == b"data"
 
 
+def test_a_checksum_whose_name_the_service_capitalises_is_checked_all_the_same(s3, open_bucket, bucket_name, read):
+    s3.client.put_object(Bucket=bucket_name, Key=KEY, Body=b"data")
+    s3.misbehave(operation="GetObject", headers={"X-Amz-Meta-Sha256": "0" * 64})
+    with pytest.raises(BucketError, match=r"sha256.*damaged"):
+        read(open_bucket(s3_max_attempts=1))
+
+
 def test_an_object_that_others_stored_is_checked_by_its_md5(s3, open_bucket, bucket_name, read):
     s3.client.put_object(Bucket=bucket_name, Key=KEY, Body=b"data")
     bucket = open_bucket(s3_max_attempts=2)

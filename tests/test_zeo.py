@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -483,6 +484,22 @@ def test_a_conflict_over_a_blob_leaves_nothing_behind(s3, bucket_name, server):
     two.abort()
     assert read(server.db(), "blob") == b"winner"
     wait_for(lambda: not leftovers(server) and len(s3.keys(bucket_name)) == 2)
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux lets one process limit another")
+def test_a_blob_that_cannot_be_written_fails_its_commit_with_a_clear_error(server):
+    """The stock server cuts the connection, or commits what the disk took of it."""
+    client = server.client()
+    commit_blob(client)
+    _, hard = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (MB, hard))
+    with pytest.raises(StorageError, match=r"cache-dir.*File too large"):
+        commit_blob(client, os.urandom(3 * MB))
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (hard, hard))
+    assert leftovers(server) == []
+    data = os.urandom(3 * MB)
+    oid, tid = commit_blob(client, data)
+    assert blob(server.client(), oid, tid) == data
 
 
 def test_a_client_with_a_shared_blob_directory_is_told_at_its_commit(server, tmp_path):

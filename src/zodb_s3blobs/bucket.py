@@ -543,9 +543,9 @@ def _digest(name: str, filename: str) -> str:
 
 def _checksum(answer: dict[str, Any]) -> tuple[str, str]:
     """The algorithm and the hex digest of what an object that was got or looked up should hold; "" if unknown."""
-    sha256 = answer["Metadata"].get(_SHA256)
-    if sha256:
-        return "sha256", sha256
+    for name, value in answer["Metadata"].items():
+        if name.lower() == _SHA256:  # some services capitalise it
+            return _SHA256, value
     # An object that other software put there. Its ETag is its MD5 unless it is encrypted or came in parts.
     etag = answer["ETag"].strip('"')
     encrypted = answer.get("ServerSideEncryption") not in (None, "AES256") or answer.get("SSECustomerAlgorithm")
