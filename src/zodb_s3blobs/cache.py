@@ -339,15 +339,12 @@ class Cache:
 
     def _end_leases(self) -> None:
         now = time.monotonic()
-        ended = []
-        with self._lock:
+        with self._lock:  # to the end, so that no later timer can overtake and let younger files go first
             while self._leases and self._leases[0][0] <= now:
-                ended.append(self._leases.popleft()[1])
+                self._leases.popleft()[1].release()
             self._lease_timer_runs = bool(self._leases)
             if self._leases:
                 self._start_timer(self._leases[0][0] - now)
-        for pin in ended:
-            pin.release()
 
     def _pin_again(self, name: Name, path: str, pinned: _Pinned) -> Pin:
         with self._lock:

@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import zope.event
 from ZEO.asyncio.server import Delay
@@ -26,6 +26,11 @@ from ZODB.POSException import StorageError, StorageTransactionError
 
 from .storage import S3BlobStorage
 from .workers import Waiting
+
+if TYPE_CHECKING:
+    from ZEO.StorageServer import ZEOStorage as _Stock
+else:
+    _Stock = object  # the class of the handler that is taken over comes second, see `_handler_class`
 
 logger = logging.getLogger(__name__)
 
@@ -74,23 +79,10 @@ def _handler_class(stock: type) -> type:
     return type(f"S3Blob{stock.__name__}", (BlobHandler, stock), {})
 
 
-class BlobHandler:
+class BlobHandler(_Stock):
     """What is different in the handler of a client of one of our storages. Mixed into the server's own class."""
 
-    # What the stock class has
-    storage: Any
-    connection: Any
-    connected: bool
-    log_label: str
-    _check_tid: Callable[..., int]
-    transaction: Any
-    locked: bool
-    conflicts: dict[bytes, Any]
-    client_conflict_resolution: bool
-    blob_log: list[Any]
     blob_tempfile: Any
-    call_soon_threadsafe: Callable[..., None]
-
     blobs: S3BlobStorage
     #: The call of vote that waits for uploads: staged ones before it has the commit lock, others with it.
     pending: "_Pending | None" = None
@@ -118,7 +110,7 @@ class BlobHandler:
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.timer.cancel()
-        super().notify_disconnected()  # type: ignore[misc]
+        super().notify_disconnected()
 
     def _drop_tempfile(self) -> None:
         if self.blob_tempfile is not None:
@@ -159,7 +151,7 @@ class BlobHandler:
 
     def storeBlobStart(self) -> None:
         try:
-            super().storeBlobStart()  # type: ignore[misc]
+            super().storeBlobStart()
         except OSError as error:
             self.refusal = f"Cannot write to cache-dir {self.blobs.temporaryDirectory()}: {error.strerror}"
 
@@ -173,7 +165,7 @@ class BlobHandler:
 
     def storeBlobEnd(self, oid: bytes, serial: bytes, data: bytes, id: int) -> None:
         if self.refusal is None:
-            super().storeBlobEnd(oid, serial, data, id)  # type: ignore[misc]
+            super().storeBlobEnd(oid, serial, data, id)
             self.blobs.staging.stage(self.blob_log[-1][-1])
         else:
             self._drop_tempfile()
@@ -193,7 +185,7 @@ class BlobHandler:
             raise StorageError(self.refusal)
         if self.pending is not None:
             raise StorageTransactionError("Already voting")
-        vote = functools.partial(super().vote, tid)  # type: ignore[misc]
+        vote = functools.partial(super().vote, tid)
         staged = self.blobs.staging.waiting(filename for _, _, _, filename in self.blob_log)
         if staged is None:
             return vote()
@@ -206,7 +198,7 @@ class BlobHandler:
         """
         kept = self._link_blobs()
         try:
-            result, uploads = self.blobs.vote_later(functools.partial(super()._vote, delay))  # type: ignore[misc]
+            result, uploads = self.blobs.vote_later(functools.partial(super()._vote, delay))
         except Exception:
             _unlink_blobs(kept)
             raise
@@ -274,7 +266,7 @@ class BlobHandler:
         """Refused until the vote has been answered."""
         if self.pending is not None:
             raise StorageTransactionError("tpc_finish called before the vote has been answered")
-        return super().tpc_finish(id)  # type: ignore[misc]
+        return super().tpc_finish(id)
 
     def _clear_transaction(self) -> None:
         """The common end of finish, abort and disconnect."""
@@ -288,7 +280,7 @@ class BlobHandler:
         self._drop_tempfile()
         for _, _, _, filename in self.blob_log:
             self.blobs.staging.forget(filename)
-        super()._clear_transaction()  # type: ignore[misc]
+        super()._clear_transaction()
 
 
 class _Pending(NamedTuple):
