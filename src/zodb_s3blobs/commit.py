@@ -195,8 +195,9 @@ class Commit:
     def _upload_if_missing(self, blob: "_Blob") -> None:
         assert blob.file is not None
         self._uploads.in_flight.wait_until_judged(blob.name, self)
-        blob.file.sync()
-        if not self._uploads.bucket.has(*blob.name, blob.file.path):
+        if self._uploads.bucket.has(*blob.name, blob.file.path):
+            blob.file.sync()
+        else:
             self._upload(blob)
 
     def _copy(self, blob: "_Blob", source: bytes) -> None:
