@@ -11,6 +11,7 @@ from s3server import S3Server
 
 from zodb_s3blobs.bucket import Bucket, BucketSettings
 from zodb_s3blobs.cache import Cache
+from zodb_s3blobs.metrics import Metrics
 
 _numbers = itertools.count()
 
@@ -69,12 +70,18 @@ def settings(s3, bucket_name):
 
 
 @pytest.fixture
-def open_bucket(settings):
+def metrics():
+    """What the buckets and caches of a test count on."""
+    return Metrics()
+
+
+@pytest.fixture
+def open_bucket(settings, metrics):
     """Makes a `Bucket`; keywords replace single settings."""
     buckets = []
 
     def make(**changes):
-        buckets.append(Bucket(settings(**changes)))
+        buckets.append(Bucket(settings(**changes), metrics))
         return buckets[-1]
 
     yield make
@@ -88,12 +95,12 @@ def bucket(open_bucket):
 
 
 @pytest.fixture
-def open_cache(tmp_path):
+def open_cache(tmp_path, metrics):
     """Makes a `Cache` of ``limit`` bytes in a directory of its own."""
     caches = []
 
     def make(limit=100 << 20):
-        caches.append(Cache(tmp_path / f"cache-{len(caches)}", limit))
+        caches.append(Cache(tmp_path / f"cache-{len(caches)}", limit, metrics))
         return caches[-1]
 
     yield make

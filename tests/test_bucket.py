@@ -13,6 +13,7 @@ from ZODB.utils import p64
 
 from zodb_s3blobs import bucket as bucket_module
 from zodb_s3blobs.bucket import MISCONFIGURED, PART, BlobNotFound, Bucket, BucketError, Listed, TransferCancelled
+from zodb_s3blobs.metrics import Metrics
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -755,7 +756,7 @@ def test_the_settings_do_not_show_their_secrets(settings):
 
 
 def test_a_bucket_sends_nothing_before_it_is_asked(s3, settings):
-    Bucket(settings()).close()
+    Bucket(settings(), Metrics()).close()
     assert operations(s3) == []
 
 

@@ -19,6 +19,7 @@ from ZODB.utils import p64, u64
 
 from zodb_s3blobs import cache as cache_module
 from zodb_s3blobs.cache import Cache, CacheDirectoryError, CacheError
+from zodb_s3blobs.metrics import Metrics
 
 TIMEOUT = 30
 TID = p64(0x1234)
@@ -30,7 +31,7 @@ def start_cache(tmp_path):
     started = []
 
     def start_cache(limit=1000, wait=True):
-        started.append(Cache(tmp_path / "cache", limit))
+        started.append(Cache(tmp_path / "cache", limit, Metrics()))
         if wait:
             assert started[-1].wait_until_read(TIMEOUT)
         return started[-1]
@@ -612,9 +613,10 @@ def test_a_directory_that_another_process_uses_is_refused(cache):
     script = """
 import sys
 from zodb_s3blobs.cache import Cache, CacheDirectoryError
+from zodb_s3blobs.metrics import Metrics
 
 try:
-    Cache(sys.argv[1], 1000)
+    Cache(sys.argv[1], 1000, Metrics())
 except CacheDirectoryError as error:
     print(error)
 """
@@ -632,7 +634,7 @@ def test_a_directory_that_this_process_uses_already_is_refused(cache):
     fill(cache, 1)
     waiting = cache.new_file()
     with pytest.raises(CacheDirectoryError, match="in use"):
-        Cache(cache.directory, 1000)
+        Cache(cache.directory, 1000, Metrics())
     waiting.publish(p64(2), TID).release()
     assert on_disk(cache) == {1, 2}
 
@@ -641,8 +643,9 @@ def test_a_directory_may_be_used_again_after_a_process_was_killed(start_cache, t
     script = """
 import os, signal, sys
 from zodb_s3blobs.cache import Cache
+from zodb_s3blobs.metrics import Metrics
 
-cache = Cache(sys.argv[1], 1000)
+cache = Cache(sys.argv[1], 1000, Metrics())
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "cache"], timeout=TIMEOUT)
@@ -656,7 +659,7 @@ def test_a_directory_with_foreign_files_is_refused_and_left_as_it_is(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
     with pytest.raises(CacheDirectoryError, match=r"holds files that are no blob cache .* name an empty or new"):
-        Cache(tmp_path, 1000)
+        Cache(tmp_path, 1000, Metrics())
     assert files(tmp_path) == foreign
 
 
@@ -683,7 +686,7 @@ def test_what_cannot_be_a_directory_is_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"precious")
     for directory in (tmp_path / "file", tmp_path / "file" / "cache"):
         with pytest.raises(CacheDirectoryError, match=rf"(?i){directory} .*not a directory"):
-            Cache(directory, 1000)
+            Cache(directory, 1000, Metrics())
     assert files(tmp_path) == {"file": b"precious"}
 
 
@@ -794,8 +797,8 @@ def reopen_slowly(start_cache, monkeypatch):
     seen, may_go_on = threading.Event(), threading.Event()
     entries = cache_module._entries
 
-    def slowly(directory):
-        yield from entries(directory)
+    def slowly(directory, metrics):
+        yield from entries(directory, metrics)
         if Path(directory).name == "blobs":  # the last of the folders
             seen.set()
             may_go_on.wait(TIMEOUT)

@@ -135,6 +135,17 @@ def everything_shown(error):
         ("upload-timeout", "0"),
         ("cache-size", "lots"),
         ("cache-size", "-1"),
+        ("metrics-address", "zeo.example.net"),
+        ("metrics-address", "zeo.example.net:"),
+        ("metrics-address", "zeo.example.net:http"),
+        ("metrics-address", "zeo.example.net:0"),
+        ("metrics-address", "zeo.example.net:99999"),
+        ("metrics-address", "zeo.example.net:8101/metrics"),
+        ("metrics-address", "http://zeo.example.net:8101"),
+        ("metrics-address", "http://zeo.example.net:8101/metrics"),
+        ("metrics-address", "2001:db8::1:8101"),
+        ("metrics-address", "two words"),
+        ("metrics-address", "0"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_key_named(section, refusal, key, value):
@@ -231,6 +242,7 @@ def test_defaults(section):
     factory = read(section())
     assert factory.config.cache_size == 1 << 30
     assert factory.config.upload_timeout == 600
+    assert factory.config.metrics_address is None
     assert vars(factory.settings) == {
         "bucket_name": "blobs",
         "s3_prefix": "",
@@ -274,6 +286,22 @@ def test_defaults(section):
 )
 def test_a_value_is_taken_over(section, key, value, meaning):
     assert getattr(settings(section(**{key: value})), key) == (value if meaning is None else meaning)
+
+
+@pytest.mark.parametrize(
+    ("value", "meaning"),
+    [
+        ("localhost:8101", ("localhost", 8101)),
+        ("ZEO.example.net:8101", ("zeo.example.net", 8101)),
+        ("192.0.2.1:65535", ("192.0.2.1", 65535)),
+        ("[2001:db8::1]:8101", ("2001:db8::1", 8101)),
+        ("0.0.0.0:8101", ("0.0.0.0", 8101)),
+        (":8101", ("", 8101)),
+        ("8101", ("", 8101)),
+    ],
+)
+def test_a_metrics_address_is_a_host_and_a_port(section, value, meaning):
+    assert read(section(metrics_address=value)).config.metrics_address == meaning
 
 
 def test_an_empty_value_is_no_value(section):

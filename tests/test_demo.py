@@ -117,6 +117,8 @@ def test_once_shows_the_round_trip_and_ends_with_0(environment, tmp_path):
     for name, cold in ("keys.py", 1), ("storage.py", 1), ("bucket.py", 1), ("large.bin", 3):
         assert re.search(ROW.format(name=re.escape(name), cold=cold), ended.stdout), name
     assert "Every byte that came back is the byte that was committed." in ended.stdout
+    for metric, value in ("s3blobs_cache_requests_total", 8), ("s3blobs_cache_hits_total", 4):
+        assert re.search(rf"{metric} +{value}\n", ended.stdout), metric
     assert "a-real-secret" not in ended.stdout
     assert os.listdir(tmp_path / "tmp") == []
     assert os.listdir(tmp_path) == ["tmp"]  # no pid file in INSTANCE_HOME

@@ -9,6 +9,7 @@ from ZODB.utils import p64
 
 from zodb_s3blobs.bucket import PART, BlobNotFound, BucketError
 from zodb_s3blobs.fetch import Fetcher
+from zodb_s3blobs.metrics import Metrics
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -29,7 +30,7 @@ def open_fetcher(open_bucket):
     fetchers = []
 
     def make(cache, **changes):
-        fetchers.append(Fetcher(open_bucket(**changes), cache))
+        fetchers.append(Fetcher(open_bucket(**changes), cache, Metrics()))
         return fetchers[-1]
 
     yield make

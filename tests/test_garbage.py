@@ -15,6 +15,7 @@ from zodb_s3blobs.commit import Uploads
 from zodb_s3blobs.fetch import Fetcher
 from zodb_s3blobs.garbage import collect
 from zodb_s3blobs.inflight import InFlight
+from zodb_s3blobs.metrics import Metrics
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -60,7 +61,7 @@ def in_flight():
 @pytest.fixture
 def collect_garbage(bucket, cache, in_flight):
     """Collects the garbage of a base."""
-    return lambda base: collect(base, bucket, cache, in_flight)
+    return lambda base: collect(base, bucket, cache, in_flight, Metrics())
 
 
 class Base:
@@ -159,10 +160,10 @@ def test_what_is_committed_after_it_was_found_dead_is_left_alone(s3, bucket_name
 
 def test_a_restore_of_what_is_being_deleted_waits_and_uploads_it_again(s3, bucket_name, bucket, cache, put, new_file):
     (key,) = put((p64(1), p64(1)))
-    uploads = Uploads(bucket, cache, Fetcher(bucket, cache).fetch, 4, 60)
+    uploads = Uploads(bucket, cache, Fetcher(bucket, cache, Metrics()).fetch, Metrics(), 4, 60)
     s3.misbehave(operation="DeleteObject", hang=True)
     with ThreadPoolExecutor() as pool:
-        collecting = pool.submit(collect, Base(), bucket, cache, uploads.in_flight)
+        collecting = pool.submit(collect, Base(), bucket, cache, uploads.in_flight, Metrics())
         s3.wait_for("DeleteObject")
         restoring = uploads.begin(None, p64(101))
         restoring.restore(p64(1), p64(1), new_file(b"x"))
@@ -221,7 +222,7 @@ def test_when_s3_fails_half_way_what_is_live_stays_and_the_next_run_does_the_res
 
 
 def test_the_cached_files_of_deleted_blobs_go_too(bucket, cache, new_file, collect_garbage):
-    fetcher = Fetcher(bucket, cache)
+    fetcher = Fetcher(bucket, cache, Metrics())
     dead, live = (p64(1), p64(1)), (p64(1), p64(2))
     for name in (dead, live):
         bucket.put(*name, new_file(b"data"))

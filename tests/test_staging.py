@@ -8,6 +8,7 @@ import pytest
 
 from zodb_s3blobs import staging as staging_module
 from zodb_s3blobs.bucket import BucketError
+from zodb_s3blobs.metrics import Metrics
 from zodb_s3blobs.staging import Staging
 from zodb_s3blobs.workers import DaemonPool
 
@@ -21,7 +22,7 @@ def open_staging(bucket):
     opened, cleaners = [], DaemonPool(2)
 
     def make(timeout=TIMEOUT, threshold=THRESHOLD):
-        opened.append(Staging(bucket, cleaners, 4, timeout, threshold))
+        opened.append(Staging(bucket, cleaners, Metrics(), 4, timeout, threshold))
         return opened[-1]
 
     yield make

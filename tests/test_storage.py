@@ -530,7 +530,7 @@ def test_pack_keeps_what_a_transaction_has_uploaded_and_not_finished(s3, bucket_
 
     # The base cannot be packed now; the collection can run at any time.
     parts = storage._parts
-    garbage.collect(storage.base, parts.bucket, parts.cache, parts.uploads.in_flight)
+    garbage.collect(storage.base, parts.bucket, parts.cache, parts.uploads.in_flight, parts.metrics)
     storage.tpc_finish(txn)
     assert len(s3.keys(bucket_name)) == 2
 

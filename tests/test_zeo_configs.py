@@ -33,6 +33,7 @@ CLIENTS = ["client-zope.conf", "zope-relstorage.conf"]
 
 ENVIRONMENT = {
     "S3BLOBS_ADDRESS": "localhost:8100",
+    "S3BLOBS_METRICS_ADDRESS": "localhost:8101",
     "S3BLOBS_ENDPOINT": "http://localhost:9000",
     "S3BLOBS_BUCKET": "blobs",
     "S3BLOBS_ACCESS_KEY": "access",
@@ -56,6 +57,7 @@ print(json.dumps({
     "transaction_timeout": options.transaction_timeout,
     "upload_timeouts": [section.upload_timeout for section in found],
     "cache_dirs": [section.cache_dir for section in found],
+    "metrics_addresses": [section.metrics_address for section in found],
     "keys_start_with": [[section.bucket_name, section.s3_prefix] for section in found],
     "logs": options.config_logger is not None,
 }))
@@ -127,6 +129,8 @@ def test_runzeo_accepts_a_server_file(read_as_runzeo, tmp_path, name):
     # What must not be shared
     assert len(set(read["cache_dirs"])) == len(SERVERS[name])
     assert len(set(map(tuple, read["keys_start_with"]))) == len(SERVERS[name])
+    # What must be
+    assert read["metrics_addresses"] == [["localhost", 8101]] * len(SERVERS[name])
 
 
 @pytest.mark.parametrize("name", [name for name in SERVERS if name != "quickstart.conf"])
@@ -166,6 +170,7 @@ def test_zope_accepts_the_relstorage_file(read_as_zope, tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, "relstorage", raising=False)
     [database] = read_as_zope((CONFIGS / "zope-relstorage.conf").read_text())
     assert database.config.storage.settings.bucket_name == "example-blobs"
+    assert database.config.storage.config.metrics_address == ("localhost", 8101)
 
 
 # What is said of the keys

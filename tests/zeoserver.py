@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import ZEO.ClientStorage
 import ZODB
+from prometheus_client.parser import text_string_to_metric_families
 
 FILESTORAGE = "<filestorage>\n path {dir}/Data.fs\n</filestorage>"
 
@@ -43,18 +45,54 @@ SECTION = """
 """
 
 
+def free_address():
+    """A host and a port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()
+
+
+class Figures:
+    """What a scrape returned: ``text``, and the values in it.
+
+    Called with the name of a series and some of its labels, it returns the value of the one series that has these.
+    """
+
+    def __init__(self, text):
+        self.text = text
+        self.samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+    def __call__(self, name, **labels):
+        (value,) = [s.value for s in self.samples if s.name == name and labels.items() <= s.labels.items()]
+        return value
+
+    def names(self, **labels):
+        """The names of the series that have these labels."""
+        return {sample.name for sample in self.samples if labels.items() <= sample.labels.items()}
+
+
+def scrape(address):
+    """The `Figures` of the process that serves them at ``address``."""
+    with urllib.request.urlopen("http://{}:{}/metrics".format(*address), timeout=60) as answer:
+        return Figures(answer.read().decode())
+
+
 class ZEOServer:
     """One server on a port that stays the same over restarts; use as a context manager.
 
     ``options`` and ``zeo``: more keys of the s3blobstorage and the zeo section; ``storages``: makes the text of the
-    storage sections from the settings of the one that the other arguments describe.
+    storage sections from the settings of the one that the other arguments describe; ``metrics``: whether the options
+    are to have a metrics-address.
     """
 
-    def __init__(self, directory, s3, bucket=None, *, base=FILESTORAGE, options=None, zeo=None, storages=None):
+    def __init__(
+        self, directory, s3, bucket=None, *, base=FILESTORAGE, options=None, zeo=None, storages=None, metrics=False
+    ):
         self.directory = Path(directory)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = probe.getsockname()
+        self.address = free_address()
+        if metrics:
+            self.metrics_address = free_address()
+            options = {**(options or {}), "metrics_address": "{}:{}".format(*self.metrics_address)}
         self._clients = []
         self._process = None
         self.cache_name = "cache"
@@ -144,6 +182,10 @@ class ZEOServer:
     def db(self, **options):
         """A database on a client of its own."""
         return ZODB.DB(self.client(**options))
+
+    def metrics(self):
+        """The `Figures` of a scrape."""
+        return scrape(self.metrics_address)
 
     def open_files(self):
         """The names of the files that the server has open in its cache directory; none where the system cannot tell."""

@@ -14,6 +14,7 @@ import os
 import re
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from s3transfer.manager import TransferManager
 from s3transfer.subscribers import BaseSubscriber
 
 from .keys import Keys
+from .metrics import Metrics
+from .s3events import S3Events
 from .workers import DaemonPool
 
 logger = logging.getLogger(__name__)
@@ -65,6 +68,14 @@ class BucketError(Exception):
     def __init__(self, message: str, code: str = "") -> None:
         super().__init__(message)
         self.code = code
+
+
+class NotDeleted(BucketError):
+    """Some objects could not be deleted: ``keys``."""
+
+    def __init__(self, message: str, code: str, keys: frozenset[str]) -> None:
+        super().__init__(message, code)
+        self.keys = keys
 
 
 class BlobNotFound(LookupError):
@@ -133,7 +144,7 @@ class ListedStaged:
 class Bucket:
     """The blobs below one prefix of one bucket. Making one sends no request."""
 
-    def __init__(self, settings: BucketSettings) -> None:
+    def __init__(self, settings: BucketSettings, metrics: Metrics) -> None:
         self.name = settings.bucket_name
         self.keys = Keys(settings.s3_prefix)
         self._attempts = settings.s3_max_attempts
@@ -155,6 +166,8 @@ class Bucket:
         if settings.s3_storage_class:
             self._write_options["StorageClass"] = settings.s3_storage_class
         self._client = _client(settings)
+        self._metrics = metrics
+        self._events = S3Events(self._client, metrics, TransferCancelled)
         #: Where requests go; without s3-endpoint-url, boto3 may have found another than Amazon's.
         self.endpoint_url: str = self._client.meta.endpoint_url
         pool_name = f"s3blobs {settings.bucket_name}"
@@ -178,8 +191,15 @@ class Bucket:
         """Take no more requests; those under way are left to their daemon threads."""
         self._parts.shutdown(wait=False, cancel_futures=True)
         # It waits for the transfers that it cancels, which a silent service can make a long time.
-        threading.Thread(target=self._transfers.shutdown, kwargs={"cancel": True}, daemon=True).start()
+        # As a context manager: `shutdown` with cancel fails in some versions.
+        closed = TransferCancelled("The bucket has been closed")
+        threading.Thread(target=self._transfers.__exit__, args=(type(closed), closed, None), daemon=True).start()
         self._client.close()
+
+    @property
+    def last_answer(self) -> tuple[str | None, float]:
+        """Why the last request was not answered, None if it was; and the reading of `time.monotonic` at that time."""
+        return self._events.last_answer
 
     def probe(self) -> None:
         """Ask for one key: BucketError if bucket, credentials, permission to list or connection are not right."""
@@ -204,9 +224,12 @@ class Bucket:
 
     def _put(self, key: str, filename: str, progress: Progress | None) -> None:
         options = {"Metadata": self._metadata(filename), **self._write_options, **self._key_options}
-        small = os.path.getsize(filename) < min(self._multipart_threshold, PART)
-        put = self._put_small if small else self._put_large
+        size, started = os.path.getsize(filename), time.monotonic()
+        put = self._put_small if size < min(self._multipart_threshold, PART) else self._put_large
         _ask(f"store {key} in bucket {self.name}", lambda: put(key, filename, options, progress))
+        self._metrics.upload_duration.observe(time.monotonic() - started)
+        self._metrics.upload_size.observe(size)
+        self._metrics.upload_last_success.set_to_current_time()
 
     def _put_small(self, key: str, filename: str, options: dict[str, Any], progress: Progress | None) -> None:
         # From memory: a body with a read method, which botocore also makes of bytes, would make it send
@@ -306,13 +329,19 @@ class Bucket:
         """
         key = self.keys.key(oid, tid)
         what = f"read {key} of bucket {self.name}"
+        started = time.monotonic()
         for attempt in range(1, self._attempts + 1):
             try:
-                return _ask(what, lambda: self._get(key, file))
+                size = _ask(what, lambda: self._get(key, file))
             except Corrupt as error:
+                self._metrics.download_checksum_failures.inc()
                 logger.error("Could not %s: %s (attempt %d of %d)", what, error, attempt, self._attempts)
                 damage = str(error)
                 file.clear()
+            else:
+                self._metrics.download_duration.observe(time.monotonic() - started)
+                self._metrics.download_size.observe(size)
+                return size
         raise BucketError(f"Could not {what}: {damage}. The object is damaged or was changed; restore it from a backup")
 
     def _get(self, key: str, file: "Target") -> int:
@@ -379,6 +408,14 @@ class Bucket:
             return self._client.get_object(**options)  # an empty object has no first byte to ask for
 
         answer = _ask(f"read {key} of bucket {self.name}", get)
+        try:
+            return self._range(answer, start)
+        except BaseException:
+            answer["Body"].close()
+            raise
+
+    @staticmethod
+    def _range(answer: dict[str, Any], start: int) -> "_Range":
         length = answer["ContentLength"]
         total = length
         match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange") or "")
@@ -386,18 +423,22 @@ class Bucket:
             total = int(match[3])
         elif start:
             # The service ignores ranges and would send everything: only the first request may be answered so.
-            answer["Body"].close()
             raise Corrupt("the service answered one range with the whole object and another with a part")
         return _Range(answer["Body"], length, total, answer["ETag"], _checksum(answer))
 
     # Listing and deleting
 
-    def list_blobs(self) -> Iterator[Listed]:
-        """All blobs, in the order of their keys; a request per 1,000. What is not a blob of ours is left out."""
+    def list_blobs(self, unknown: Callable[[int], None] = lambda size: None) -> Iterator[Listed]:
+        """All blobs, in the order of their keys; a request per 1,000.
+
+        What is not a blob of ours is left out; ``unknown`` is called with the size of each such object.
+        """
         for found in self._list(self.keys.blobs):
             name = self.keys.parse(found["Key"])
             if name is not None:
                 yield Listed(*name, found["Size"])
+            else:
+                unknown(found["Size"])
 
     def list_staged(self) -> Iterator[ListedStaged]:
         """All staged uploads, of this server and others."""
@@ -417,7 +458,7 @@ class Bucket:
     def delete(self, blobs: Iterable[tuple[bytes, bytes]]) -> None:
         """Delete the blobs (oid, tid), 1,000 a request; absent ones are no error.
 
-        Raises BucketError that names the first that could not be deleted, after all were tried.
+        Raises NotDeleted, which names the first that could not be deleted, after all were tried.
         """
         self._delete([self.keys.key(oid, tid) for oid, tid in blobs])
 
@@ -426,14 +467,17 @@ class Bucket:
         self._delete([self.keys.staged_key(name) for name in names])
 
     def _delete(self, keys: list[str]) -> None:
-        errors: list[BucketError] = []
+        errors: dict[str, BucketError] = {}
         for start in range(0, len(keys), _DELETE_BATCH):
             batch = keys[start : start + _DELETE_BATCH]
-            errors += self._delete_batch(batch) if self._batch_delete and len(batch) > 1 else self._delete_each(batch)
+            errors |= self._delete_batch(batch) if self._batch_delete and len(batch) > 1 else self._delete_each(batch)
         if errors:
-            raise BucketError(f"{errors[0]}; {len(errors)} of {len(keys)} objects were not deleted", errors[0].code)
+            first = next(iter(errors.values()))
+            raise NotDeleted(
+                f"{first}; {len(errors)} of {len(keys)} objects were not deleted", first.code, frozenset(errors)
+            )
 
-    def _delete_batch(self, keys: list[str]) -> list[BucketError]:
+    def _delete_batch(self, keys: list[str]) -> dict[str, BucketError]:
         try:
             answer = self._client.delete_objects(
                 Bucket=self.name, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True}
@@ -442,28 +486,28 @@ class Bucket:
             failure = _bucket_error(error, f"delete objects of bucket {self.name}")
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             if isinstance(failure, BlobNotFound) or status not in (400, 405, 411, 501):
-                return [failure] * len(keys) if isinstance(failure, BucketError) else []
+                return dict.fromkeys(keys, failure) if isinstance(failure, BucketError) else {}
             # Some services have no DeleteObjects, or want another checksum with it.
             logger.info("The service behind bucket %s has no batch delete: deleting one by one", self.name)
             self._batch_delete = False
             return self._delete_each(keys)
         except Exception as error:
-            return [_bucket_error(error, f"delete objects of bucket {self.name}")] * len(keys)
-        return [
-            BucketError(f"Could not delete {e.get('Key')} of bucket {self.name}: {e.get('Code')}", e.get("Code", ""))
-            for e in answer.get("Errors", ())
-            if e.get("Code") != "NoSuchKey"
-        ]
+            return dict.fromkeys(keys, _bucket_error(error, f"delete objects of bucket {self.name}"))
+        refused = {e["Key"]: e.get("Code", "") for e in answer.get("Errors", ()) if e.get("Code") != "NoSuchKey"}
+        return {
+            key: BucketError(f"Could not delete {key} of bucket {self.name}: {code}", code)
+            for key, code in refused.items()
+        }
 
-    def _delete_each(self, keys: list[str]) -> list[BucketError]:
-        futures = [self._parts.submit(self._client.delete_object, Bucket=self.name, Key=key) for key in keys]
-        errors = []
-        for key, future in zip(keys, futures, strict=True):
+    def _delete_each(self, keys: list[str]) -> dict[str, BucketError]:
+        futures = {key: self._parts.submit(self._client.delete_object, Bucket=self.name, Key=key) for key in keys}
+        errors = {}
+        for key, future in futures.items():
             error = future.exception()
             if error is not None:
                 failure = _bucket_error(error, f"delete {key} of bucket {self.name}")
                 if isinstance(failure, BucketError):
-                    errors.append(failure)
+                    errors[key] = failure
         return errors
 
 
@@ -524,7 +568,7 @@ def _client(settings: BucketSettings) -> Any:
 def _give_up_if_cancelled(caught_exception: BaseException | None = None, **kwargs: Any) -> None:
     # botocore takes what `_Progress` raises while a body is sent for a broken connection, and would try again.
     cause = caught_exception.__context__ if caught_exception is not None else None
-    if isinstance(cause, TransferCancelled):
+    if isinstance(cause, TransferCancelled | botocore.exceptions.ClientError):  # the latter of another part
         raise cause
 
 

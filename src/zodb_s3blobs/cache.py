@@ -29,6 +29,8 @@ from typing import TypeVar
 import zc.lockfile
 from ZODB.blob import rename_or_copy_blob
 
+from .metrics import Metrics
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -72,6 +74,12 @@ class Pin:
         pinned, self._pinned = self._pinned, None
         if pinned is not None:
             self._cache._unpin(self._name, pinned)
+
+    @property
+    def size(self) -> int:
+        """The bytes of the file; only before `release`."""
+        assert self._pinned is not None
+        return self._pinned.size
 
     def again(self) -> "Pin":
         """One more pin of the same file; only before `release`."""
@@ -125,6 +133,7 @@ class Incoming:
         except FileNotFoundError:
             pass
         except OSError as error:
+            self._cache._metrics.cache_errors.labels("delete").inc()
             logger.error("Cannot delete %s: %s", self.path, error)
 
 
@@ -137,13 +146,15 @@ class _Pinned:
 class Cache:
     """The files of one cache directory, which belongs to this object alone until `close`.
 
-    ``directory``: made if missing; ``limit``: how many bytes of files to keep. Raises `CacheDirectoryError` if the
-    directory cannot be written, belongs to another process, or holds something else than a cache.
+    ``directory``: made if missing; ``limit``: how many bytes of files to keep; ``metrics``: those of the storage.
+    Raises `CacheDirectoryError` if the directory cannot be written, belongs to another process, or holds something
+    else than a cache.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], limit: int) -> None:
+    def __init__(self, directory: str | os.PathLike[str], limit: int, metrics: Metrics) -> None:
         self.directory = Path(directory).absolute()
         self.limit = limit
+        self._metrics = metrics
         self.temporary = self.directory / "tmp"
         self._incoming = self.directory / "incoming"
         self._blobs = self.directory / "blobs"
@@ -160,6 +171,12 @@ class Cache:
         self._read = threading.Event()
         self._closed = False
         self._take_directory()
+        metrics.cache_limit.set(limit)
+        metrics.cache_size.set_function(lambda: self._size)
+        metrics.cache_files.set_function(lambda: len(self))
+        metrics.cache_pinned.set_function(self._pinned_bytes)
+        metrics.cache_oldest_access.set_function(self._oldest_access)
+        metrics.cache_free.set_function(lambda: shutil.disk_usage(self.directory).free)
         threading.Thread(target=self._read_directory, name="s3blobs cache index", daemon=True).start()
 
     # The directory
@@ -200,8 +217,8 @@ class Cache:
     def _read_directory(self) -> None:
         """Find the files of earlier runs; those used since the start are newer than all of them."""
         found = []
-        for folder in _entries(self._blobs):
-            for entry in _entries(folder.path):
+        for folder in _entries(self._blobs, self._metrics):
+            for entry in _entries(folder.path, self._metrics):
                 name = _parse(entry.name)
                 try:
                     status = entry.stat(follow_symlinks=False)
@@ -250,6 +267,11 @@ class Cache:
             try:
                 size = os.stat(path).st_size
             except FileNotFoundError:
+                self._forget(name)
+                return None
+            except OSError as error:  # it is in the bucket as well
+                self._metrics.cache_errors.labels("read").inc()
+                logger.error("Cannot read %s: %s", path, error)
                 self._forget(name)
                 return None
             self._touch(path)
@@ -301,6 +323,18 @@ class Cache:
         """The number of files in the cache."""
         return len(self._unused) + len(self._pinned)
 
+    def _pinned_bytes(self) -> int:
+        with self._lock:
+            return sum(pinned.size for pinned in self._pinned.values())
+
+    def _oldest_access(self) -> float:
+        with self._lock:
+            name = next(iter(self._unused), None)
+        try:
+            return os.stat(self.path(*name)).st_mtime if name is not None else 0
+        except FileNotFoundError:
+            return 0  # evicted meanwhile
+
     # Pins
 
     def _pin(self, name: Name, path: str) -> Pin:
@@ -321,7 +355,7 @@ class Cache:
             self._unused[name] = pinned.size
             if pinned.size > self.limit and not self._closed:
                 # Larger than the whole cache: read it may be, but not at the price of everything else.
-                self._unlink(name)
+                self._evict_one(name)
             else:
                 self._evict()
 
@@ -385,6 +419,7 @@ class Cache:
         except CacheError:
             raise
         except OSError as error:
+            self._metrics.cache_errors.labels("write").inc()
             advice = "free space on its disk or lower cache-size" if error.errno in _FULL else "check its permissions"
             raise CacheError(f"Cannot write to cache-dir {self.directory}: {error.strerror}; {advice}") from error
 
@@ -425,7 +460,12 @@ class Cache:
         for _ in range(_EVICTED_AT_ONCE):
             if not self._is_over_limit():
                 return
-            self._unlink(next(iter(self._unused)))
+            self._evict_one(next(iter(self._unused)))
+
+    def _evict_one(self, name: Name) -> None:
+        self._metrics.cache_evictions.inc()
+        self._metrics.cache_evicted_bytes.inc(self._unused[name])
+        self._unlink(name)
 
     def _is_over_limit(self) -> bool:
         """Whether there is something to evict and it is to be evicted."""
@@ -446,7 +486,7 @@ class Cache:
             target = self._size - needed
             evicted = False
             while self._size > target and self._unused:
-                self._unlink(next(iter(self._unused)))
+                self._evict_one(next(iter(self._unused)))
                 evicted = True
             return evicted
 
@@ -457,6 +497,7 @@ class Cache:
         except FileNotFoundError:
             pass
         except OSError as error:
+            self._metrics.cache_errors.labels("delete").inc()
             logger.error("Cannot evict %s from the cache: %s", path, error)
         self._forget(name)
         try:
@@ -483,11 +524,12 @@ def _parse(filename: str) -> Name | None:
     return (oid, tid) if parts[2:] == ["blob"] and len(oid) == len(tid) == 8 else None
 
 
-def _entries(directory: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
+def _entries(directory: str | os.PathLike[str], metrics: Metrics) -> Iterator[os.DirEntry[str]]:
     try:
         with os.scandir(directory) as entries:
             yield from entries
     except (FileNotFoundError, NotADirectoryError):
         pass  # evicted meanwhile, or not ours
     except OSError as error:
+        metrics.cache_errors.labels("read").inc()
         logger.error("Cannot read %s: %s; what is in it does not count towards cache-size", directory, error)

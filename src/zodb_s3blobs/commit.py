@@ -7,16 +7,20 @@ delete what was uploaded. Until the finish nobody but the transaction's owner ca
 
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
 
-from .bucket import BlobNotFound, Bucket, BucketError, TransferCancelled
+from prometheus_client import Counter
+
+from .bucket import BlobNotFound, Bucket, BucketError, NotDeleted, TransferCancelled
 from .cache import Cache, Incoming, Pin
 from .inflight import InFlight, Name
-from .staging import Staged, Staging
+from .metrics import Metrics
+from .staging import TOO_LATE, Staged, Staging
 from .workers import DaemonPool, Waiting
 
 logger = logging.getLogger(__name__)
@@ -37,6 +41,7 @@ class Uploads:
         bucket: Bucket,
         cache: Cache,
         fetch: Callable[[bytes, bytes], Pin],
+        metrics: Metrics,
         concurrency: int,
         timeout: float,
         stage_threshold: int = 0,
@@ -44,11 +49,12 @@ class Uploads:
         self.bucket = bucket
         self.cache = cache
         self.fetch = fetch
+        self.metrics = metrics
         self.timeout = timeout
         self.workers = DaemonPool(concurrency, "s3blobs upload")
         # Of its own, so that nobody's upload waits for the cleanup after somebody else's.
         self.cleaners = DaemonPool(2, "s3blobs cleanup")
-        self.staging = Staging(bucket, self.cleaners, concurrency, timeout, stage_threshold)
+        self.staging = Staging(bucket, self.cleaners, metrics, concurrency, timeout, stage_threshold)
         self.in_flight = InFlight()
 
     def begin(self, transaction: Any, tid: bytes) -> "Commit":
@@ -72,6 +78,7 @@ class Commit:
         self.transaction = transaction
         self.tid = tid
         self._uploads = uploads
+        self._metrics = uploads.metrics
         self._deadline = math.inf
         self._blobs: list[_Blob] = []
         self._latest: dict[Name, _Blob] = {}
@@ -100,8 +107,8 @@ class Commit:
         """Let the blob of ``oid`` go back to what it was at ``tid``; of several calls for an oid the last holds."""
         self._undone[oid] = tid
 
-    def vote(self) -> Waiting:
-        """Start what is left to start; what is returned is over when every blob is in the bucket.
+    def vote(self) -> Waiting | None:
+        """Start what is left to start; what is returned is over when every blob is in the bucket; None without blobs.
 
         It fails with BucketError, or BlobNotFound if what an undo goes back to is not there; the transaction is then
         to be aborted.
@@ -109,12 +116,15 @@ class Commit:
         for oid, source in self._undone.items():
             self._start(_Blob((oid, self.tid), None), self._copy, source)
         self._undone.clear()
+        if not self._blobs:
+            return None
         return Waiting(
             [blob.future for blob in self._blobs],
             self._deadline,
             BucketError(
                 f"Not all {len(self._blobs)} blobs of the transaction were stored in bucket "
-                f"{self._uploads.bucket.name} within upload-timeout ({self._uploads.timeout:g} s)"
+                f"{self._uploads.bucket.name} within upload-timeout ({self._uploads.timeout:g} s)",
+                TOO_LATE,
             ),
         )
 
@@ -130,6 +140,7 @@ class Commit:
                     logger.exception("A committed blob could not be put into the cache")
                 blob.file.discard()
         self._uploads.in_flight.discard(self._latest, self)
+        self._ended(self._metrics.transactions_finished)
 
     def abandon(self) -> None:
         """Leave everything as it is: the base failed to finish, and whether it committed only it can say.
@@ -140,6 +151,7 @@ class Commit:
             if blob.file is not None:
                 blob.file.discard()
         self._uploads.in_flight.discard(self._latest, self)
+        self._ended(self._metrics.transactions_aborted)
 
     def abort(self) -> None:
         """Give up all blobs; a worker deletes what was uploaded."""
@@ -151,6 +163,13 @@ class Commit:
                 self._uploads.cleaners.submit(self._clean_up)
             except RuntimeError:
                 pass  # closed: the next start sweeps the files, the next pack the objects
+        self._ended(self._metrics.transactions_aborted)
+
+    def _ended(self, counter: Counter) -> None:
+        if self._blobs:
+            counter.inc()
+            self._metrics.staged_blobs.dec(len(self._blobs))
+            self._metrics.staged_bytes.dec(sum(blob.size for blob in self._blobs))
 
     # In a worker
 
@@ -163,6 +182,8 @@ class Commit:
         blob.future = self._uploads.workers.submit(self._run, blob, before, work, *args)
         self._latest[blob.name] = blob
         self._blobs.append(blob)
+        self._metrics.staged_blobs.inc()
+        self._metrics.staged_bytes.inc(blob.size)
 
     def _run(self, blob: "_Blob", before: "_Blob | None", work: Callable[..., None], *args: Any) -> None:
         if before is not None:
@@ -204,13 +225,17 @@ class Commit:
         oid, tid = blob.name
         blob.attempted = True
         try:
-            self._uploads.bucket.copy(oid, source, tid)
-        except BucketError as error:
-            # Some services cannot copy, or not what is encrypted.
-            logger.warning("%s; uploading it again instead", error)
-            self._check_wanted()
-            with self._uploads.fetch(oid, source) as path:
-                self._uploads.bucket.put(oid, tid, path, self._check_wanted)
+            try:
+                self._uploads.bucket.copy(oid, source, tid)
+            except BucketError as error:
+                # Some services cannot copy, or not what is encrypted.
+                logger.warning("%s; uploading it again instead", error)
+                self._check_wanted()
+                with self._uploads.fetch(oid, source) as path:
+                    self._uploads.bucket.put(oid, tid, path, self._check_wanted)
+        except BlobNotFound:
+            self._metrics.missing_blobs.inc()
+            raise
 
     def _clean_up(self) -> None:
         started = [blob.future for blob in self._blobs if not blob.future.cancelled()]
@@ -226,6 +251,7 @@ class Commit:
             if uploaded:
                 self._uploads.bucket.delete(sorted(uploaded))
         except (BlobNotFound, BucketError) as error:
+            self._metrics.cleanup_failures.inc(len(error.keys) if isinstance(error, NotDeleted) else len(uploaded))
             logger.warning("After an aborted transaction: %s. The next pack deletes them", error)
         finally:
             self._uploads.in_flight.discard(self._latest, self)
@@ -239,6 +265,7 @@ class _Blob:
     def __init__(self, name: Name, file: Incoming | None, staged: Staged | None = None) -> None:
         self.name = name
         self.file = file
+        self.size = os.path.getsize(file.path) if file is not None else 0  # in bytes; a copy needs no room here
         self.staged = staged
         #: Whether its key may have been written.
         self.attempted = False

@@ -6,6 +6,7 @@ The keys are described in component.xml. Values are never repeated in an error: 
 
 import base64
 import binascii
+import contextlib
 import logging
 import re
 from collections.abc import Callable
@@ -17,12 +18,14 @@ import ZConfig
 import ZConfig.datatypes
 from ZODB.config import BaseConfig
 
-from . import zeo
+from . import endpoint, zeo
 from .bases import UnsuitableBase
 from .bucket import MISCONFIGURED, Bucket, BucketError, BucketSettings
 from .cache import Cache, CacheDirectoryError
 from .commit import Uploads
 from .fetch import Fetcher
+from .health import Health
+from .metrics import Metrics
 from .storage import Parts, S3BlobStorage
 from .workers import DaemonPool
 
@@ -67,6 +70,19 @@ s3_stage_threshold = _datatype("s3-stage-threshold", "byte-size", f"{_SIZE}, or 
 upload_timeout = _datatype("upload-timeout", "time-interval", _TIME, 1)
 
 
+def metrics_address(text: str) -> tuple[str, int] | None:
+    """A host, "" for all addresses of this machine, and a port; None for no text, as from an empty variable."""
+    if not text:
+        return None
+    try:
+        host, port = ZConfig.datatypes.Registry().get("inet-binding-address")(text)
+    except ValueError:
+        port = None
+    if not port:
+        raise ValueError("metrics-address must be host:port, such as localhost:8101")
+    return host, port
+
+
 class StartRefused(ZConfig.ConfigurationError, SystemExit):
     """A setting turned out wrong when the storage was opened; the message names its key.
 
@@ -99,32 +115,48 @@ class S3BlobStorageFactory(BaseConfig):
         and no error.
         """
         zeo.install()
-        try:
-            bucket = Bucket(self.settings)
-        except BucketError as error:
-            raise _misconfigured(error) from None
-        try:
-            if self.settings.s3_sse_customer_key and not bucket.endpoint_url.startswith("https:"):
-                raise _refuse(
-                    "s3-sse-customer-key sends the key with every request and so needs TLS, but boto3 found another "
-                    "endpoint in AWS_ENDPOINT_URL, AWS_ENDPOINT_URL_S3 or its configuration file: set s3-endpoint-url "
-                    "to one with https://"
-                )
+        with contextlib.ExitStack() as undo:
+            metrics = Metrics(self.name or "1")
+            if self.config.metrics_address:
+                self._export(metrics)
+                undo.callback(endpoint.leave, metrics)
+            try:
+                bucket = Bucket(self.settings, metrics)
+            except BucketError as error:
+                raise _misconfigured(error) from None
+            undo.callback(bucket.close)
+            self._check_tls(bucket)
+            self._describe(bucket, metrics)
             _probe(bucket)
             base = self.config.base.open()
-        except BaseException:
-            bucket.close()
-            raise
-        try:
-            return _assemble(self.config, base, bucket)
-        except BaseException as error:
-            base.close()
-            bucket.close()
-            if isinstance(error, UnsuitableBase):
+            undo.callback(base.close)
+            try:
+                storage = _assemble(self.config, base, bucket, metrics)
+            except UnsuitableBase as error:
                 raise _refuse(f"s3blobstorage: {error}") from None
-            if isinstance(error, CacheDirectoryError):
+            except CacheDirectoryError as error:
                 raise _refuse(f"cache-dir: {error}") from None
-            raise
+            undo.pop_all()
+            return storage
+
+    def _export(self, metrics: Metrics) -> None:
+        try:
+            endpoint.join(self.config.metrics_address, metrics)
+        except endpoint.EndpointError as error:
+            raise _refuse(f"metrics-address: {error}") from None
+
+    def _check_tls(self, bucket: Bucket) -> None:
+        if self.settings.s3_sse_customer_key and not bucket.endpoint_url.startswith("https:"):
+            raise _refuse(
+                "s3-sse-customer-key sends the key with every request and so needs TLS, but boto3 found another "
+                "endpoint in AWS_ENDPOINT_URL, AWS_ENDPOINT_URL_S3 or its configuration file: set s3-endpoint-url "
+                "to one with https://"
+            )
+
+    def _describe(self, bucket: Bucket, metrics: Metrics) -> None:
+        url = urlsplit(bucket.endpoint_url)
+        address = url.netloc.rpartition("@")[2]  # boto3 may have found one with a password
+        metrics.storage_info.labels(bucket.name, self.settings.s3_prefix, f"{url.scheme}://{address}{url.path}").set(1)
 
 
 def bucket_settings(config: Any) -> BucketSettings:
@@ -237,19 +269,29 @@ def _probe(bucket: Bucket) -> None:
         worker.shutdown(wait=False)
 
 
-def _assemble(config: Any, base: Any, bucket: Bucket) -> S3BlobStorage:
-    cache = Cache(config.cache_dir, config.cache_size)
+def _assemble(config: Any, base: Any, bucket: Bucket, metrics: Metrics) -> S3BlobStorage:
+    cache = Cache(config.cache_dir, config.cache_size, metrics)
     try:
-        fetcher = Fetcher(bucket, cache, config.s3_concurrency)
+        fetcher = Fetcher(bucket, cache, metrics, config.s3_concurrency)
         uploads = Uploads(
             bucket,
             cache,
             fetcher.fetch,
+            metrics,
             config.s3_concurrency,
             config.upload_timeout,
             config.s3_stage_threshold,
         )
-        return S3BlobStorage(base, Parts(bucket, cache, fetcher, uploads))
+        health = Health(bucket)
+
+        def close_watch() -> None:
+            endpoint.leave(metrics)
+            health.close()
+
+        storage = S3BlobStorage(base, Parts(bucket, cache, fetcher, uploads, metrics, close_watch))
     except BaseException:
         cache.close()
         raise
+    metrics.bucket_up.set_function(lambda: health.trouble() is None)
+    metrics.trouble = health.trouble
+    return storage

@@ -19,14 +19,16 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
+from urllib.request import ProxyHandler, build_opener
 
 import ZEO
 from persistent.mapping import PersistentMapping
+from prometheus_client.parser import text_string_to_metric_families
 from ZODB.blob import Blob
 from ZODB.POSException import POSError
 
@@ -46,6 +48,18 @@ LARGE = 20 << 20
 _START_TIMEOUT, _STOP_TIMEOUT = 30.0, 10.0
 
 _LOG_LINES = 15
+
+#: The metrics that are shown.
+_SHOWN = (
+    "s3blobs_cache_requests_total",
+    "s3blobs_cache_hits_total",
+    "s3blobs_download_waits_total",
+    "s3blobs_s3_operations_total",
+    "s3blobs_s3_operation_failures_total",
+    "s3blobs_s3_received_bytes_total",
+    "s3blobs_cache_size_bytes",
+    "zeo_loads_total",
+)
 
 
 class DemoError(Exception):
@@ -146,6 +160,10 @@ def round_trip(directory: Path, files: list[Path], s3: "S3Server", server: "ZEOS
         if warm[name].requests:
             raise DemoError(f"{name} was read from S3 although the server should have it in its cache, {server.cache}")
     _say("Every byte that came back is the byte that was committed.")
+    _say()
+    _say(f"4. What its metrics say for Prometheus ({server.metrics_url}):")
+    for metric, value in server.figures(_SHOWN).items():
+        _say(f"   {metric:<40} {value:>12,.0f}")
 
 
 def sample_files(directory: Path) -> list[Path]:
@@ -312,8 +330,9 @@ class ZEOServer:
         directory.mkdir()
         self.cache = directory / "blobcache"  # as in CONFIG
         self._log = directory / "runzeo.log"
-        self.port = _free_port()
+        self.port, metrics_port = _free_ports(2)
         self.address = f"127.0.0.1:{self.port}"
+        self.metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
         self._process: subprocess.Popen[bytes] | None = None
         # Whatever the user has set up for Amazon S3 must neither get in the way nor be used. INSTANCE_HOME would
         # make runzeo write a pid file there.
@@ -327,6 +346,7 @@ class ZEOServer:
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
             "S3BLOBS_ADDRESS": self.address,
+            "S3BLOBS_METRICS_ADDRESS": f"127.0.0.1:{metrics_port}",
             "S3BLOBS_DIR": str(directory),
             "S3BLOBS_ENDPOINT": s3_url,
             "S3BLOBS_BUCKET": BUCKET,
@@ -372,6 +392,15 @@ class ZEOServer:
             self._process.kill()
             self._process.wait()
 
+    def figures(self, names: Iterable[str]) -> dict[str, float]:
+        """The metrics ``names``, each summed over its labels."""
+        with build_opener(ProxyHandler({})).open(self.metrics_url, timeout=_STOP_TIMEOUT) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        sums: collections.Counter[str] = collections.Counter()
+        for sample in (sample for family in families for sample in family.samples):
+            sums[sample.name] += sample.value  # type: ignore[assignment]
+        return {name: sums[name] for name in names}
+
     def has_ended(self) -> bool:
         """Whether the process is gone."""
         return self._process is not None and self._process.poll() is not None
@@ -382,10 +411,12 @@ class ZEOServer:
         return "The last lines of its log:\n\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:  # all at once, or they might get the same one
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def _answers(port: int) -> bool:
@@ -424,6 +455,7 @@ def _say_how_to_connect(directory: Path, files: list[Path], s3: S3Server, server
 Everything stays up until Ctrl-C:
 
   ZEO server           {server.address}
+  metrics              {server.metrics_url}
   S3 endpoint, bucket  {s3.url}, {BUCKET}
   S3 credentials       {ACCESS_KEY}, {SECRET_KEY} (made up)
   database, log        {directory / "server"}

@@ -1,23 +1,27 @@
 """Cold reads: one download per blob however many ask, verified before anybody sees it, into the cache."""
 
 import threading
+import time
 from concurrent.futures import Future
+from typing import NamedTuple
 
 from .bucket import Bucket
 from .cache import Cache, Pin
+from .metrics import Metrics
 from .workers import DaemonPool
 
 
 class Fetcher:
     """Reads blobs through the cache; ``concurrency`` downloads go on at once. Any thread may call."""
 
-    def __init__(self, bucket: Bucket, cache: Cache, concurrency: int = 16) -> None:
+    def __init__(self, bucket: Bucket, cache: Cache, metrics: Metrics, concurrency: int = 16) -> None:
         self._bucket = bucket
         self._cache = cache
+        self._metrics = metrics
         # Not those of the uploads: slow reads must not hold up whoever holds the commit lock.
         self._workers = DaemonPool(concurrency, "s3blobs download")
         self._lock = threading.Lock()
-        self._waiting: dict[tuple[bytes, bytes], list[Future[Pin]]] = {}
+        self._waiting: dict[tuple[bytes, bytes], list[_Reader]] = {}
 
     def request(self, oid: bytes, tid: bytes) -> "Future[Pin]":
         """The blob's complete and verified file, pinned in the cache; on a hit the future is done already.
@@ -26,17 +30,26 @@ class Fetcher:
         not answer as it should, and `CacheError` if the file cannot be written. Whoever asks must release the pin.
         """
         name = oid, tid
-        future: Future[Pin] = Future()
+        reader = _Reader(Future(), time.monotonic())
+        self._metrics.cache_requests.inc()
         with self._lock:
             pin = self._cache.get(oid, tid)
             if pin is not None:
-                future.set_result(pin)
+                self._metrics.cache_hits.inc()
+                self._metrics.cache_hit_bytes.inc(pin.size)
+                self._answer(reader, pin, "hit")
             elif name in self._waiting:
-                self._waiting[name].append(future)
+                self._metrics.download_waits.inc()
+                self._waiting[name].append(reader)
             else:
                 self._workers.submit(self._run, name)
-                self._waiting[name] = [future]
-        return future
+                self._waiting[name] = [reader]
+        return reader.future
+
+    def _answer(self, reader: "_Reader", pin: Pin, result: str) -> None:
+        self._metrics.cache_requested_bytes.inc(pin.size)
+        self._metrics.load_duration.labels(result).observe(time.monotonic() - reader.asked)
+        reader.future.set_result(pin)
 
     def fetch(self, oid: bytes, tid: bytes) -> Pin:
         """As `request`, but wait for it."""
@@ -50,18 +63,19 @@ class Fetcher:
         try:
             pin = self._download(*name)
         except BaseException as error:
-            for future in self._end(name):
-                future.set_exception(error)
+            for reader in self._end(name):
+                self._metrics.load_duration.labels("error").observe(time.monotonic() - reader.asked)
+                reader.future.set_exception(error)
         else:
             first, *others = self._end(name)
             # Each gets a pin of its own, so that the file cannot go before the last of them has opened it, even if
             # it is larger than the whole cache. All are made before the first can be released.
             pins = [pin.again() for _ in others]
-            first.set_result(pin)
-            for future, again in zip(others, pins, strict=True):
-                future.set_result(again)
+            self._answer(first, pin, "miss")
+            for reader, again in zip(others, pins, strict=True):
+                self._answer(reader, again, "miss")
 
-    def _end(self, name: tuple[bytes, bytes]) -> "list[Future[Pin]]":
+    def _end(self, name: tuple[bytes, bytes]) -> "list[_Reader]":
         with self._lock:  # from here on nobody joins
             return self._waiting.pop(name)
 
@@ -74,3 +88,10 @@ class Fetcher:
         except BaseException:
             file.discard()
             raise
+
+
+class _Reader(NamedTuple):
+    """Somebody who waits for a blob since ``asked``, a reading of `time.monotonic`."""
+
+    future: "Future[Pin]"
+    asked: float

@@ -15,9 +15,13 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 
 from .bucket import Bucket, BucketError, TransferCancelled
+from .metrics import Metrics
 from .workers import DaemonPool, Waiting
 
 logger = logging.getLogger(__name__)
+
+#: The code of the BucketError that tells that upload-timeout is over.
+TOO_LATE = "upload-timeout"
 
 #: After how many seconds a staged object belongs to nobody who still lives.
 _ABANDONED = 24 * 3600.0
@@ -28,8 +32,9 @@ class Staged:
 
     uploaded: Future[None]
 
-    def __init__(self, filename: str, timeout: float) -> None:
+    def __init__(self, filename: str, size: int, timeout: float) -> None:
         self.filename = filename
+        self.size = size
         self.name = uuid.uuid4().hex
         self.deadline = time.monotonic() + timeout
         self.unwanted = threading.Event()
@@ -43,9 +48,18 @@ class Staging:
     `sweep` waits for S3; any thread may call.
     """
 
-    def __init__(self, bucket: Bucket, cleaners: DaemonPool, concurrency: int, timeout: float, threshold: int) -> None:
+    def __init__(
+        self,
+        bucket: Bucket,
+        cleaners: DaemonPool,
+        metrics: Metrics,
+        concurrency: int,
+        timeout: float,
+        threshold: int,
+    ) -> None:
         self._bucket = bucket
         self._cleaners = cleaners
+        self._metrics = metrics
         self._timeout = timeout
         self._threshold = threshold
         # Of its own: the small blobs of whoever holds the commit lock must not queue behind large ones.
@@ -56,9 +70,12 @@ class Staging:
 
     def stage(self, filename: str) -> None:
         """Start the upload of ``filename``, complete and not to be changed any more, if it is worth while."""
-        if not self._threshold or os.path.getsize(filename) < self._threshold or not self._bucket.can_copy:
+        size = os.path.getsize(filename)
+        if not self._threshold or size < self._threshold or not self._bucket.can_copy:
             return
-        staged = Staged(filename, self._timeout)
+        staged = Staged(filename, size, self._timeout)
+        self._metrics.staged_blobs.inc()
+        self._metrics.staged_bytes.inc(size)
         with self._lock:
             self._live.add(staged.name)
             self._staged[filename] = staged
@@ -75,14 +92,19 @@ class Staging:
             min(one.deadline for one in staged),
             BucketError(
                 f"Not all of {len(staged)} large blobs were stored in bucket {self._bucket.name} within "
-                f"upload-timeout ({self._timeout:g} s)"
+                f"upload-timeout ({self._timeout:g} s)",
+                TOO_LATE,
             ),
         )
 
     def take(self, filename: str) -> Staged | None:
         """What was staged from ``filename``, if anything; the caller is to `discard` it."""
         with self._lock:
-            return self._staged.pop(filename, None)
+            staged = self._staged.pop(filename, None)
+        if staged is not None:
+            self._metrics.staged_blobs.dec()
+            self._metrics.staged_bytes.dec(staged.size)
+        return staged
 
     def discard(self, staged: Staged) -> None:
         """It is no longer needed: stop its upload, and delete it in the background. A second call does nothing."""
@@ -137,6 +159,7 @@ class Staging:
         try:
             self._bucket.delete_staged([name])
         except BucketError as error:
+            self._metrics.cleanup_failures.inc()
             logger.warning("A staged upload stays behind until a pack removes it: %s", error)
         finally:
             with self._lock:

@@ -5,7 +5,9 @@ that is not defined here is the base's. The contracts are those of ZODB.interfac
 IBlobStorageRestoreable, IStorage and IMVCCStorage.
 """
 
+import logging
 import threading
+import time
 from base64 import decodebytes
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -24,8 +26,11 @@ from .bucket import BlobNotFound, Bucket, BucketError
 from .cache import Cache, CacheError, Pin
 from .commit import Commit, Uploads
 from .fetch import Fetcher
-from .staging import Staging
+from .metrics import Metrics
+from .staging import TOO_LATE, Staging
 from .workers import Waiting
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,6 +41,9 @@ class Parts:
     cache: Cache
     fetcher: Fetcher
     uploads: Uploads
+    metrics: Metrics
+    #: Ends what watches them.
+    close_watch: Callable[[], None]
 
     def __post_init__(self) -> None:
         #: Held while garbage is being collected.
@@ -43,6 +51,7 @@ class Parts:
 
     def close(self) -> None:
         """Give up threads, connections and the cache directory."""
+        self.close_watch()
         self.fetcher.close()
         self.uploads.close()
         self.bucket.close()
@@ -65,7 +74,7 @@ class S3BlobStorage:
         self._parts = parts
         self._owns_parts = True
         self._commit: Commit | None = None
-        self._handing_over = False
+        self._handing_over: float | None = None  # when the vote began that is not to wait for the uploads
         self._handed_over: Waiting | None = None
         self._untransform: Callable[[bytes], bytes] = lambda data: data
         blobs = IBlobStorageRestoreable if IStorageRestoreable.providedBy(base) else IBlobStorage
@@ -121,7 +130,12 @@ class S3BlobStorage:
             raise ValueError("Versions are not supported")
         with self._owning(blobfilename), _plain_errors():
             self.base.store(oid, oldserial, data, "", transaction)
-            self._committing(transaction).store(oid, blobfilename)
+            try:
+                self._committing(transaction).store(oid, blobfilename)
+            except CacheError:
+                if self._handing_over is not None:  # ZEO stores the blobs that it has received when it votes
+                    self.metrics.count_vote(time.monotonic() - self._handing_over, "cache")
+                raise
 
     def restoreBlob(
         self, oid: bytes, serial: bytes, data: bytes, blobfilename: str, prev_txn: bytes | None, transaction: Any
@@ -166,30 +180,48 @@ class S3BlobStorage:
 
         Raises StorageError if they are not: the transaction is then to be aborted, as after any failed vote.
         """
+        began = time.monotonic()
         result = self.base.tpc_vote(transaction)
         waiting = self._committing(transaction).vote()
-        if self._handing_over:
+        if self._handing_over is not None:
             self._handed_over = waiting
-        else:
-            with _plain_errors():
+        elif waiting is not None:
+            with self._vote_ending(began):
                 waiting.wait()
         return result
 
-    def vote_later(self, vote: Callable[[], Any]) -> tuple[Any, Waiting | None]:
+    @contextmanager
+    def _vote_ending(self, began: float) -> Iterator[None]:
+        """The body is the end of a vote that began at ``began``, and raises why it failed if it did."""
+        failure = None
+        with _plain_errors():
+            try:
+                yield
+            except Exception as error:
+                failure = _vote_failure(error)
+                raise
+            finally:
+                self.metrics.count_vote(time.monotonic() - began, failure)
+
+    def vote_later(self, vote: Callable[[], Any], began: float) -> tuple[Any, Waiting | None]:
         """Call ``vote``, whose `tpc_vote` does not wait for the uploads; return its result and what to wait for.
 
-        The latter is None if `tpc_vote` was not called. For the ZEO server, all of whose votes are on one thread;
-        `check` tells how the uploads ended.
+        The latter is None if `tpc_vote` was not called, or there are no blobs. For the ZEO server, all of whose votes
+        are on one thread; this one began at ``began``, a reading of `time.monotonic`. `end_vote` tells how the uploads
+        ended.
         """
-        self._handing_over, self._handed_over = True, None
+        self._handing_over, self._handed_over = began, None
         try:
             return vote(), self._handed_over
         finally:
-            self._handing_over, self._handed_over = False, None
+            self._handing_over, self._handed_over = None, None
 
-    def check(self, waiting: Waiting) -> None:
-        """Raise StorageError unless what was waited for has succeeded."""
-        with _plain_errors():
+    def end_vote(self, waiting: Waiting, began: float) -> None:
+        """The end of a vote that began at ``began``: ``waiting`` has ended, or has to.
+
+        ``began`` is a reading of `time.monotonic`. Raises StorageError unless what was waited for has succeeded.
+        """
+        with self._vote_ending(began):
             waiting.check()
 
     def tpc_finish(self, transaction: Any, func: Callable[[bytes], Any] = lambda tid: None) -> Any:
@@ -263,6 +295,10 @@ class S3BlobStorage:
             try:
                 return requested.result()
             except BlobNotFound as error:
+                # A client may have kept the record of a revision that has been packed away since.
+                if garbage.is_live(self.base, oid, serial):
+                    self.metrics.missing_blobs.inc()
+                    logger.error("A record names a blob that the bucket has not. %s", error)
                 raise POSKeyError(str(error), oid, serial) from None
 
     def _fetch(self, oid: bytes, serial: bytes) -> Pin:
@@ -290,6 +326,11 @@ class S3BlobStorage:
             self._parts.cache.write(fd, data)
 
     @property
+    def metrics(self) -> Metrics:
+        """The instruments of this storage."""
+        return self._parts.metrics
+
+    @property
     def staging(self) -> Staging:
         """Where large blobs can be uploaded to before they are stored."""
         return self._parts.uploads.staging
@@ -307,7 +348,9 @@ class S3BlobStorage:
             raise StorageError("The database was packed; another pack is still deleting dead blobs")
         try:
             with _plain_errors("The database was packed, but not all dead blobs were deleted; pack it again. "):
-                garbage.collect(self.base, self._parts.bucket, self._parts.cache, self._parts.uploads.in_flight)
+                garbage.collect(
+                    self.base, self._parts.bucket, self._parts.cache, self._parts.uploads.in_flight, self.metrics
+                )
                 self.staging.sweep()
         finally:
             self._parts.collecting.release()
@@ -329,6 +372,15 @@ class CacheFiles:
             "A ZEO client with shared-blob-dir true cannot use blobs that are in S3: "
             "set shared-blob-dir false (and a blob-dir of its own) at the client"
         )
+
+
+def _vote_failure(error: Exception) -> str:
+    """One of `metrics.VOTE_FAILURES`."""
+    if isinstance(error, BlobNotFound):
+        return "missing"
+    if isinstance(error, CacheError):
+        return "cache"
+    return "timeout" if isinstance(error, BucketError) and error.code == TOO_LATE else "bucket"
 
 
 @contextmanager

@@ -111,6 +111,10 @@ class Waiting:
         """Until the deadline; never negative."""
         return max(0.0, self._deadline - time.monotonic())
 
+    def has_succeeded(self) -> bool:
+        """Whether the end has come, and is a good one."""
+        return self.done.done() and self.done.exception() is None
+
     def check(self) -> None:
         """Without waiting: raise what failed, or ``too_late`` if the end has not come yet."""
         if not self.done.done():

@@ -14,6 +14,7 @@ import functools
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -24,6 +25,7 @@ from ZEO.StorageServer import Serving
 from ZODB.blob import link_or_copy
 from ZODB.POSException import StorageError, StorageTransactionError
 
+from . import zeostats
 from .storage import S3BlobStorage
 from .workers import Waiting
 
@@ -54,6 +56,8 @@ def _serving(event: Any) -> None:
     ours = {name: blobs for name, blobs in found.items() if blobs is not None}
     if not ours:
         return
+    for name, blobs in ours.items():
+        zeostats.attach(server, name, blobs.metrics)
     stock = server.create_client_handler
 
     def create_client_handler() -> Any:
@@ -86,8 +90,11 @@ class BlobHandler(_Stock):
     blobs: S3BlobStorage
     #: The call of vote that waits for uploads: staged ones before it has the commit lock, others with it.
     pending: "_Pending | None" = None
-    #: Why the transaction cannot be committed, found out where ZEO lets nobody tell the client.
-    refusal: str | None = None
+    #: Why the transaction cannot be committed, found out where ZEO lets nobody tell the client: one of
+    #: `metrics.VOTE_FAILURES`, and the sentence.
+    refusal: tuple[str, str] | None = None
+    #: When the vote began, a reading of `time.monotonic`.
+    vote_began: float
 
     def take_over(self, blobs: S3BlobStorage) -> None:
         """The client has chosen the storage ``blobs``, which the server may know in wrappings."""
@@ -153,7 +160,9 @@ class BlobHandler(_Stock):
         try:
             super().storeBlobStart()
         except OSError as error:
-            self.refusal = f"Cannot write to cache-dir {self.blobs.temporaryDirectory()}: {error.strerror}"
+            self.blobs.metrics.cache_errors.labels("write").inc()
+            sentence = f"Cannot write to cache-dir {self.blobs.temporaryDirectory()}: {error.strerror}"
+            self.refusal = "cache", sentence
 
     def storeBlobChunk(self, chunk: bytes) -> None:
         # The stock method does not notice when a nearly full disk takes only part of the chunk.
@@ -161,7 +170,7 @@ class BlobHandler(_Stock):
             try:
                 self.blobs.write_temporary(self.blob_tempfile[0], chunk)
             except StorageError as error:
-                self.refusal = str(error)
+                self.refusal = "cache", str(error)
 
     def storeBlobEnd(self, oid: bytes, serial: bytes, data: bytes, id: int) -> None:
         if self.refusal is None:
@@ -174,7 +183,7 @@ class BlobHandler(_Stock):
         try:
             self.blobs.fshelper.getPathForOID(oid)
         except StorageError as error:
-            self.refusal = str(error)
+            self.refusal = "client", str(error)
 
     # Committing
 
@@ -182,14 +191,25 @@ class BlobHandler(_Stock):
         """Refuse what cannot be committed; else wait for staged uploads, then queue for the commit lock as in ZEO."""
         self._check_tid(tid, exc=StorageTransactionError)
         if self.refusal is not None:
-            raise StorageError(self.refusal)
+            reason, sentence = self.refusal
+            self.blobs.metrics.count_vote(None, reason)
+            self.blobs.metrics.transactions_aborted.inc()
+            raise StorageError(sentence)
         if self.pending is not None:
             raise StorageTransactionError("Already voting")
-        vote = functools.partial(super().vote, tid)
+        self.vote_began = time.monotonic()
+        vote = super().vote
         staged = self.blobs.staging.waiting(filename for _, _, _, filename in self.blob_log)
         if staged is None:
-            return vote()
-        return self._reply_when(staged, vote, failed=lambda: None)
+            return vote(tid)
+
+        def go_on() -> Any:
+            if not staged.has_succeeded():
+                self.blobs.metrics.transactions_aborted.inc()
+                self.blobs.end_vote(staged, self.vote_began)
+            return vote(tid)
+
+        return self._reply_when(staged, go_on)
 
     def _vote(self, delay: Any = None) -> Any:
         """With the commit lock: the stock vote without its wait for S3, then answer when the uploads are done.
@@ -198,7 +218,7 @@ class BlobHandler(_Stock):
         """
         kept = self._link_blobs()
         try:
-            result, uploads = self.blobs.vote_later(functools.partial(super()._vote, delay))
+            result, uploads = self.blobs.vote_later(functools.partial(super()._vote, delay), self.vote_began)
         except Exception:
             _unlink_blobs(kept)
             raise
@@ -209,14 +229,16 @@ class BlobHandler(_Stock):
         _unlink_blobs(kept)
         if uploads is None:
             return result
-        if uploads.done.done():
+
+        def end() -> Any:
             try:
-                self.blobs.check(uploads)
+                self.blobs.end_vote(uploads, self.vote_began)
             except Exception:
                 self._abort_vote()
                 raise
             return result
-        return self._reply_when(uploads, lambda: result, self._abort_vote)
+
+        return end() if uploads.done.done() else self._reply_when(uploads, end)
 
     def _link_blobs(self) -> list[Any]:
         if not self.client_conflict_resolution:
@@ -233,10 +255,10 @@ class BlobHandler(_Stock):
         self.storage.tpc_abort(self.transaction)
         self._clear_transaction()
 
-    def _reply_when(self, uploads: Waiting, reply: Callable[[], Any], failed: Callable[[], None]) -> Delay:
-        """Answer the call that is being handled when ``uploads`` have ended: with what ``reply`` returns, or raises.
+    def _reply_when(self, uploads: Waiting, reply: Callable[[], Any]) -> Delay:
+        """Answer the call that is being handled with what ``reply`` returns, or raises.
 
-        ``failed`` is called before an error is answered. If the transaction ends meanwhile, neither is called.
+        It is called when ``uploads`` have ended or must; not at all if the transaction ends meanwhile.
         """
         delay = Delay()
 
@@ -245,12 +267,6 @@ class BlobHandler(_Stock):
                 return
             self.pending = None
             pending.timer.cancel()
-            try:
-                self.blobs.check(uploads)
-            except Exception:
-                failed()
-                delay.error(sys.exc_info())
-                return
             try:
                 result = reply()
             except Exception:
