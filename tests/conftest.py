@@ -11,7 +11,12 @@ from s3server import S3Server
 
 from zodb_s3blobs.bucket import Bucket, BucketSettings
 from zodb_s3blobs.cache import Cache
+from zodb_s3blobs.garbage import Collector
+from zodb_s3blobs.inflight import InFlight
+from zodb_s3blobs.lease import Lease
 from zodb_s3blobs.metrics import Metrics
+from zodb_s3blobs.staging import Staging
+from zodb_s3blobs.workers import DaemonPool
 
 _numbers = itertools.count()
 
@@ -111,6 +116,29 @@ def open_cache(tmp_path, metrics):
 @pytest.fixture
 def cache(open_cache):
     return open_cache()
+
+
+@pytest.fixture
+def in_flight():
+    return InFlight()
+
+
+@pytest.fixture
+def collector(open_bucket, cache, in_flight, metrics):
+    """Makes a `Collector` that can have the lease; keywords replace single settings, of the bucket as well."""
+    leases = []
+
+    def make(uploads=None, retention=0, max_delete_percent=100, **changes):
+        bucket = open_bucket(**changes)
+        registry = uploads.in_flight if uploads is not None else in_flight
+        staging = uploads.staging if uploads is not None else Staging(bucket, DaemonPool(1), metrics, 1, 60, 0)
+        lease = Lease(bucket, cache.identity, metrics)
+        leases.append(lease)
+        return Collector(bucket, cache, registry, staging, lease, metrics, retention, max_delete_percent)
+
+    yield make
+    for lease in leases:
+        lease.close()
 
 
 @pytest.fixture

@@ -74,9 +74,15 @@ class S3Server:
             return json.load(answer)
 
     def requests(self, operation=None):
-        """The requests since the last `forget`; those whose operation is ``operation``, if given."""
+        """The requests since the last `forget`; those whose operation is ``operation``, if given.
+
+        Those for the owner lease, which every storage makes in the background, have names of their own, such as
+        OwnerGetObject, and have to be asked for.
+        """
         log = [Request(*entry) for entry in self._control(do="log")]
-        return [request for request in log if operation in (None, request.operation)]
+        if operation is None:
+            return [request for request in log if not request.operation.startswith("Owner")]
+        return [request for request in log if request.operation == operation]
 
     def wait_for(self, operation, count=1, timeout=30):
         """Wait until ``count`` requests of ``operation`` have arrived, answered or not."""
@@ -92,12 +98,15 @@ class S3Server:
     def misbehave(self, *, operation=".*", times=None, **fault):
         """Do so with the next ``times`` requests (None: all) whose operation matches the regular expression.
 
+        Requests for the owner lease only match an expression that begins with Owner.
+
         Of several faults that match a request it meets the oldest; one that says nothing lets it pass.
 
         ``latency``: seconds before anything is done; ``hang``: do nothing before `behave`, and nothing at all if the
         client has given up by then; ``status``, ``code`` and ``message``: the error to answer with, without a body if
         there is no code; ``body``: one for that answer instead; ``ignore_range``: answer a ranged GET with
-        everything; ``headers``: header lines to answer with besides; ``lose``: do what is asked, then cut the
+        everything; ``ignore_condition``: do a conditional PUT whatever is there; ``refuse_condition``: answer it with
+        501; ``headers``: header lines to answer with besides; ``lose``: do what is asked, then cut the
         connection; ``flip``: damage a byte of the answer's body; ``truncate``: cut the connection that many bytes
         before the end of the answer.
         """
@@ -117,12 +126,18 @@ class S3Server:
         self._control(do="put", bucket=bucket, keys=list(keys))
 
     def keys(self, bucket):
-        """All keys of a bucket."""
+        """All keys of a bucket but that of the owner lease."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
-        return [found["Key"] for page in pages for found in page.get("Contents", ())]
+        keys = [found["Key"] for page in pages for found in page.get("Contents", ())]
+        return [key for key in keys if key.rpartition("/")[2] != "owner.json"]
 
 
 def _operation(method, path, query, headers):
+    owner = "Owner" if path.endswith("/owner.json") else ""
+    return owner + _operation_on_any(method, path, query, headers)
+
+
+def _operation_on_any(method, path, query, headers):
     has_key = path.strip("/").count("/") > 0
     if method == "PUT" and "partNumber" in query:
         return "UploadPartCopy" if "x-amz-copy-source" in headers else "UploadPart"
@@ -133,8 +148,10 @@ def _operation(method, path, query, headers):
         return next((names[name] for name in names if name in query), "POST")
     if method == "DELETE":
         return "AbortMultipartUpload" if "uploadId" in query else "DeleteObject"
+    if method == "GET" and not has_key:
+        return "ListMultipartUploads" if "uploads" in query else "ListObjects"
     if method == "GET":
-        return "GetObject" if has_key else "ListObjects"
+        return "GetObject"
     return "HeadObject" if method == "HEAD" and has_key else f"{method} bucket"
 
 
@@ -172,7 +189,8 @@ class _State:
             self.log.append(entry)
             for rule in self.faults:
                 pattern, times, fault = rule
-                if times != 0 and re.fullmatch(pattern, operation):
+                meant = pattern.startswith("Owner") == operation.startswith("Owner")
+                if times != 0 and meant and re.fullmatch(pattern, operation):
                     rule[1] = times and times - 1
                     return entry, fault, self.behaving
         return entry, {}, self.behaving
@@ -210,6 +228,11 @@ def _serve():
                 return
             if fault.get("ignore_range"):
                 environ.pop("HTTP_RANGE", None)
+            if fault.get("ignore_condition"):
+                for name in _CONDITIONS:
+                    environ.pop(name, None)
+            if fault.get("refuse_condition") and any(name in environ for name in _CONDITIONS):
+                fault = {**fault, "status": 501, "code": "NotImplemented"}
             environ["wsgi.input"] = io.BytesIO(body)
             if "status" in fault:
                 status, headers, body = fault["status"], [("Content-Type", "application/xml")], _error(fault)
@@ -277,6 +300,7 @@ def _serve():
     sys.stdin.read()
 
 
+_CONDITIONS = ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH")
 _TELLING = ("content-md5", "content-length", "expect", "range")
 
 

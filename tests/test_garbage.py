@@ -1,21 +1,33 @@
 """Garbage collection: what the base cannot load any more goes, everything else stays."""
 
+import logging
+import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from types import SimpleNamespace
 
 import pytest
+import ZODB
+import ZODB.config
+from ZODB.blob import Blob
 from ZODB.Connection import TransactionMetaData
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
-from ZODB.POSException import POSKeyError, ReadConflictError
+from ZODB.POSException import POSKeyError, ReadConflictError, StorageError
 from ZODB.utils import p64, u64, z64
 
+from zodb_s3blobs import garbage as garbage_module
 from zodb_s3blobs.bucket import BucketError
 from zodb_s3blobs.commit import Uploads
 from zodb_s3blobs.fetch import Fetcher
-from zodb_s3blobs.garbage import collect
+from zodb_s3blobs.garbage import Collector, Refused
 from zodb_s3blobs.inflight import InFlight
+from zodb_s3blobs.lease import Lease
 from zodb_s3blobs.metrics import Metrics
+from zodb_s3blobs.staging import Staging
+from zodb_s3blobs.workers import DaemonPool
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -54,14 +66,9 @@ def put(s3, bucket, bucket_name):
 
 
 @pytest.fixture
-def in_flight():
-    return InFlight()
-
-
-@pytest.fixture
-def collect_garbage(bucket, cache, in_flight):
+def collect_garbage(collector):
     """Collects the garbage of a base."""
-    return lambda base: collect(base, bucket, cache, in_flight, Metrics())
+    return collector().collect
 
 
 class Base:
@@ -109,7 +116,12 @@ def test_a_packed_away_revision_is_dead(s3, bucket_name, base, commit, put, coll
 def test_without_garbage_nothing_is_deleted(s3, base, commit, put, collect_garbage):
     put((p64(1), commit(p64(1))))
     assert collect_garbage(base) == 0
-    assert [request.operation for request in s3.requests()] == ["ListObjects"]
+    assert [request.operation for request in s3.requests()] == [
+        "ListObjects",
+        "DeleteObject",  # the marks
+        "ListObjects",  # what is staged
+        "ListMultipartUploads",
+    ]
 
 
 def test_what_is_later_than_the_last_transaction_is_left_alone(s3, bucket_name, base, commit, put, collect_garbage):
@@ -158,12 +170,14 @@ def test_what_is_committed_after_it_was_found_dead_is_left_alone(s3, bucket_name
     assert s3.keys(bucket_name) == [kept]
 
 
-def test_a_restore_of_what_is_being_deleted_waits_and_uploads_it_again(s3, bucket_name, bucket, cache, put, new_file):
+def test_a_restore_of_what_is_being_deleted_waits_and_uploads_it_again(
+    s3, bucket_name, bucket, cache, collector, put, new_file
+):
     (key,) = put((p64(1), p64(1)))
     uploads = Uploads(bucket, cache, Fetcher(bucket, cache, Metrics()).fetch, Metrics(), 4, 60)
     s3.misbehave(operation="DeleteObject", hang=True)
     with ThreadPoolExecutor() as pool:
-        collecting = pool.submit(collect, Base(), bucket, cache, uploads.in_flight, Metrics())
+        collecting = pool.submit(collector(uploads).collect, Base())
         s3.wait_for("DeleteObject")
         restoring = uploads.begin(None, p64(101))
         restoring.restore(p64(1), p64(1), new_file(b"x"))
@@ -199,6 +213,7 @@ def test_a_thousand_dead_blobs_are_deleted_with_one_request(s3, bucket_name, put
         "DeleteObjects",
         "DeleteObjects",
         "DeleteObject",
+        "DeleteObject",  # the marks
     ]
     assert s3.keys(bucket_name) == sorted(kept)
 
@@ -231,3 +246,533 @@ def test_the_cached_files_of_deleted_blobs_go_too(bucket, cache, new_file, colle
     assert cache.get(*dead) is None
     with cache.get(*live) as path, open(path, "rb") as file:
         assert file.read() == b"data"
+
+
+def value(instrument):
+    (sample,) = [sample for sample in instrument._samples() if sample.name != "_created"]
+    return sample.value
+
+
+def found(metrics):
+    """What the last collection found: objects by state, and bytes by state; without zeros."""
+    return tuple(
+        {sample.labels["state"]: sample.value for sample in gauge._samples() if sample.value}
+        for gauge in (metrics.gc_objects, metrics.gc_bytes)
+    )
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# Newer than the database
+
+
+def test_newer_blobs_are_counted_and_one_warning_says_what_they_mean(s3, bucket_name, put, collector, caplog, metrics):
+    keys = put((p64(1), p64(101)), (p64(2), p64(102)), (p64(3), p64(2**63)))
+    put((p64(1), p64(1)))
+    assert collector().collect(Base()) == 1
+    assert sorted(s3.keys(bucket_name)) == sorted(keys)
+    assert found(metrics) == ({"newer": 3, "dead": 1}, {"newer": 3, "dead": 1})
+    (warning,) = warnings(caplog)
+    assert f"{bucket_name} has 3 blobs that are newer" in warning
+    for words in (
+        "restored from a backup",
+        "another database",
+        "s3-prefix",
+        "until the database has a later transaction",
+    ):
+        assert words in warning
+
+
+def test_a_transaction_under_way_is_no_reason_to_warn(s3, bucket_name, put, in_flight, collector, caplog, metrics):
+    newer = (p64(1), p64(101))
+    keys = put(newer)
+    in_flight.add(newer, "a transaction")
+    assert collector().collect(Base()) == 0
+    assert found(metrics) == ({"newer": 1}, {"newer": 1})
+    assert s3.keys(bucket_name) == keys
+    assert warnings(caplog) == []
+
+
+def test_a_transaction_that_finishes_meanwhile_is_no_reason_to_warn(s3, bucket_name, put, collector, caplog):
+    keys = put((p64(1), p64(50)), (p64(2), p64(101)))
+
+    class Committing(Base):
+        last = p64(100)
+
+        def lastTransaction(self):
+            return self.last
+
+        def loadSerial(self, oid, tid):
+            self.last = p64(101)
+            return super().loadSerial(oid, tid)
+
+    assert collector().collect(Committing((p64(1), p64(50)))) == 0
+    assert s3.keys(bucket_name) == keys
+    assert warnings(caplog) == []
+
+
+# The valve
+
+
+@pytest.mark.parametrize(
+    ("dead", "live", "foreign", "percent", "refused"),
+    [
+        (100, 0, 0, 0, False),  # so few always go
+        (101, 0, 0, 0, True),
+        (101, 101, 0, 50, False),  # exactly
+        (102, 101, 0, 50, True),
+        (101, 100, 0, 50, True),
+        (101, 100, 50, 50, True),  # foreign keys make it no smaller a part
+        (101, 0, 0, 99, True),
+        (101, 0, 0, 100, False),
+        (101, 909, 0, 10, False),
+        (102, 909, 0, 10, True),
+    ],
+)
+def test_the_valve(s3, bucket_name, put, collector, dead, live, foreign, percent, refused, metrics):
+    goes = [(p64(number), p64(1)) for number in range(dead)]
+    stays = [(p64(number), p64(2)) for number in range(live)]
+    keys = put(*goes, *stays)
+    s3.put(bucket_name, [f"blobs/{number}" for number in range(foreign)])
+    collect = collector(max_delete_percent=percent).collect
+    if refused:
+        with pytest.raises(Refused, match=f"^{dead} of {dead + live} blobs in bucket {bucket_name} are dead"):
+            collect(Base(*stays))
+        assert len(s3.keys(bucket_name)) == len(keys) + foreign
+        assert not [request for request in s3.requests() if "Delete" in request.operation]
+    else:
+        assert collect(Base(*stays)) == dead
+        assert len(s3.keys(bucket_name)) == live + foreign
+    assert value(metrics.gc_failures) == refused
+    assert value(metrics.gc_running) == 0
+    assert (value(metrics.gc_last_success) == 0) == refused
+    assert value(metrics.gc_deleted) == value(metrics.gc_deleted_bytes) == (0 if refused else dead)
+    states = {"dead": dead, "live": live, "unknown": foreign}
+    assert found(metrics) == ({state: number for state, number in states.items() if number},) * 2
+
+
+def test_the_valve_names_the_key_and_the_command_that_go_on(put, collector):
+    put(*((p64(number), p64(1)) for number in range(101)))
+    with pytest.raises(Refused) as caught:
+        collector(max_delete_percent=50).collect(Base())
+    for word in "101 bytes", "gc-max-delete-percent (50)", "gc-max-delete-percent 100", "zodb-s3blobs gc --dry-run":
+        assert word in str(caught.value)
+
+
+# One at a time
+
+
+def test_a_second_collection_meanwhile_is_refused_and_the_first_one_goes_on(s3, bucket_name, put, collector, metrics):
+    put((p64(1), p64(1)))
+    collect = collector().collect
+    s3.misbehave(operation="ListObjects", hang=True)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(collect, Base())
+        s3.wait_for("ListObjects")
+        with pytest.raises(Refused, match="another pack"):
+            collect(Base())
+        s3.behave()
+        assert first.result() == 1
+    assert (value(metrics.gc_runs), value(metrics.gc_failures)) == (1, 0)
+    assert collect(Base()) == 0
+
+
+# What is not the blobs'
+
+
+def test_keys_beside_and_below_the_prefix_that_are_not_ours_are_left_alone(
+    s3, bucket_name, open_bucket, cache, metrics
+):
+    bucket = open_bucket(s3_prefix="site/a")
+    foreign = [
+        "blobs/1/1.blob",
+        "gc-marks.jsonl",
+        "site/a-blobs/1/1.blob",
+        "site/a/blobs",
+        "site/a/blobs.txt",
+        "site/a/blobs/",
+        "site/a/blobs/1/",
+        "site/a/blobs/1/1.BLOB",
+        "site/a/blobs/1/1.blob/1",
+        "site/a/blobs/blobs/1/1.blob",
+        "site/a/blobs/1F/1.blob",
+        "site/a/blobs/00/1.blob",
+        "site/a/blobs/11111111111111111/1.blob",
+        "site/a/report.pdf",
+        "site/a/staged/ours-not",
+        "site/b/blobs/1/1.blob",
+    ]
+    s3.put(bucket_name, [*foreign, "site/a/blobs/1/1.blob"])
+    staging = Staging(bucket, DaemonPool(1), Metrics(), 1, 60, 0)
+    lease = Lease(bucket, cache.identity, Metrics())
+    assert Collector(bucket, cache, InFlight(), staging, lease, metrics, 0, 100).collect(Base()) == 1
+    lease.close()
+    assert s3.keys(bucket_name) == sorted(foreign)
+    below = [key for key in foreign if key.startswith("site/a/blobs/")]
+    assert found(metrics) == ({"dead": 1, "unknown": len(below)}, {"dead": 1, "unknown": len(below)})
+
+
+# Leftovers
+
+
+def uploads_answer(*uploads):
+    """What a service answers that has these uploads: key, id, and when each was begun."""
+    inside = "".join(
+        f"<Upload><Key>{key}</Key><UploadId>{name}</UploadId><Initiated>{begun.isoformat()}</Initiated></Upload>"
+        for key, name, begun in uploads
+    )
+    return {"status": 200, "body": f"<ListMultipartUploadsResult>{inside}</ListMultipartUploadsResult>"}
+
+
+@pytest.fixture
+def begin_upload(s3, bucket_name):
+    """Begins an upload in parts; the server says of each that it was begun in 2010."""
+
+    def begin_upload(key):
+        upload = s3.client.create_multipart_upload(Bucket=bucket_name, Key=key)["UploadId"]
+        s3.client.upload_part(Bucket=bucket_name, Key=key, UploadId=upload, PartNumber=1, Body=b"part")
+        return upload
+
+    return begin_upload
+
+
+@pytest.fixture
+def uploads(s3, bucket_name):
+    """The keys of the uploads that are not completed."""
+    return lambda: sorted(
+        found["Key"] for found in s3.client.list_multipart_uploads(Bucket=bucket_name).get("Uploads", ())
+    )
+
+
+def test_old_unfinished_uploads_of_ours_are_aborted(begin_upload, uploads, collect_garbage):
+    ours = ["blobs/1/1.blob", f"staged/{'a' * 32}"]
+    foreign = ["blobs/README", "other/blobs/1/1.blob", "staged/b", "video.mp4"]
+    for key in [*ours, *foreign, *ours]:
+        begin_upload(key)
+    assert uploads() == sorted([*ours, *foreign, *ours])
+    collect_garbage(Base())
+    assert uploads() == sorted(foreign)
+
+
+def test_an_unfinished_upload_is_kept_for_a_day(s3, collect_garbage):
+    """That of a large blob which is on its way now, above all."""
+    now = time.time()
+    young, old = (datetime.fromtimestamp(now - age, timezone.utc) for age in (86400 - 600, 86400 + 600))
+    s3.misbehave(
+        operation="ListMultipartUploads",
+        **uploads_answer(("blobs/1/1.blob", "young", young), ("blobs/2/1.blob", "old", old)),
+    )
+    collect_garbage(Base())
+    assert [request.path.rpartition("/blobs/")[2] for request in s3.requests("AbortMultipartUpload")] == ["2/1.blob"]
+
+
+def test_an_upload_that_is_over_when_it_is_to_be_aborted_is_no_error(s3, put, caplog, collect_garbage):
+    put((p64(1), p64(1)))
+    old = datetime(2010, 1, 1, tzinfo=timezone.utc)
+    s3.misbehave(operation="ListMultipartUploads", **uploads_answer(("blobs/1/1.blob", "no-such-upload", old)))
+    assert collect_garbage(Base()) == 1
+    assert [request.status for request in s3.requests("AbortMultipartUpload")] == [404]
+    assert warnings(caplog) == []
+
+
+@pytest.mark.parametrize("operation", ["ListMultipartUploads", "AbortMultipartUpload"])
+@pytest.mark.parametrize("fault", [{"status": 501, "code": "NotImplemented"}, {"status": 403, "code": "AccessDenied"}])
+def test_where_uploads_cannot_be_listed_or_aborted_the_rest_is_done_and_one_warning_tells(
+    s3, bucket_name, put, begin_upload, collector, caplog, operation, fault, metrics
+):
+    """Either takes a permission of its own, which a pack has done without until now."""
+    put((p64(1), p64(1)))
+    for _ in range(2):
+        begin_upload("blobs/1/1.blob")
+    s3.misbehave(operation=operation, **fault)
+    assert collector().collect(Base()) == 1
+    assert s3.keys(bucket_name) == []
+    assert value(metrics.gc_failures) == 0
+    (warning,) = warnings(caplog)
+    assert "Unfinished uploads of crashed servers stay behind" in warning and fault["code"] in warning
+
+
+def test_when_staged_objects_cannot_be_deleted_the_collection_says_so(
+    s3, bucket_name, put, collector, monkeypatch, metrics
+):
+    put((p64(1), p64(1)))
+    s3.put(bucket_name, [f"staged/{'a' * 32}", f"staged/{'b' * 32}"])
+    later = SimpleNamespace(time=lambda: time.time() + 2 * 86400, monotonic=time.monotonic)
+    monkeypatch.setattr("zodb_s3blobs.staging.time", later)
+    s3.misbehave(operation="DeleteObjects", status=500, code="InternalError")
+    with pytest.raises(BucketError, match="InternalError"):
+        collector().collect(Base())
+    assert value(metrics.gc_failures) == 1
+    assert value(metrics.gc_deleted) == 1  # the dead blob
+    s3.behave()
+    collector().collect(Base())
+    assert s3.keys(bucket_name) == []
+
+
+# Real databases
+
+
+FILESTORAGE = "<filestorage>\n path {dir}/Data.fs\n</filestorage>"
+MONTH = 30 * 86400
+
+
+@pytest.fixture
+def open_db(s3, bucket_name, tmp_path):
+    """Opens a database with an empty cache; a second call, after close, opens the same one."""
+    opened = []
+
+    def open_db(base=FILESTORAGE, before="", after="", **options):
+        more = "\n".join(f"{key.replace('_', '-')} {value}" for key, value in options.items())
+        storage = ZODB.config.storageFromString(f"""
+            %import zodb_s3blobs
+            %import zc.zlibstorage
+            {before}
+            <s3blobstorage>
+              bucket-name {bucket_name}
+              s3-endpoint-url {s3.url}
+              s3-access-key key
+              s3-secret-key secret
+              s3-prefix main
+              cache-dir {tmp_path}/cache{len(opened)}
+              {more}
+              {base.format(dir=tmp_path)}
+            </s3blobstorage>
+            {after}
+            """)
+        opened.append(ZODB.DB(storage))
+        return opened[-1]
+
+    yield open_db
+    for db in opened:
+        db.close()
+
+
+@pytest.fixture
+def blobs(s3, bucket_name):
+    """The (oid, tid) of the blobs in the bucket."""
+
+    def blobs():
+        names = [key[len("main/blobs/") : -len(".blob")] for key in s3.keys(bucket_name) if "/blobs/" in key]
+        return {tuple(p64(int(number, 16)) for number in name.split("/")) for name in names}
+
+    return blobs
+
+
+@pytest.fixture
+def after(monkeypatch):
+    """Lets so many seconds pass, as far as garbage collections can tell."""
+
+    def after(seconds):
+        clock = SimpleNamespace(time=lambda: time.time() + seconds, monotonic=time.monotonic, sleep=time.sleep)
+        monkeypatch.setattr(garbage_module, "time", clock)
+
+    return after
+
+
+def write(db, name, data):
+    """Commits ``data`` as the blob ``name`` of the root; returns its oid and tid."""
+    with db.transaction() as connection:
+        blob = connection.root().setdefault(name, Blob())
+        with blob.open("w") as file:
+            file.write(data)
+    with db.transaction() as connection:
+        blob = connection.root()[name]
+        blob._p_activate()
+        return blob._p_oid, blob._p_serial
+
+
+def remove(db, name):
+    with db.transaction() as connection:
+        del connection.root()[name]
+
+
+def read(db, name):
+    with db.transaction() as connection, connection.root()[name].open() as file:
+        return file.read()
+
+
+BASES = {
+    "FileStorage": {},
+    "FileStorage without GC": {"base": "<filestorage>\n path {dir}/Data.fs\n pack-gc false\n</filestorage>"},
+    "MappingStorage": {"base": "<mappingstorage/>"},
+    "DemoStorage": {"base": "<demostorage/>"},
+    "zlib inside": {"base": f"<zlibstorage>\n{FILESTORAGE}\n</zlibstorage>"},
+    "zlib outside": {"before": "<zlibstorage>", "after": "</zlibstorage>"},
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_pack_leaves_exactly_what_every_base_still_knows(s3, bucket_name, open_db, blobs, base):
+    db = open_db(**BASES[base])
+    untouched = write(db, "untouched", b"0")
+    revisions = [write(db, "blob", data) for data in (b"one", b"two")]
+    early = write(db, "removed early", b"1")
+    remove(db, "removed early")
+    time.sleep(0.01)
+    pack_time = time.time()
+    time.sleep(0.01)
+    late = write(db, "removed late", b"2")
+    revisions += [write(db, "blob", data) for data in (b"three", b"four")]
+    remove(db, "removed late")
+    assert blobs() == {untouched, early, late, *revisions}
+    # It does not look for what nothing refers to.
+    kept = {early} if base == "FileStorage without GC" else set()
+    db.pack(pack_time)
+    assert blobs() == {untouched, late, *revisions[1:]} | kept
+    for oid, tid in blobs():
+        db.storage.loadBlob(oid, tid)
+    time.sleep(0.01)
+    db.pack()
+    if kept:
+        kept.add(late)
+    assert blobs() == {untouched, revisions[-1]} | kept
+    assert (read(db, "blob"), read(db, "untouched")) == (b"four", b"0")
+
+
+def test_after_an_external_gc_exactly_what_it_deleted_goes(open_db, blobs):
+    db = open_db(**BASES["FileStorage without GC"])
+    kept, gone, also_gone = (write(db, name, name.encode()) for name in ("kept", "gone", "also gone"))
+    unreachable = write(db, "unreachable", b"but not deleted")
+    for name in "gone", "also gone", "unreachable":
+        remove(db, name)
+    db.pack()
+    assert blobs() == {kept, gone, also_gone, unreachable}
+    transaction = TransactionMetaData()
+    db.storage.tpc_begin(transaction)
+    for oid, serial in (gone, also_gone):
+        db.storage.deleteObject(oid, serial, transaction)
+    db.storage.tpc_vote(transaction)
+    db.storage.tpc_finish(transaction)
+    db.pack()
+    assert blobs() == {kept, unreachable}
+
+
+def test_a_demo_storage_keeps_the_blobs_of_its_base(open_db, blobs):
+    db = open_db()
+    base = [write(db, "blob", b"old"), write(db, "blob", b"base"), write(db, "kept", b"kept")]
+    db.close()
+    db = open_db("""
+        <demostorage>
+          <filestorage base>
+            path {dir}/Data.fs
+            read-only true
+          </filestorage>
+          <filestorage changes>
+            path {dir}/Changes.fs
+          </filestorage>
+        </demostorage>""")
+    new = [write(db, "blob", b"changed"), write(db, "blob", b"changed again")]
+    assert blobs() == {*base, *new}
+    # As far as ZODB can: DemoStorage.pack fails with changes that were given to it, and with a base that has objects.
+    db.storage.changes.pack(time.time(), db.references, gc=False)
+    assert db.storage.collect_garbage() == 1
+    assert blobs() == {*base, new[1]}
+    assert (read(db, "blob"), read(db, "kept")) == (b"changed again", b"kept")
+
+
+@pytest.mark.parametrize("blobs_before", [100, 101])
+def test_an_empty_database_on_the_prefix_of_another_deletes_no_more_than_the_valve_lets_through(
+    s3, bucket_name, open_db, blobs, blobs_before
+):
+    s3.put(bucket_name, [f"main/blobs/{number:x}/3d0c0b0a0908070.blob" for number in range(2, 2 + blobs_before)])
+    db = open_db()  # with a root object, and so a last transaction
+    if blobs_before == 100:
+        db.pack()
+        assert blobs() == set()
+    else:
+        with pytest.raises(StorageError, match=r"was packed.* 101 of 101 blobs .*gc-max-delete-percent"):
+            db.pack()
+        assert len(blobs()) == blobs_before
+
+
+def test_a_database_restored_from_a_backup_younger_than_the_retention_finds_all_its_blobs(
+    open_db, blobs, tmp_path, after
+):
+    db = open_db(gc_retention="30d", gc_max_delete_percent=100)
+    kept, changed, removed = (write(db, name, name.encode()) for name in ("kept", "changed", "removed"))
+    shutil.copy(tmp_path / "Data.fs", tmp_path / "backup")
+    changed_since = write(db, "changed", b"since")
+    new = write(db, "new", b"new")
+    remove(db, "removed")
+    for days in 0, 10, 20, 29:
+        after(days * 86400)
+        db.pack()
+        assert blobs() == {kept, changed, removed, changed_since, new}
+    db.close()
+
+    shutil.copy(tmp_path / "backup", tmp_path / "Data.fs")
+    (tmp_path / "Data.fs.index").unlink()
+    db = open_db(gc_retention="30d", gc_max_delete_percent=100)
+    names = "kept", "changed", "removed"
+    assert [read(db, name) for name in names] == [name.encode() for name in names]
+    after(29 * 86400)
+    db.pack()
+    assert blobs() == {kept, changed, removed, changed_since, new}
+    after(31 * 86400)  # what lives again has lost its mark, and what the backup does not know has just got one
+    write(db, "kept", b"still there")
+    db.pack()
+    assert {kept, changed, removed, changed_since, new} < blobs()
+    after(62 * 86400)
+    db.pack()
+    assert not {kept, changed_since, new} & blobs()
+    assert [read(db, name) for name in names] == [b"still there", b"changed", b"removed"]
+
+
+def test_without_retention_blobs_newer_than_a_restored_database_stay_and_are_warned_of(
+    open_db, blobs, tmp_path, caplog
+):
+    db = open_db()
+    kept, changed = (write(db, name, name.encode()) for name in ("kept", "changed"))
+    shutil.copy(tmp_path / "Data.fs", tmp_path / "backup")
+    newer = write(db, "changed", b"since"), write(db, "new", b"new")
+    shutil.copy(tmp_path / "Data.fs", tmp_path / "later")
+    db.close()
+
+    shutil.copy(tmp_path / "backup", tmp_path / "Data.fs")
+    (tmp_path / "Data.fs.index").unlink()
+    db = open_db()
+    caplog.clear()
+    db.pack()
+    assert blobs() == {kept, changed, *newer}
+    assert [read(db, name) for name in ("kept", "changed")] == [b"kept", b"changed"]
+    (warning,) = [warning for warning in warnings(caplog) if "newer" in warning]
+    assert "2 blobs" in warning
+    db.close()
+
+    # It was the wrong backup: with the right one everything is there.
+    shutil.copy(tmp_path / "later", tmp_path / "Data.fs")
+    db = open_db()
+    assert [read(db, name) for name in ("kept", "changed", "new")] == [b"kept", b"since", b"new"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "retention"),
+    [("ListObjects", "0"), ("DeleteObjects", "0"), ("OwnerGetObject", "0"), ("PutObject", "30d"), ("GetObject", "30d")],
+)
+def test_the_pack_stands_whatever_fails_and_the_next_one_goes_on(
+    s3, open_db, blobs, after, tmp_path, operation, retention
+):
+    db = open_db(gc_retention=retention, s3_max_attempts=1)
+    last = [write(db, "blob", data) for data in (b"one", b"two", b"three")][-1]
+    if retention != "0":
+        db.pack()
+        write(db, "another", b"so that there is something to pack")
+        after(MONTH)
+    everything, size = blobs(), os.path.getsize(tmp_path / "Data.fs")
+    s3.misbehave(operation=operation, status=403, code="AccessDenied")
+    with pytest.raises(StorageError, match=r"The database was packed, but .*AccessDenied") as caught:
+        db.pack()
+    assert type(caught.value) is StorageError  # what a ZEO client can decode
+    assert blobs() == everything
+    assert retention != "0" or os.path.getsize(tmp_path / "Data.fs") < size
+    assert read(db, "blob") == b"three"
+    s3.behave()
+    if operation == "GetObject":  # the marks could not be seen to before the pack: they begin anew
+        db.pack()
+        assert blobs() == everything
+        after(2 * MONTH)
+    db.pack()
+    assert blobs() == {last} | ({name for name in everything if name[0] != last[0]})
+    assert read(db, "blob") == b"three"

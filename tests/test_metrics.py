@@ -25,8 +25,6 @@ from zodb_s3blobs.bucket import BlobNotFound, BucketError
 from zodb_s3blobs.cache import CacheError
 from zodb_s3blobs.commit import Uploads
 from zodb_s3blobs.fetch import Fetcher
-from zodb_s3blobs.garbage import collect
-from zodb_s3blobs.inflight import InFlight
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -576,13 +574,8 @@ def put(s3, bucket, bucket_name):
 
 
 @pytest.fixture
-def in_flight():
-    return InFlight()
-
-
-@pytest.fixture
-def collect_garbage(open_bucket, cache, in_flight, metrics):
-    return lambda base, **changes: collect(base, open_bucket(**changes), cache, in_flight, metrics)
+def collect_garbage(collector):
+    return lambda base, **changes: collector(**changes).collect(base)
 
 
 def collected(metrics):

@@ -526,11 +526,8 @@ def test_pack_keeps_what_a_transaction_has_uploaded_and_not_finished(s3, bucket_
     commit(storage, storage.new_oid(), b"garbage: nothing refers to it")
     txn = begin(storage, storage.new_oid(), b"in flight")
     storage.tpc_vote(txn)
-    from zodb_s3blobs import garbage
-
     # The base cannot be packed now; the collection can run at any time.
-    parts = storage._parts
-    garbage.collect(storage.base, parts.bucket, parts.cache, parts.uploads.in_flight, parts.metrics)
+    storage.collect_garbage()
     storage.tpc_finish(txn)
     assert len(s3.keys(bucket_name)) == 2
 

@@ -6,6 +6,7 @@ what is truly absent and `BucketError` for all else; neither carries a botocore 
 credential.
 """
 
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any, Literal, Protocol, TypeVar
 
 import boto3
@@ -44,6 +46,8 @@ _DELETE_BATCH = 1000  # the most keys that one DeleteObjects request may name
 _COPY_LIMIT = 5 << 30  # larger objects cannot be copied in one request
 _READ = 1 << 20
 
+_CONDITION_NOT_MET = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
+_NOT_UNDERSTOOD = {"InvalidArgument", "InvalidRequest", "400"}
 _NOT_IMPLEMENTED = {"NotImplemented", "501", "MethodNotAllowed", "405"}
 #: What they log at level debug repeats access keys, signatures and the key of SSE-C.
 _TALKATIVE = ("boto3", "botocore", "s3transfer")
@@ -138,7 +142,26 @@ class ListedStaged:
     """One staged upload that `Bucket.list_staged` found; ``modified``: when it was completed."""
 
     name: str
+    size: int
     modified: datetime.datetime
+
+
+@dataclass(frozen=True)
+class ListedUpload:
+    """One upload in parts that `Bucket.list_uploads` found, and that has not been completed."""
+
+    key: str
+    upload_id: str
+    begun: datetime.datetime
+
+
+@dataclass(frozen=True)
+class Note:
+    """A small object beside the blobs; ``age``: seconds since it was written, by the clock of the service."""
+
+    data: bytes
+    age: float
+    etag: str
 
 
 class Bucket:
@@ -163,6 +186,8 @@ class Bucket:
             self._write_options["ServerSideEncryption"] = settings.s3_sse
         if settings.s3_sse_kms_key_id:
             self._write_options["SSEKMSKeyId"] = settings.s3_sse_kms_key_id
+        # Of what is written again and again, which other classes than the usual one would make dear.
+        self._note_options = dict(self._write_options)
         if settings.s3_storage_class:
             self._write_options["StorageClass"] = settings.s3_storage_class
         self._client = _client(settings)
@@ -216,20 +241,24 @@ class Bucket:
         ``progress`` is called with the number of bytes of each step, from several threads; the `TransferCancelled`
         that it may raise ends the upload and is raised here.
         """
-        self._put(self.keys.key(oid, tid), filename, progress)
+        self._upload(self.keys.key(oid, tid), filename, progress)
 
     def put_staged(self, name: str, filename: str, progress: Progress | None = None) -> None:
         """The same to the staging key ``name``."""
-        self._put(self.keys.staged_key(name), filename, progress)
+        self._upload(self.keys.staged_key(name), filename, progress)
 
-    def _put(self, key: str, filename: str, progress: Progress | None) -> None:
-        options = {"Metadata": self._metadata(filename), **self._write_options, **self._key_options}
-        size, started = os.path.getsize(filename), time.monotonic()
-        put = self._put_small if size < min(self._multipart_threshold, PART) else self._put_large
-        _ask(f"store {key} in bucket {self.name}", lambda: put(key, filename, options, progress))
+    def _upload(self, key: str, filename: str, progress: Progress | None) -> None:
+        started = time.monotonic()
+        self._put(key, filename, self._write_options, progress)
         self._metrics.upload_duration.observe(time.monotonic() - started)
-        self._metrics.upload_size.observe(size)
+        self._metrics.upload_size.observe(os.path.getsize(filename))
         self._metrics.upload_last_success.set_to_current_time()
+
+    def _put(self, key: str, filename: str, write_options: dict[str, Any], progress: Progress | None = None) -> None:
+        options = {"Metadata": self._metadata(filename), **write_options, **self._key_options}
+        small = os.path.getsize(filename) < min(self._multipart_threshold, PART)
+        put = self._put_small if small else self._put_large
+        _ask(f"store {key} in bucket {self.name}", lambda: put(key, filename, options, progress))
 
     def _put_small(self, key: str, filename: str, options: dict[str, Any], progress: Progress | None) -> None:
         # From memory: a body with a read method, which botocore also makes of bytes, would make it send
@@ -327,21 +356,22 @@ class Bucket:
         One request for up to `PART` bytes, else parallel ranges. When it returns, size and checksum are right.
         Raises BlobNotFound, BucketError, or the OSError of a full disk.
         """
-        key = self.keys.key(oid, tid)
-        what = f"read {key} of bucket {self.name}"
         started = time.monotonic()
+        size = self._get_verified(self.keys.key(oid, tid), file)
+        self._metrics.download_duration.observe(time.monotonic() - started)
+        self._metrics.download_size.observe(size)
+        return size
+
+    def _get_verified(self, key: str, file: "Target") -> int:
+        what = f"read {key} of bucket {self.name}"
         for attempt in range(1, self._attempts + 1):
             try:
-                size = _ask(what, lambda: self._get(key, file))
+                return _ask(what, lambda: self._get(key, file))
             except Corrupt as error:
                 self._metrics.download_checksum_failures.inc()
                 logger.error("Could not %s: %s (attempt %d of %d)", what, error, attempt, self._attempts)
                 damage = str(error)
                 file.clear()
-            else:
-                self._metrics.download_duration.observe(time.monotonic() - started)
-                self._metrics.download_size.observe(size)
-                return size
         raise BucketError(f"Could not {what}: {damage}. The object is damaged or was changed; restore it from a backup")
 
     def _get(self, key: str, file: "Target") -> int:
@@ -426,6 +456,79 @@ class Bucket:
             raise Corrupt("the service answered one range with the whole object and another with a part")
         return _Range(answer["Body"], length, total, answer["ETag"], _checksum(answer))
 
+    # Beside the blobs
+
+    def read_owner(self) -> Note | None:
+        """The object that says whose the prefix is, if there is one."""
+
+        def read() -> Note:
+            answer = self._client.get_object(Bucket=self.name, Key=self.keys.owner, **self._key_options)
+            date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+            now = parsedate_to_datetime(date) if date else datetime.datetime.now(datetime.timezone.utc)
+            with contextlib.closing(answer["Body"]) as body:
+                data = body.read(_READ)
+            return Note(data, (now - answer["LastModified"]).total_seconds(), answer["ETag"])
+
+        try:
+            return _ask(f"read {self.keys.owner} of bucket {self.name}", read)
+        except BlobNotFound:
+            return None
+
+    def write_owner(self, data: bytes, instead_of: Note | None) -> None:
+        """Write it, if it is still as in ``instead_of``, where the service can see to that; else whatever it is.
+
+        Whether it was written, or another's was, `read_owner` tells.
+        """
+        condition = {"IfNoneMatch": "*"} if instead_of is None else {"IfMatch": instead_of.etag}
+        for options in (condition, {}):
+            try:
+                _ask(
+                    f"write {self.keys.owner} to bucket {self.name}",
+                    lambda: self._client.put_object(
+                        Bucket=self.name,
+                        Key=self.keys.owner,
+                        Body=bytearray(data),
+                        **options,  # noqa: B023 (used up before the next ones)
+                        **self._note_options,
+                        **self._key_options,
+                    ),
+                )
+                return
+            except BlobNotFound:
+                return  # it has been deleted meanwhile: the condition is not met
+            except BucketError as error:
+                if error.code in _CONDITION_NOT_MET:
+                    return
+                if error.code not in _NOT_IMPLEMENTED | _NOT_UNDERSTOOD or not options:
+                    raise
+
+    def delete_owner(self) -> None:
+        """Delete it; it is no error if it is not there."""
+        # Not by the pool: this is done while all is being closed.
+        try:
+            _ask(
+                f"delete {self.keys.owner} of bucket {self.name}",
+                lambda: self._client.delete_object(Bucket=self.name, Key=self.keys.owner),
+            )
+        except BlobNotFound:
+            pass
+
+    def get_marks(self, file: "Target") -> bool:
+        """Write the object of the marks into the empty ``file``, verified; False if there is none."""
+        try:
+            self._get_verified(self.keys.marks, file)
+        except BlobNotFound:
+            return False
+        return True
+
+    def put_marks(self, filename: str) -> None:
+        """Store the bytes of ``filename`` as that object."""
+        self._put(self.keys.marks, filename, self._note_options)
+
+    def delete_marks(self) -> None:
+        """Delete it; it is no error if it is not there."""
+        self._delete([self.keys.marks])
+
     # Listing and deleting
 
     def list_blobs(self, unknown: Callable[[int], None] = lambda size: None) -> Iterator[Listed]:
@@ -445,15 +548,36 @@ class Bucket:
         for found in self._list(self.keys.staged):
             name = self.keys.parse_staged(found["Key"])
             if name is not None:
-                yield ListedStaged(name, found["LastModified"])
+                yield ListedStaged(name, found["Size"], found["LastModified"])
 
-    def _list(self, prefix: str) -> Iterator[dict[str, Any]]:
-        pages = iter(self._client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix))
+    def list_uploads(self) -> Iterator[ListedUpload]:
+        """All uploads in parts of blobs and to staging keys, of this server and others, that are not completed."""
+        for found in self._list(self.keys.root, "list_multipart_uploads", "Uploads"):
+            if self.keys.parse(found["Key"]) or self.keys.parse_staged(found["Key"]):
+                yield ListedUpload(found["Key"], found["UploadId"], found["Initiated"])
+
+    def _list(
+        self, prefix: str, operation: str = "list_objects_v2", result: str = "Contents"
+    ) -> Iterator[dict[str, Any]]:
+        pages = iter(self._client.get_paginator(operation).paginate(Bucket=self.name, Prefix=prefix))
         while True:
             page = _ask(f"list bucket {self.name}", lambda: next(pages, None))
             if page is None:
                 return
-            yield from page.get("Contents", ())
+            yield from page.get(result, ())
+
+    def abort_upload(self, upload: ListedUpload) -> None:
+        """Delete the parts of ``upload``; it is no error if it is over."""
+        try:
+            _ask(
+                f"abort an upload to {upload.key} of bucket {self.name}",
+                lambda: self._client.abort_multipart_upload(
+                    Bucket=self.name, Key=upload.key, UploadId=upload.upload_id
+                ),
+            )
+        except BucketError as error:
+            if error.code != "NoSuchUpload":
+                raise
 
     def delete(self, blobs: Iterable[tuple[bytes, bytes]]) -> None:
         """Delete the blobs (oid, tid), 1,000 a request; absent ones are no error.

@@ -19,6 +19,7 @@ import stat
 import tempfile
 import threading
 import time
+import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ LEASE = 10.0
 _EVICTED_AT_ONCE = 50
 
 _LOCK_FILE = ".zodb-s3blobs.lock"
+_IDENTITY_FILE = ".zodb-s3blobs.id"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -106,24 +108,24 @@ class Incoming:
 
     def write_at(self, data: bytes, position: int) -> None:
         """Write ``data`` at ``position`` bytes from the start. Several threads may write different places."""
-        with self._cache._writing(), open(self.path, "r+b", buffering=0) as file:
+        with self._cache.writing(), open(self.path, "r+b", buffering=0) as file:
             file.seek(position)
             self._cache.write(file.fileno(), data)
 
     def clear(self) -> None:
         """Make it empty again."""
-        with self._cache._writing():
+        with self._cache.writing():
             os.truncate(self.path, 0)
 
     def sync(self) -> None:
         """Wait until its bytes are on the disk: or a power cut could leave half a file where only whole ones may be."""
         # Not tried again on a full disk: the system may have dropped what it could not write, and say so only once.
-        with self._cache._writing(), open(self.path, "rb") as file:
+        with self._cache.writing(), open(self.path, "rb") as file:
             os.fsync(file.fileno())
 
     def publish(self, oid: bytes, tid: bytes) -> Pin:
         """Make it the blob's file in the cache; returns that, pinned. The file must be complete and synced."""
-        with self._cache._writing():
+        with self._cache.writing():
             return self._cache._publish((oid, tid), self.path)
 
     def discard(self) -> None:
@@ -208,11 +210,20 @@ class Cache:
                     shutil.rmtree(directory)
             for directory in (self.temporary, self._incoming, self._blobs):
                 directory.mkdir(mode=self._mode, exist_ok=True)
+            #: What tells this directory from all others, over restarts.
+            self.identity = self._read_identity()
             # Readable for those who may read the directory, writable for nobody.
             self._file_mode = stat.S_IMODE(self._blobs.stat().st_mode) & 0o444
         except OSError as error:
             self._lock_file.close()
             raise CacheDirectoryError(f"{self.directory} cannot be used: {error}") from error
+
+    def _read_identity(self) -> str:
+        path = self.directory / _IDENTITY_FILE
+        if not path.exists() or not path.read_bytes():  # a crash may leave it empty
+            path.write_text(uuid.uuid4().hex)
+        status = path.stat()  # a copy on the same machine has another inode, or that of another device
+        return f"{path.read_bytes().decode(errors='replace')} {status.st_dev:x}:{status.st_ino:x}"
 
     def _read_directory(self) -> None:
         """Find the files of earlier runs; those used since the start are newer than all of them."""
@@ -285,7 +296,7 @@ class Cache:
 
     def new_file(self) -> Incoming:
         """An empty file to write a blob into."""
-        with self._writing():
+        with self.writing():
             fd, path = self._when_full(lambda: tempfile.mkstemp(dir=self._incoming), 1)
             os.close(fd)
         return Incoming(self, path)
@@ -294,7 +305,7 @@ class Cache:
         """Take the complete file ``filename`` over: a rename, or a copy if it is on another file system."""
         incoming = self.new_file()
         try:
-            with self._writing():
+            with self.writing():
                 size = os.path.getsize(filename)
                 self._when_full(lambda: rename_or_copy_blob(filename, incoming.path, chmod=False), size)
         except BaseException:
@@ -305,7 +316,7 @@ class Cache:
     def write(self, fd: int, data: bytes) -> None:
         """Write all of ``data`` to a file of this directory, evicting blobs if the disk is full; or CacheError."""
         view = memoryview(data)
-        with self._writing():
+        with self.writing():
             while view:
                 view = view[self._when_full(functools.partial(os.write, fd, view), len(view)) :]
 
@@ -413,7 +424,8 @@ class Cache:
         os.replace(filename, path)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """The body writes files below `directory`: an OSError becomes a CacheError."""
         try:
             yield
         except CacheError:

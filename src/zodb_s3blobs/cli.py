@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from . import demo
+from . import demo, gc
 
-COMMANDS: dict[str, ModuleType] = {"demo": demo}
+COMMANDS: dict[str, ModuleType] = {"demo": demo, "gc": gc}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

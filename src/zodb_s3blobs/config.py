@@ -24,7 +24,9 @@ from .bucket import MISCONFIGURED, Bucket, BucketError, BucketSettings
 from .cache import Cache, CacheDirectoryError
 from .commit import Uploads
 from .fetch import Fetcher
+from .garbage import Collector
 from .health import Health
+from .lease import Lease
 from .metrics import Metrics
 from .storage import Parts, S3BlobStorage
 from .workers import DaemonPool
@@ -67,6 +69,8 @@ s3_connect_timeout = _datatype("s3-connect-timeout", "time-interval", _TIME, 1)
 s3_read_timeout = _datatype("s3-read-timeout", "time-interval", _TIME, 1)
 s3_max_attempts = _datatype("s3-max-attempts", "integer", "a whole number of at least 1", 1)
 s3_stage_threshold = _datatype("s3-stage-threshold", "byte-size", f"{_SIZE}, or 0", 0)
+gc_retention = _datatype("gc-retention", "time-interval", "0 or a time such as 30d", 0)
+gc_max_delete_percent = _datatype("gc-max-delete-percent", "integer", "a whole number from 0 to 100", 0, 100)
 upload_timeout = _datatype("upload-timeout", "time-interval", _TIME, 1)
 
 
@@ -120,12 +124,8 @@ class S3BlobStorageFactory(BaseConfig):
             if self.config.metrics_address:
                 self._export(metrics)
                 undo.callback(endpoint.leave, metrics)
-            try:
-                bucket = Bucket(self.settings, metrics)
-            except BucketError as error:
-                raise _misconfigured(error) from None
+            bucket = self.open_bucket(metrics)
             undo.callback(bucket.close)
-            self._check_tls(bucket)
             self._describe(bucket, metrics)
             _probe(bucket)
             base = self.config.base.open()
@@ -145,13 +145,20 @@ class S3BlobStorageFactory(BaseConfig):
         except endpoint.EndpointError as error:
             raise _refuse(f"metrics-address: {error}") from None
 
-    def _check_tls(self, bucket: Bucket) -> None:
+    def open_bucket(self, metrics: Metrics) -> Bucket:
+        """The bucket alone, without any request. Raises `StartRefused`."""
+        try:
+            bucket = Bucket(self.settings, metrics)
+        except BucketError as error:
+            raise _misconfigured(error) from None
         if self.settings.s3_sse_customer_key and not bucket.endpoint_url.startswith("https:"):
+            bucket.close()
             raise _refuse(
                 "s3-sse-customer-key sends the key with every request and so needs TLS, but boto3 found another "
                 "endpoint in AWS_ENDPOINT_URL, AWS_ENDPOINT_URL_S3 or its configuration file: set s3-endpoint-url "
                 "to one with https://"
             )
+        return bucket
 
     def _describe(self, bucket: Bucket, metrics: Metrics) -> None:
         url = urlsplit(bucket.endpoint_url)
@@ -282,16 +289,29 @@ def _assemble(config: Any, base: Any, bucket: Bucket, metrics: Metrics) -> S3Blo
             config.upload_timeout,
             config.s3_stage_threshold,
         )
+        lease = Lease(bucket, cache.identity, metrics)
+        collector = Collector(
+            bucket,
+            cache,
+            uploads.in_flight,
+            uploads.staging,
+            lease,
+            metrics,
+            config.gc_retention,
+            config.gc_max_delete_percent,
+        )
         health = Health(bucket)
 
         def close_watch() -> None:
             endpoint.leave(metrics)
             health.close()
 
-        storage = S3BlobStorage(base, Parts(bucket, cache, fetcher, uploads, metrics, close_watch))
+        storage = S3BlobStorage(base, Parts(bucket, cache, fetcher, uploads, lease, collector, metrics, close_watch))
     except BaseException:
         cache.close()
         raise
     metrics.bucket_up.set_function(lambda: health.trouble() is None)
     metrics.trouble = health.trouble
+    if not base.isReadOnly():  # else it can delete nothing, and need not keep others from it
+        lease.start()
     return storage

@@ -32,7 +32,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ZODB.blob import Blob
 from ZODB.POSException import POSError
 
-from .keys import FOLDER
+from .keys import FOLDER, OWNER
 
 PACKAGE = Path(__file__).parent
 #: What the ZEO server is started with; it takes its values from the environment, see `ZEOServer`.
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo: 0 if every byte came back, else 1. In the main thread, because of the signals."""
     try:
-        with Signals() as signals, _directory(arguments.dir) as directory:
+        with Signals() as signals, _own_environment(), _directory(arguments.dir) as directory:
             demo(directory, arguments.once, signals)
     except BrokenPipeError:
         raise  # not about a file: cli.main knows what to do
@@ -269,8 +269,10 @@ class S3Server:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def _record(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        # Before the answer: whoever has read a blob finds all its requests in the record.
-        self._requests.put(_request(environ))
+        # Before the answer: whoever has read a blob finds all its requests in the record. The server's lease of the
+        # prefix is not what is to be shown.
+        if not environ["PATH_INFO"].endswith(OWNER):
+            self._requests.put(_request(environ))
         return self._app(environ, start_response)
 
     def __enter__(self) -> "S3Server":
@@ -334,15 +336,10 @@ class ZEOServer:
         self.address = f"127.0.0.1:{self.port}"
         self.metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
         self._process: subprocess.Popen[bytes] | None = None
-        # Whatever the user has set up for Amazon S3 must neither get in the way nor be used. INSTANCE_HOME would
-        # make runzeo write a pid file there.
-        inherited = {
-            name: value for name, value in os.environ.items() if not name.startswith("AWS_") and name != "INSTANCE_HOME"
-        }
+        # INSTANCE_HOME would make runzeo write a pid file there.
+        inherited = {name: value for name, value in os.environ.items() if name != "INSTANCE_HOME"}
         self._environment = {
             **inherited,
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
             "S3BLOBS_ADDRESS": self.address,
@@ -497,6 +494,21 @@ def _failure(sentence: str) -> int:
 
 
 # Beginning and end
+
+
+@contextlib.contextmanager
+def _own_environment() -> Iterator[None]:
+    """What the user has set up for Amazon S3 must neither get in the way, of moto in this process too, nor be used."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith("AWS_"):
+            del os.environ[name]
+    os.environ.update(AWS_CONFIG_FILE=os.devnull, AWS_SHARED_CREDENTIALS_FILE=os.devnull)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextlib.contextmanager

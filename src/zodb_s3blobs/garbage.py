@@ -1,128 +1,139 @@
 """Which revisions are dead, and their safe deletion.
 
-After the base has been packed, everything it cannot load any more is garbage. The order is what makes that safe:
-first the last committed tid is read, then the bucket is listed, and only keys up to that tid are judged. A
-transaction that is still committing has a later tid; one that restores an old one is in the register of blobs in
-flight.
+After the base has been packed, everything it cannot load any more is garbage. What makes that safe:
+
+- The order. First the last committed tid is read, then the bucket is listed, and only keys up to that tid are judged.
+  A transaction that is still committing has a later tid; one that restores an old one is in the register of blobs in
+  flight. Each blob is judged once more at the moment of its deletion.
+- The lease. Nothing is deleted while another server may hold the prefix.
+- The retention. A dead blob is marked, and deleted when it has been dead for that long.
+- The valve. If most of the prefix seems to be dead, the database is more likely to be the wrong one.
 """
 
 import logging
+import os
+import struct
+import tempfile
+import threading
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 from ZODB.POSException import POSKeyError
 
-from .bucket import Bucket, Listed, NotDeleted
-from .cache import Cache
+from . import marks
+from .bucket import Bucket, BucketError, Listed, ListedUpload, NotDeleted
+from .cache import Cache, CacheError
 from .inflight import InFlight, Name
+from .lease import Lease, NotOwner
 from .metrics import GC_STATES, Metrics
+from .staging import Staging
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: After how many loads from the base to pause, and for how many seconds: other threads want it too.
 _PAUSE_EVERY = 100
 _PAUSE = 0.005
 
+#: After how many objects to say in the log how far it is.
+_PROGRESS_EVERY = 100_000
+
 _DELETE_BATCH = 1000
 
+#: Up to how many blobs are deleted whatever share of the prefix they are.
+_ALWAYS_DELETED = 100
 
-def collect(base: Any, bucket: Bucket, cache: Cache, in_flight: InFlight, metrics: Metrics) -> int:
-    """Delete the blobs of ``bucket`` that ``base`` cannot load any more; return how many.
+#: Not a reason to let a pack fail: some services cannot list or abort them, and each takes a permission of its own.
+_UPLOADS_STAY = "Unfinished uploads of crashed servers stay behind. %s"
 
-    ``base`` is the base storage, just packed. Takes as long as listing the bucket takes: to be called on a thread of
-    its own, one at a time. Raises BucketError when S3 fails, and whatever the base raises besides POSKeyError; all
-    that was deleted until then was dead.
-    """
-    metrics.gc_runs.inc()
-    metrics.gc_running.set(1)
-    started = time.monotonic()
-    try:
-        deleted = _Collection(base, bucket, cache, in_flight, metrics).run()
-    except BaseException:
-        metrics.gc_failures.inc()
-        raise
-    finally:
-        metrics.gc_running.set(0)
-    seconds = time.monotonic() - started
-    metrics.gc_last_duration.set(seconds)
-    metrics.gc_last_success.set_to_current_time()
-    logger.info("Deleted %d dead blobs of bucket %s in %.1f s", deleted, bucket.name, seconds)
-    return deleted
+#: A dead blob in the file of those to be deleted: oid, tid and size.
+_RECORD = struct.Struct(">8s8sQ")
 
 
-class _Collection:
-    """One run."""
-
-    def __init__(self, base: Any, bucket: Bucket, cache: Cache, in_flight: InFlight, metrics: Metrics) -> None:
-        self._base = base
-        self._bucket = bucket
-        self._cache = cache
-        self._in_flight = in_flight
-        self._metrics = metrics
-        self._last = base.lastTransaction()
-        self._found = {state: _Found() for state in GC_STATES}
-        self._deleted = 0
-
-    def run(self) -> int:
-        """Do it; returns how many blobs were deleted."""
-        dead: list[Listed] = []
-        for number, blob in enumerate(self._bucket.list_blobs(self._found["unknown"].add), 1):
-            if number % _PAUSE_EVERY == 0:
-                time.sleep(_PAUSE)
-            self._metrics.gc_scanned.inc()
-            state = self._judge(blob)
-            self._found[state].add(blob.size)
-            if state == "dead":
-                dead.append(blob)
-                if len(dead) == _DELETE_BATCH:
-                    self._delete(dead)
-                    dead.clear()
-        self._delete(dead)
-        for state, found in self._found.items():
-            self._metrics.gc_objects.labels(state).set(found.objects)
-            self._metrics.gc_bytes.labels(state).set(found.bytes)
-        return self._deleted
-
-    def _judge(self, blob: Listed) -> str:
-        """One of `metrics.GC_STATES`."""
-        if blob.tid > self._last:
-            return "newer"
-        return "live" if is_live(self._base, blob.oid, blob.tid) else "dead"
-
-    def _delete(self, dead: list[Listed]) -> None:
-        sizes = {(blob.oid, blob.tid): blob.size for blob in dead}
-        with self._in_flight.deleting(sizes) as free:
-            # Judged again now that nobody can begin to restore them: one may have been restored since.
-            names = [name for name in free if not is_live(self._base, *name)]
-            try:
-                self._bucket.delete(names)
-            except NotDeleted as error:
-                left = [name for name in names if self._bucket.keys.key(*name) in error.keys]
-                self._metrics.gc_delete_failures.inc(len(left))
-                self._count_deleted(names, left, sizes)
-                raise
-            self._count_deleted(names, [], sizes)
-            for name in names:
-                self._cache.remove(*name)
-
-    def _count_deleted(self, names: list[Name], left: list[Name], sizes: dict[Name, int]) -> None:
-        deleted = set(names).difference(left)
-        self._deleted += len(deleted)
-        self._metrics.gc_deleted.inc(len(deleted))
-        self._metrics.gc_deleted_bytes.inc(sum(sizes[name] for name in deleted))
+class Refused(Exception):
+    """Garbage was found and, for the blobs' sake, none of it deleted; the message says why and what to do."""
 
 
-class _Found:
-    """What was found in one state."""
+@dataclass
+class Found:
+    """What a scan found in one state: objects, and their bytes."""
 
-    def __init__(self) -> None:
-        self.objects = 0
-        self.bytes = 0
+    objects: int = 0
+    bytes: int = 0
 
     def add(self, size: int) -> None:
         """One more object, of ``size`` bytes."""
         self.objects += 1
         self.bytes += size
+
+
+@dataclass
+class Scan:
+    """What is in the bucket, by state; one of `metrics.GC_STATES`. The dead are to be deleted now, the retained later.
+
+    ``retention``: in seconds; ``now``: since 1970.
+    """
+
+    base: Any
+    bucket: Bucket
+    in_flight: InFlight
+    retention: float = 0
+    marks: dict[bytes, int] = field(default_factory=dict)
+    now: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.found = {state: Found() for state in GC_STATES}
+        #: How many of the newer ones no transaction of this process explains.
+        self.unexplained = 0
+        self._last = self.base.lastTransaction()
+
+    def run(self) -> Iterator[tuple[Listed, str, int]]:
+        """Each blob of ours, its state, and since when it is dead. Waits for S3; BucketError."""
+        for number, blob in enumerate(_gently(self.bucket.list_blobs(self.found["unknown"].add)), 1):
+            if number % _PROGRESS_EVERY == 0:
+                logger.info("Garbage collection in bucket %s: %d objects so far", self.bucket.name, number)
+            state, since = self._judge(blob)
+            self.found[state].add(blob.size)
+            if state == "newer" and not self._is_being_committed(blob):
+                self.unexplained += 1
+            yield blob, state, since
+
+    def refusal(self, max_delete_percent: int) -> str | None:
+        """After the scan: why so many dead blobs must not be deleted, None if they may."""
+        dead = self.found["dead"]
+        ours = sum(found.objects for state, found in self.found.items() if state != "unknown")
+        if dead.objects <= _ALWAYS_DELETED or dead.objects * 100 <= max_delete_percent * ours:
+            return None
+        return (
+            f"{dead.objects} of {ours} blobs in bucket {self.bucket.name} are dead, {dead.bytes} bytes: more than "
+            f"gc-max-delete-percent ({max_delete_percent}) allows, so none was deleted. Is this the database that "
+            f"belongs to s3-prefix {self.bucket.keys.prefix!r}? If it is, set gc-max-delete-percent 100, restart and "
+            f"pack again; `zodb-s3blobs gc --dry-run` lists what would go"
+        )
+
+    def _judge(self, blob: Listed) -> tuple[str, int]:
+        if blob.tid > self._last:
+            return "newer", 0
+        if is_live(self.base, blob.oid, blob.tid):
+            return "live", 0
+        # A mark of the future, made while the clock was ahead, would keep it for as long as that.
+        since = min(self.marks.get(blob.oid + blob.tid, self.now), self.now)
+        return ("dead" if self.now - since >= self.retention else "retained"), since
+
+    def _is_being_committed(self, blob: Listed) -> bool:
+        return self.in_flight.is_wanted((blob.oid, blob.tid)) or blob.tid <= self.base.lastTransaction()
+
+
+def _gently(items: Iterable[T]) -> Iterator[T]:
+    """The same ``items``, with pauses in between: each is to be asked of the base."""
+    for number, item in enumerate(items, 1):
+        if number % _PAUSE_EVERY == 0:
+            time.sleep(_PAUSE)
+        yield item
 
 
 def is_live(base: Any, oid: bytes, tid: bytes) -> bool:
@@ -132,3 +143,226 @@ def is_live(base: Any, oid: bytes, tid: bytes) -> bool:
     except POSKeyError:
         return False
     return True
+
+
+class Collector:
+    """Collects the garbage of one prefix.
+
+    ``retention``: in seconds; ``max_delete_percent``: the largest share of the prefix that one run deletes.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        cache: Cache,
+        in_flight: InFlight,
+        staging: Staging,
+        lease: Lease,
+        metrics: Metrics,
+        retention: float,
+        max_delete_percent: int,
+    ) -> None:
+        self._bucket = bucket
+        self._cache = cache
+        self._in_flight = in_flight
+        self._staging = staging
+        self._lease = lease
+        self._metrics = metrics
+        self._retention = retention
+        self._max_delete_percent = max_delete_percent
+        self._running = threading.Lock()
+        #: Whether the marks in the bucket may be older than they should, and why, for the next collection to say.
+        self._marks_are_doubtful = False
+        self._doubt: Exception | None = None
+
+    def before_pack(self, base: Any) -> None:
+        """To be called before ``base`` is packed: what it can still load loses its mark.
+
+        A restored database may have brought dead blobs back to life. They die again in the pack, and afterwards nobody
+        can tell that they have lived meanwhile. Waits for S3 if there is a retention. If S3 fails, it is the next
+        `collect` that raises it, and all marks begin anew.
+        """
+        if not self._retention:
+            return
+        try:
+            self._lease.confirm()
+            old = read_marks(self._bucket, self._cache)
+            dead = {name: since for name, since in _gently(old.items()) if not is_live(base, name[:8], name[8:])}
+            if len(dead) < len(old):
+                with self._new_marks(old) as file:
+                    for name, since in dead.items():
+                        marks.write(file, name[:8], name[8:], since)
+        except NotOwner:
+            pass  # the marks are another's, and the collection will say so
+        except (BucketError, CacheError) as error:
+            self._marks_are_doubtful = True
+            self._doubt = error
+            logger.warning("gc-retention begins anew for all dead blobs. %s", error)
+
+    def collect(self, base: Any) -> int:
+        """Delete the blobs that ``base``, just packed, cannot load any more; return how many.
+
+        Takes as long as listing the bucket takes: to be called on a thread of its own. Raises Refused, lease.NotOwner,
+        BucketError when S3 fails, and whatever the base raises besides POSKeyError; all that was deleted until then
+        was dead, and the next run goes on.
+        """
+        if not self._running.acquire(blocking=False):
+            raise Refused("another pack is still deleting dead blobs")
+        try:
+            with self._counting():
+                return self._collect(base)
+        finally:
+            self._running.release()
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        self._metrics.gc_runs.inc()
+        self._metrics.gc_running.set(1)
+        started = time.monotonic()
+        try:
+            yield
+        except BaseException:
+            self._metrics.gc_failures.inc()
+            raise
+        finally:
+            self._metrics.gc_running.set(0)
+        self._metrics.gc_last_duration.set(time.monotonic() - started)
+        self._metrics.gc_last_success.set_to_current_time()
+
+    def _collect(self, base: Any) -> int:
+        doubt, self._doubt = self._doubt, None
+        if doubt is not None:
+            raise doubt
+        self._lease.confirm()
+        started = time.monotonic()
+        trusted = self._retention and not self._marks_are_doubtful
+        old_marks = read_marks(self._bucket, self._cache) if trusted else {}
+        scan = Scan(base, self._bucket, self._in_flight, self._retention, old_marks)
+        # On the disk: there may be a million.
+        with self._cache.writing(), tempfile.TemporaryFile(dir=self._cache.temporary) as dead:
+            self._scan(scan, dead)
+            refusal = scan.refusal(self._max_delete_percent)
+            if refusal is not None:
+                raise Refused(refusal)
+            dead.seek(0)
+            deleted = self._delete(base, dead)
+        self._delete_leftovers()
+        logger.info(
+            "Deleted %d dead blobs of bucket %s in %.1f s; %d live ones, %d dead ones that are retained",
+            deleted,
+            self._bucket.name,
+            time.monotonic() - started,
+            scan.found["live"].objects,
+            scan.found["retained"].objects,
+        )
+        return deleted
+
+    def _scan(self, scan: Scan, dead: BinaryIO) -> None:
+        with self._new_marks(scan.marks) as file:
+            for blob, state, since in scan.run():
+                self._metrics.gc_scanned.inc()
+                if state == "dead":
+                    dead.write(_RECORD.pack(blob.oid, blob.tid, blob.size))
+                if state in ("dead", "retained"):
+                    # Those that go now, too: if they cannot be deleted, they need not wait again.
+                    marks.write(file, blob.oid, blob.tid, since)
+            if scan.unexplained:
+                logger.warning(
+                    "Bucket %s has %d blobs that are newer than the last transaction of the database. Either the "
+                    "database was restored from a backup, or another database uses the same s3-prefix. They are left "
+                    "alone until the database has a later transaction than theirs; then a pack takes them for dead",
+                    self._bucket.name,
+                    scan.unexplained,
+                )
+            for state, found in scan.found.items():
+                self._metrics.gc_objects.labels(state).set(found.objects)
+                self._metrics.gc_bytes.labels(state).set(found.bytes)
+        self._marks_are_doubtful = False
+
+    @contextmanager
+    def _new_marks(self, old: dict[bytes, int]) -> Iterator[TextIO]:
+        """A file for the marks that replace ``old``, if there is a retention and the lease is still held."""
+        new = self._cache.new_file()
+        try:
+            with open(new.path, "w", encoding="ascii") as file:
+                yield file
+            self._lease.check()
+            if self._retention and (old or os.path.getsize(new.path)):
+                self._bucket.put_marks(new.path)
+        finally:
+            new.discard()
+
+    def _delete(self, base: Any, dead: BinaryIO) -> int:
+        deleted = 0
+        while records := dead.read(_RECORD.size * _DELETE_BATCH):
+            sizes = {(oid, tid): size for oid, tid, size in _RECORD.iter_unpack(records)}
+            with self._in_flight.deleting(sizes) as free:
+                # Judged again now that nobody can begin to restore them: one may have been restored since.
+                names = [name for name in free if not is_live(base, *name)]
+                self._lease.look()
+                deleted += self._delete_batch(names, sizes)
+            time.sleep(_PAUSE)
+        return deleted
+
+    def _delete_batch(self, names: list[Name], sizes: dict[Name, int]) -> int:
+        failure: NotDeleted | None = None
+        gone = names
+        try:
+            self._bucket.delete(names)
+        except NotDeleted as error:
+            failure = error
+            gone = [name for name in names if self._bucket.keys.key(*name) not in error.keys]
+        for name in gone:
+            self._cache.remove(*name)
+        self._metrics.gc_deleted.inc(len(gone))
+        self._metrics.gc_deleted_bytes.inc(sum(sizes[name] for name in gone))
+        if failure is not None:
+            self._metrics.gc_delete_failures.inc(len(failure.keys))
+            raise failure
+        return len(gone)
+
+    def _delete_leftovers(self) -> None:
+        self._lease.look()
+        if not self._retention:
+            self._bucket.delete_marks()  # of an earlier setting: one day they would be wrong
+        staged = self._staging.sweep()
+        aborted = 0
+        for upload in abandoned_uploads(self._bucket, self._staging.abandoned_after):
+            self._lease.check()
+            try:
+                self._bucket.abort_upload(upload)
+            except BucketError as error:
+                logger.warning(_UPLOADS_STAY, error)
+                break
+            aborted += 1
+        if staged or aborted:
+            logger.info("Deleted %d staged and %d unfinished uploads of crashed servers", staged, aborted)
+
+
+def read_marks(bucket: Bucket, cache: Cache) -> dict[bytes, int]:
+    """The marks of the last run; the files they pass through are those of ``cache``. Waits for S3; BucketError."""
+    file = cache.new_file()
+    try:
+        if not bucket.get_marks(file):
+            return {}
+        # What is not ASCII makes no sense, but must not end in another error than all else that makes none.
+        with open(file.path, encoding="ascii", errors="replace") as lines:
+            return marks.read(lines)
+    except ValueError as error:
+        raise BucketError(
+            f"{bucket.keys.marks} of bucket {bucket.name}, which tells since when dead blobs are dead, cannot be read "
+            f"({error}): restore it, or delete it and have gc-retention begin anew for all dead blobs"
+        ) from None
+    finally:
+        file.discard()
+
+
+def abandoned_uploads(bucket: Bucket, age: float) -> Iterator[ListedUpload]:
+    """The uploads in parts that were begun more than ``age`` seconds ago: whoever did it lives no more."""
+    before = time.time() - age
+    try:
+        for upload in bucket.list_uploads():
+            if upload.begun.timestamp() < before:
+                yield upload
+    except BucketError as error:
+        logger.warning(_UPLOADS_STAY, error)

@@ -36,6 +36,11 @@ class InFlight:
                     self._holders.pop(name, None)
             self._changed.notify_all()
 
+    def is_wanted(self, name: Name) -> bool:
+        """Whether a transaction wants ``name``."""
+        with self._changed:
+            return name in self._holders
+
     def wait_until_judged(self, name: Name, holder: object) -> None:
         """Wait, in a worker, until nobody else is about to delete ``name``: only then can it be told if it exists.
 

@@ -13,6 +13,7 @@ import re
 from ZODB.utils import p64, u64
 
 FOLDER = "blobs/"
+OWNER = "owner.json"
 _NUMBER = r"0|[1-9a-f][0-9a-f]{0,15}"
 _BLOB = re.compile(rf"({_NUMBER})/({_NUMBER})\.blob")
 
@@ -25,10 +26,16 @@ class Keys:
 
     def __init__(self, prefix: str = "") -> None:
         self.prefix = prefix
+        #: What every key starts with.
+        self.root = f"{prefix}/" if prefix else ""
         #: What every key of a blob starts with: the prefix to list.
-        self.blobs = f"{prefix}/{FOLDER}" if prefix else FOLDER
+        self.blobs = self.root + FOLDER
         #: The same for staged uploads.
-        self.staged = self.blobs.removesuffix(FOLDER) + "staged/"
+        self.staged = self.root + "staged/"
+        #: Whose the prefix is, see lease.py.
+        self.owner = self.root + OWNER
+        #: Since when dead blobs are dead, see marks.py.
+        self.marks = self.root + "gc-marks.jsonl"
 
     def key(self, oid: bytes, tid: bytes) -> str:
         """The object key of the blob of object ``oid`` (8 bytes) at revision ``tid`` (8 bytes)."""

@@ -29,6 +29,7 @@ _OPERATIONS = {
     "UploadPartCopy": "copy_part",
     "CompleteMultipartUpload": "complete_multipart",
     "AbortMultipartUpload": "abort_multipart",
+    "ListMultipartUploads": "list",
 }
 
 _KEY = "zodb-s3blobs"  # of ours in boto3's context of a call

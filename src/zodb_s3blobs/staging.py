@@ -11,10 +11,10 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 
-from .bucket import Bucket, BucketError, TransferCancelled
+from .bucket import Bucket, BucketError, ListedStaged, TransferCancelled
 from .metrics import Metrics
 from .workers import DaemonPool, Waiting
 
@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 #: The code of the BucketError that tells that upload-timeout is over.
 TOO_LATE = "upload-timeout"
 
-#: After how many seconds a staged object belongs to nobody who still lives.
 _ABANDONED = 24 * 3600.0
 
 
@@ -61,6 +60,8 @@ class Staging:
         self._cleaners = cleaners
         self._metrics = metrics
         self._timeout = timeout
+        #: After how many seconds an upload belongs to nobody who still lives.
+        self.abandoned_after = abandoned_after(timeout)
         self._threshold = threshold
         # Of its own: the small blobs of whoever holds the commit lock must not queue behind large ones.
         self._workers = DaemonPool(concurrency, "s3blobs staging")
@@ -123,12 +124,7 @@ class Staging:
 
     def sweep(self) -> int:
         """Delete what crashed servers left behind, and return how much that was. Waits for S3; BucketError."""
-        old = time.time() - max(_ABANDONED, 2 * self._timeout)
-        names = [
-            found.name
-            for found in self._bucket.list_staged()
-            if found.modified.timestamp() < old and found.name not in self._live
-        ]
+        names = [found.name for found in abandoned(self._bucket, self.abandoned_after) if found.name not in self._live]
         self._bucket.delete_staged(names)
         return len(names)
 
@@ -164,3 +160,14 @@ class Staging:
         finally:
             with self._lock:
                 self._live.discard(name)
+
+
+def abandoned(bucket: Bucket, age: float) -> Iterator[ListedStaged]:
+    """The staged objects that were completed more than ``age`` seconds ago. Waits for S3; BucketError."""
+    before = time.time() - age
+    return (found for found in bucket.list_staged() if found.modified.timestamp() < before)
+
+
+def abandoned_after(timeout: float) -> float:
+    """After how many seconds an upload, of which those of a transaction may take ``timeout``, is nobody's any more."""
+    return max(_ABANDONED, 2 * timeout)

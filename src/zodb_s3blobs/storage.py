@@ -6,7 +6,6 @@ IBlobStorageRestoreable, IStorage and IMVCCStorage.
 """
 
 import logging
-import threading
 import time
 from base64 import decodebytes
 from collections.abc import Callable, Iterator
@@ -20,12 +19,13 @@ import zope.interface
 from ZODB.interfaces import IBlobStorage, IBlobStorageRestoreable, IStorageRestoreable
 from ZODB.POSException import POSKeyError, StorageError, StorageTransactionError
 
-from . import garbage
 from .bases import committing_tid
 from .bucket import BlobNotFound, Bucket, BucketError
 from .cache import Cache, CacheError, Pin
 from .commit import Commit, Uploads
 from .fetch import Fetcher
+from .garbage import Collector, Refused, is_live
+from .lease import Lease, NotOwner
 from .metrics import Metrics
 from .staging import TOO_LATE, Staging
 from .workers import Waiting
@@ -41,17 +41,16 @@ class Parts:
     cache: Cache
     fetcher: Fetcher
     uploads: Uploads
+    lease: Lease
+    collector: Collector
     metrics: Metrics
     #: Ends what watches them.
     close_watch: Callable[[], None]
 
-    def __post_init__(self) -> None:
-        #: Held while garbage is being collected.
-        self.collecting = threading.Lock()
-
     def close(self) -> None:
         """Give up threads, connections and the cache directory."""
         self.close_watch()
+        self.lease.close()
         self.fetcher.close()
         self.uploads.close()
         self.bucket.close()
@@ -296,7 +295,7 @@ class S3BlobStorage:
                 return requested.result()
             except BlobNotFound as error:
                 # A client may have kept the record of a revision that has been packed away since.
-                if garbage.is_live(self.base, oid, serial):
+                if is_live(self.base, oid, serial):
                     self.metrics.missing_blobs.inc()
                     logger.error("A record names a blob that the bucket has not. %s", error)
                 raise POSKeyError(str(error), oid, serial) from None
@@ -343,18 +342,18 @@ class S3BlobStorage:
         Raises what the base's pack raises, and StorageError if the garbage collection fails; then the base is packed
         all the same, and the next pack collects what this one left.
         """
+        self._parts.collector.before_pack(self.base)
         result = self.base.pack(pack_time, referencesf, **({} if gc is None else {"gc": gc}))
-        if not self._parts.collecting.acquire(blocking=False):
-            raise StorageError("The database was packed; another pack is still deleting dead blobs")
-        try:
-            with _plain_errors("The database was packed, but not all dead blobs were deleted; pack it again. "):
-                garbage.collect(
-                    self.base, self._parts.bucket, self._parts.cache, self._parts.uploads.in_flight, self.metrics
-                )
-                self.staging.sweep()
-        finally:
-            self._parts.collecting.release()
+        with _plain_errors("The database was packed, but not all dead blobs were deleted. "):
+            self.collect_garbage()
         return result
+
+    def collect_garbage(self) -> int:
+        """Delete the blobs that the base, just packed, does not know any more; return how many. Waits for S3.
+
+        The errors are those of `garbage.Collector.collect`.
+        """
+        return self._parts.collector.collect(self.base)
 
 
 class CacheFiles:
@@ -388,5 +387,5 @@ def _plain_errors(introduction: str = "") -> Iterator[None]:
     """Turn what the parts raise into a plain StorageError: the one that a ZEO client can decode and show."""
     try:
         yield
-    except (BlobNotFound, BucketError, CacheError) as error:
+    except (BlobNotFound, BucketError, CacheError, NotOwner, Refused) as error:
         raise StorageError(f"{introduction}{error}") from None

@@ -1,0 +1,41 @@
+"""Since when dead blobs are dead: the object that lets garbage collection wait for ``gc-retention``.
+
+One line of JSON for each dead blob, in an object beside the blobs::
+
+    {"oid": "1f", "tid": "40d30c28a82b566", "dead_since": "2026-11-22T16:00:00+00:00"}
+
+It is written anew by each garbage collection, with what is dead now: a blob that lives again loses its mark.
+"""
+
+import json
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from typing import TextIO
+
+from ZODB.utils import p64, u64
+
+
+def read(lines: Iterable[str]) -> dict[bytes, int]:
+    """oid + tid -> when it was first found dead, in seconds since 1970; ValueError names the line that makes no sense.
+
+    Compact, because there may be a million.
+    """
+    marks: dict[bytes, int] = {}
+    times: dict[str, int] = {}  # most are the same
+    for number, line in enumerate(lines, 1):
+        try:
+            mark = json.loads(line)
+            name = p64(int(mark["oid"], 16)) + p64(int(mark["tid"], 16))
+            since = mark["dead_since"]
+            if since not in times:
+                times[since] = int(datetime.fromisoformat(since).timestamp())
+        except Exception as error:
+            raise ValueError(f"line {number}") from error
+        marks[name] = times[since]
+    return marks
+
+
+def write(file: TextIO, oid: bytes, tid: bytes, since: int) -> None:
+    """Append the mark of one blob."""
+    moment = datetime.fromtimestamp(since, timezone.utc).isoformat()
+    file.write(json.dumps({"oid": f"{u64(oid):x}", "tid": f"{u64(tid):x}", "dead_since": moment}) + "\n")

@@ -1,0 +1,404 @@
+"""Retention: a dead blob is marked first, and deleted when it has been dead for gc-retention."""
+
+import io
+import json
+import time
+from datetime import datetime
+from types import SimpleNamespace
+
+import pytest
+from ZODB.POSException import POSKeyError
+from ZODB.utils import p64
+
+from zodb_s3blobs import garbage as garbage_module
+from zodb_s3blobs import marks
+from zodb_s3blobs.bucket import BucketError
+from zodb_s3blobs.garbage import Collector, Refused
+from zodb_s3blobs.inflight import InFlight
+from zodb_s3blobs.lease import Lease
+from zodb_s3blobs.metrics import Metrics
+from zodb_s3blobs.staging import Staging
+from zodb_s3blobs.workers import DaemonPool
+
+pytestmark = pytest.mark.usefixtures("no_pauses")
+
+MARKS = "gc-marks.jsonl"
+DAY = 24 * 3600
+RETENTION = 30 * DAY
+#: 2026-11-22T16:00:00+00:00
+START = 1795363200
+
+DEAD, OTHER, LIVE = (p64(0x1F), p64(0x40)), (p64(2), p64(1)), (p64(3), p64(1))
+
+
+class Base:
+    """A base whose last tid is ``last`` and that can load what is in ``live``."""
+
+    def __init__(self, *live, last=100):
+        self.live = set(live)
+        self.last = p64(last)
+
+    def lastTransaction(self):
+        return self.last
+
+    def loadSerial(self, oid, tid):
+        if (oid, tid) not in self.live:
+            raise POSKeyError(oid)
+        return b"a record"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of the collections, which stands still; ``now`` is to be set."""
+    clock = SimpleNamespace(now=START, monotonic=time.monotonic, sleep=time.sleep)
+    clock.time = lambda: clock.now
+    monkeypatch.setattr(garbage_module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def put(s3, bucket, bucket_name):
+    """Puts the blobs (oid, tid); returns their keys."""
+
+    def put(*names):
+        keys = [bucket.keys.key(oid, tid) for oid, tid in names]
+        s3.put(bucket_name, keys)
+        return keys
+
+    return put
+
+
+@pytest.fixture
+def collect(clock, bucket, cache):
+    """Collects the garbage of a base, each time as a server that has just been started."""
+    leases = []
+
+    def collect(base, retention=RETENTION, max_delete_percent=100, metrics=None):
+        leases.append(Lease(bucket, cache.identity, Metrics()))
+        return Collector(
+            bucket,
+            cache,
+            InFlight(),
+            Staging(bucket, DaemonPool(1), Metrics(), 1, 60, 0),
+            leases[-1],
+            metrics or Metrics(),
+            retention,
+            max_delete_percent,
+        ).collect(base)
+
+    yield collect
+    for lease in leases:
+        lease.close()
+
+
+@pytest.fixture
+def read_object(s3, bucket_name):
+    """The object of the marks as it is, by key of the blob: since when it is dead, in seconds since 1970."""
+
+    def read_object():
+        body = s3.client.get_object(Bucket=bucket_name, Key=MARKS)["Body"].read()
+        read = map(json.loads, body.splitlines())
+        return {
+            f"blobs/{mark['oid']}/{mark['tid']}.blob": datetime.fromisoformat(mark["dead_since"]).timestamp()
+            for mark in read
+        }
+
+    return read_object
+
+
+@pytest.fixture
+def write_object(s3, bucket_name):
+    def write_object(data):
+        s3.client.put_object(Bucket=bucket_name, Key=MARKS, Body=data)
+
+    return write_object
+
+
+@pytest.fixture
+def blobs(s3, bucket_name):
+    """The keys of the blobs that are there."""
+    return lambda: [key for key in s3.keys(bucket_name) if key.startswith("blobs/")]
+
+
+def value(instrument):
+    (sample,) = [sample for sample in instrument._samples() if sample.name != "_created"]
+    return sample.value
+
+
+def deletions(s3):
+    return [request.path for request in s3.requests() if request.operation.startswith("Delete")]
+
+
+# The object
+
+
+def test_marks_are_read_as_they_were_written():
+    file = io.StringIO()
+    written = {p64(oid) + p64(tid): START + tid % 7 for oid, tid in [(0, 0), (1, 2), (2**64 - 1, 2**63)]}
+    for name, since in written.items():
+        marks.write(file, name[:8], name[8:], since)
+    assert marks.read(io.StringIO(file.getvalue())) == written
+
+
+def test_a_mark_is_a_line_of_readable_json():
+    file = io.StringIO()
+    marks.write(file, p64(0x1F), p64(0x40D30C28A82B566), START)
+    assert file.getvalue() == '{"oid": "1f", "tid": "40d30c28a82b566", "dead_since": "2026-11-22T16:00:00+00:00"}\n'
+
+
+def test_other_ways_to_write_the_same_moment_are_read():
+    line = '{"dead_since": "2026-11-22T17:00:00.500000+01:00", "note": "by hand", "tid": "01", "oid": "A"}'
+    assert marks.read([line]) == {p64(10) + p64(1): START}
+
+
+def test_no_lines_are_no_marks():
+    assert marks.read([]) == {}
+
+
+GOOD = b'{"oid": "1f", "tid": "40", "dead_since": "2020-01-01T00:00:00+00:00"}\n'
+UNREADABLE = {
+    "half a line": GOOD[:30],
+    "an empty line": b"\n",
+    "no JSON": b"<html>\n",
+    "not an object": b"[1]\n",
+    "no moment": b'{"oid": "1f", "tid": "40"}\n',
+    "a moment that is none": GOOD.replace(b"2020-01-01", b"yesterday-"),
+    "a moment that is a number": b'{"oid": "1f", "tid": "40", "dead_since": 1795363200}\n',
+    "a moment that is a list": b'{"oid": "1f", "tid": "40", "dead_since": []}\n',
+    "an oid that is no number": GOOD.replace(b"1f", b"xx"),
+    "an oid that is negative": GOOD.replace(b"1f", b"-1"),
+    "an oid that is too large": GOOD.replace(b"1f", b"1" * 17),
+    "an oid that is not ASCII": GOOD.replace(b"1f", "1ü".encode()),
+    "bytes that are no text": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("line", UNREADABLE.values(), ids=UNREADABLE)
+def test_marks_that_cannot_be_read_delete_nothing_and_the_error_says_what_to_do(
+    bucket_name, put, blobs, collect, write_object, s3, line
+):
+    keys = put(DEAD)
+    write_object(GOOD + line)
+    before = s3.client.get_object(Bucket=bucket_name, Key=MARKS)["Body"].read()
+    with pytest.raises(BucketError, match=r"line 2.*delete it") as caught:
+        collect(Base())
+    assert MARKS in str(caught.value) and bucket_name in str(caught.value)
+    assert blobs() == keys
+    assert s3.client.get_object(Bucket=bucket_name, Key=MARKS)["Body"].read() == before
+    s3.client.delete_object(Bucket=bucket_name, Key=MARKS)  # as it says
+    assert collect(Base()) == 0
+    assert blobs() == keys
+
+
+def test_marks_that_are_damaged_on_their_way_are_asked_for_again(s3, put, clock, collect, read_object):
+    (key,) = put(DEAD)
+    collect(Base())
+    clock.now += DAY
+    s3.misbehave(operation="GetObject", flip=True, times=1)
+    assert collect(Base()) == 0
+    assert read_object() == {key: START}
+
+
+# Retention
+
+
+def test_a_dead_blob_is_only_marked_and_goes_when_the_retention_is_over(s3, put, blobs, clock, collect, read_object):
+    key, live = put(DEAD, LIVE)
+    base, metrics = Base(LIVE), Metrics()
+    assert collect(base, metrics=metrics) == 0
+    assert read_object() == {key: START}
+    assert value(metrics.gc_objects.labels("retained")) == 1
+    for now in START + 1, START + RETENTION - 1:
+        clock.now = now
+        assert collect(base) == 0
+    assert sorted(blobs()) == sorted([key, live])
+    assert read_object() == {key: START}
+    assert deletions(s3) == []
+    clock.now = START + RETENTION
+    assert collect(base, metrics=metrics) == 1
+    assert blobs() == [live]
+    assert value(metrics.gc_objects.labels("retained")) == 0
+    assert value(metrics.gc_objects.labels("dead")) == 1
+
+
+def test_each_blob_has_a_time_of_its_own(put, blobs, clock, collect, read_object):
+    first, second = put(DEAD, OTHER)
+    collect(Base(OTHER))
+    clock.now = START + 10 * DAY
+    collect(Base())
+    assert read_object() == {first: START, second: START + 10 * DAY}
+    clock.now = START + RETENTION
+    assert collect(Base()) == 1
+    assert blobs() == [second]
+    clock.now = START + 10 * DAY + RETENTION
+    assert collect(Base()) == 1
+    assert blobs() == []
+
+
+def test_the_mark_of_a_deleted_blob_is_gone_after_the_next_collection(put, clock, collect, read_object):
+    put(DEAD)
+    collect(Base())
+    clock.now = START + RETENTION
+    collect(Base())
+    for _ in range(2):  # an object without a line is read, too
+        collect(Base())
+        assert read_object() == {}
+
+
+def test_a_blob_that_lives_again_loses_its_mark(put, blobs, clock, collect, read_object):
+    """As after a Data.fs has been restored from a backup."""
+    (key,) = put(DEAD)
+    collect(Base())
+    clock.now = START + 10 * DAY
+    collect(Base(DEAD))
+    assert read_object() == {}
+    clock.now = START + 20 * DAY
+    collect(Base())
+    assert read_object() == {key: START + 20 * DAY}
+    clock.now = START + RETENTION
+    assert collect(Base()) == 0
+    assert blobs() == [key]
+
+
+def test_a_blob_that_is_newer_than_a_restored_database_loses_its_mark(put, blobs, clock, collect, read_object):
+    (key,) = put(DEAD)
+    collect(Base())
+    clock.now = START + RETENTION
+    assert collect(Base(last=0x3F)) == 0
+    assert read_object() == {}
+    assert collect(Base()) == 0
+    assert read_object() == {key: START + RETENTION}
+    assert blobs() == [key]
+
+
+def test_a_mark_of_the_future_counts_from_now_on(put, blobs, clock, collect, read_object):
+    """The clock was ahead by years when the blob was found dead."""
+    (key,) = put(DEAD)
+    clock.now = START + 3650 * DAY
+    collect(Base())
+    clock.now = START
+    assert collect(Base()) == 0
+    assert read_object() == {key: START}
+    clock.now = START + RETENTION - 1
+    assert collect(Base()) == 0
+    clock.now = START + RETENTION
+    assert collect(Base()) == 1
+    assert blobs() == []
+
+
+def test_another_retention_holds_for_those_that_are_marked_already(put, blobs, clock, collect):
+    (key,) = put(DEAD)
+    collect(Base(), retention=RETENTION)
+    clock.now = START + 2 * DAY
+    assert collect(Base(), retention=3 * DAY) == 0
+    assert blobs() == [key]
+    assert collect(Base(), retention=2 * DAY) == 1
+
+
+def test_a_retention_of_0_deletes_dead_blobs_and_marks(s3, bucket_name, put, collect):
+    put(DEAD)
+    collect(Base())
+    assert MARKS in s3.keys(bucket_name)
+    assert collect(Base(), retention=0) == 1
+    assert s3.keys(bucket_name) == []
+
+
+def test_without_retention_marks_are_neither_read_nor_written(s3, put, collect):
+    put(DEAD)
+    collect(Base(), retention=0)
+    assert [request.operation for request in s3.requests() if request.path.endswith(MARKS)] == ["DeleteObject"]
+
+
+def test_where_nothing_is_dead_no_marks_are_written(s3, bucket_name, put, collect):
+    keys = put(LIVE)
+    collect(Base(LIVE))
+    assert s3.keys(bucket_name) == keys
+    assert s3.requests("PutObject") == []
+
+
+def test_foreign_and_newer_keys_are_not_marked(s3, bucket_name, put, clock, collect, read_object):
+    key, newer = put(DEAD, (p64(1), p64(101)))
+    s3.put(bucket_name, ["blobs/1/01.blob", "blobs/readme"])
+    for clock.now in START, START + RETENTION - 1:
+        collect(Base())
+        assert read_object() == {key: START}
+    clock.now = START + RETENTION
+    assert collect(Base()) == 1
+    assert s3.keys(bucket_name) == sorted(["blobs/1/01.blob", "blobs/readme", newer, MARKS])
+
+
+# Failures
+
+
+ONE_REFUSED = "<DeleteResult><Error><Key>blobs/1f/40.blob</Key><Code>SlowDown</Code></Error></DeleteResult>"
+
+
+@pytest.mark.parametrize("fault", [{"status": 500, "code": "InternalError"}, {"status": 200, "body": ONE_REFUSED}])
+def test_what_could_not_be_deleted_keeps_its_mark_and_need_not_wait_again(
+    s3, put, blobs, clock, collect, read_object, fault
+):
+    """All of a request, or one object of it."""
+    keys = put(DEAD, OTHER)
+    collect(Base())
+    clock.now = START + RETENTION
+    metrics = Metrics()
+    s3.misbehave(operation="DeleteObjects", **fault)
+    with pytest.raises(BucketError, match="were not deleted"):
+        collect(Base(), metrics=metrics)
+    failed = 2 if "code" in fault else 1
+    assert value(metrics.gc_failures) == 1
+    assert (value(metrics.gc_delete_failures), value(metrics.gc_deleted)) == (failed, 2 - failed)
+    assert read_object() == dict.fromkeys(keys, START)
+    s3.behave()
+    left = blobs()
+    assert keys[0] in left
+    assert collect(Base()) == len(left)
+    assert blobs() == []
+
+
+def test_a_kill_between_the_marks_and_the_deletion_costs_no_time(
+    monkeypatch, bucket, put, blobs, clock, collect, read_object
+):
+    class Killed(BaseException):
+        pass
+
+    def kill(names):
+        raise Killed
+
+    key, live = put(DEAD, LIVE)
+    collect(Base(LIVE))
+    clock.now = START + RETENTION
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(bucket, "delete", kill)
+        collect(Base(LIVE))
+    assert read_object() == {key: START}
+    assert sorted(blobs()) == sorted([key, live])
+    assert collect(Base(LIVE)) == 1
+    assert blobs() == [live]
+
+
+@pytest.mark.parametrize("operation", ["GetObject", "PutObject"])
+def test_without_its_marks_a_collection_deletes_nothing_and_the_next_one_goes_on(
+    s3, put, blobs, clock, collect, read_object, operation
+):
+    (key,) = put(DEAD)
+    collect(Base())
+    clock.now = START + RETENTION
+    s3.misbehave(operation=operation, status=403, code="AccessDenied")
+    with pytest.raises(BucketError, match=rf"{MARKS}.*AccessDenied"):
+        collect(Base())
+    assert blobs() == [key]
+    s3.behave()
+    assert read_object() == {key: START}
+    assert collect(Base()) == 1
+
+
+def test_what_the_valve_holds_back_keeps_its_mark(put, blobs, clock, collect, read_object):
+    keys = put(*((p64(oid), p64(1)) for oid in range(1, 102)))
+    collect(Base(), max_delete_percent=0)  # retained ones are nothing that it would hold back
+    clock.now = START + RETENTION
+    with pytest.raises(Refused, match="101 of 101"):
+        collect(Base(), max_delete_percent=99)
+    assert sorted(blobs()) == sorted(keys)
+    assert read_object() == dict.fromkeys(keys, START)
+    assert collect(Base()) == 101
