@@ -246,6 +246,7 @@ def test_it_is_healthy_but_not_ready_while_the_storage_is_being_opened(factory, 
 def test_it_starts_without_the_bucket_and_is_not_ready_until_it_answers(open_storage, s3, address, monkeypatch):
     monkeypatch.setattr(health, "_ILL", 0.1)
     s3.misbehave(status=503, code="SlowDown")
+    s3.misbehave(operation="Owner.*", status=503, code="SlowDown")
     open_storage("main")
     code, text = say(address, "/-/ready")
     assert code == 503

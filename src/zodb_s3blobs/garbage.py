@@ -186,12 +186,14 @@ class Collector:
             return
         try:
             self._lease.confirm()
-            old = read_marks(self._bucket, self._cache)
-            dead = {name: since for name, since in _gently(old.items()) if not is_live(base, name[:8], name[8:])}
-            if len(dead) < len(old):
-                with self._new_marks(old) as file:
-                    for name, since in dead.items():
-                        marks.write(file, name[:8], name[8:], since)
+            since = read_marks(self._bucket, self._cache)
+            live = [name for name in _gently(since) if is_live(base, name[:8], name[8:])]
+            for name in live:
+                del since[name]
+            if live:
+                with self._new_marks(replacing=True) as file:
+                    for name in since:
+                        marks.write(file, name[:8], name[8:], since[name])
         except NotOwner:
             pass  # the marks are another's, and the collection will say so
         except (BucketError, CacheError) as error:
@@ -258,7 +260,7 @@ class Collector:
         return deleted
 
     def _scan(self, scan: Scan, dead: BinaryIO) -> None:
-        with self._new_marks(scan.marks) as file:
+        with self._new_marks(replacing=bool(scan.marks)) as file:
             for blob, state, since in scan.run():
                 self._metrics.gc_scanned.inc()
                 if state == "dead":
@@ -280,14 +282,17 @@ class Collector:
         self._marks_are_doubtful = False
 
     @contextmanager
-    def _new_marks(self, old: dict[bytes, int]) -> Iterator[TextIO]:
-        """A file for the marks that replace ``old``, if there is a retention and the lease is still held."""
+    def _new_marks(self, replacing: bool) -> Iterator[TextIO]:
+        """A file for the marks from now on, if there is a retention and the lease is still held.
+
+        ``replacing``: whether there are others so far, which have to go even if there are no new ones.
+        """
         new = self._cache.new_file()
         try:
             with open(new.path, "w", encoding="ascii") as file:
                 yield file
             self._lease.check()
-            if self._retention and (old or os.path.getsize(new.path)):
+            if self._retention and (replacing or os.path.getsize(new.path)):
                 self._bucket.put_marks(new.path)
         finally:
             new.discard()

@@ -144,11 +144,12 @@ def collect_from_a_fake_bucket(directory, names, retention, row):
     base = FileStorage(str(directory / "Data.fs"))
     cache = Cache(directory / "cache", 0, Metrics())
     bucket = FakeBucket(names, directory / "marks")
-    lease = SimpleNamespace(confirm=lambda: None, check=lambda: None)
+    lease = SimpleNamespace(confirm=lambda: None, check=lambda: None, look=lambda: None)
     staging = SimpleNamespace(sweep=lambda: 0, abandoned_after=DAY)
     collector = Collector(bucket, cache, InFlight(), staging, lease, Metrics(), retention, 100)
     with Peak() as peak:
         started, cpu = time.perf_counter(), time.process_time()
+        collector.before_pack(base)
         collector.collect(base)
         took, cpu = time.perf_counter() - started, time.process_time() - cpu
     marks = bucket._marks.stat().st_size if bucket._marks.exists() else 0
