@@ -10,9 +10,11 @@ After the base has been packed, everything it cannot load any more is garbage. W
 - The valve. If most of the prefix seems to be dead, the database is more likely to be the wrong one.
 """
 
+import gc
 import logging
 import os
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -38,6 +40,9 @@ T = TypeVar("T")
 #: After how many loads from the base to pause, and for how many seconds: other threads want it too.
 _PAUSE_EVERY = 100
 _PAUSE = 0.005
+
+#: For how long, in seconds, this thread may keep others waiting for the interpreter.
+_SWITCH_INTERVAL = 0.0001
 
 #: After how many objects to say in the log how far it is.
 _PROGRESS_EVERY = 100_000
@@ -136,6 +141,36 @@ def _gently(items: Iterable[T]) -> Iterator[T]:
         yield item
 
 
+_making_way_lock = threading.Lock()
+_making_way_count = 0
+_usual_switch_interval = 0.0
+
+
+@contextmanager
+def _making_way() -> Iterator[None]:
+    """Let other threads, the event loop above all, have their turn soon while the body does much in Python.
+
+    A thread that waits gets the interpreter after the switch interval, 5 ms if nothing else is said, and a request
+    waits for it several times. Python's own garbage collector stops all threads while it looks at every object there
+    is: those there are by now, it need not look at meanwhile.
+    """
+    global _making_way_count, _usual_switch_interval
+    with _making_way_lock:  # several storages may collect at once
+        if not _making_way_count:
+            _usual_switch_interval = sys.getswitchinterval()
+            sys.setswitchinterval(min(_usual_switch_interval, _SWITCH_INTERVAL))
+            gc.freeze()
+        _making_way_count += 1
+    try:
+        yield
+    finally:
+        with _making_way_lock:
+            _making_way_count -= 1
+            if not _making_way_count:
+                gc.unfreeze()
+                sys.setswitchinterval(_usual_switch_interval)
+
+
 def is_live(base: Any, oid: bytes, tid: bytes) -> bool:
     """Whether ``base`` can still load that revision."""
     try:
@@ -211,7 +246,7 @@ class Collector:
         if not self._running.acquire(blocking=False):
             raise Refused("another pack is still deleting dead blobs")
         try:
-            with self._counting():
+            with self._counting(), _making_way():
                 return self._collect(base)
         finally:
             self._running.release()
