@@ -2,12 +2,15 @@
 
 import functools
 import itertools
+import os
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import botocore.endpoint
 import botocore.session
 import pytest
 from s3server import S3Server
+from zeoserver import ZEOServer
 
 from zodb_s3blobs.bucket import Bucket, BucketSettings
 from zodb_s3blobs.cache import Cache
@@ -119,6 +122,18 @@ def cache(open_cache):
 
 
 @pytest.fixture
+def put(s3, bucket, bucket_name):
+    """Puts the blobs (oid, tid), of one byte each; returns their keys."""
+
+    def put(*names):
+        keys = [bucket.keys.key(oid, tid) for oid, tid in names]
+        s3.put(bucket_name, keys)
+        return keys
+
+    return put
+
+
+@pytest.fixture
 def in_flight():
     return InFlight()
 
@@ -151,3 +166,39 @@ def new_file(tmp_path):
         return str(path)
 
     return make
+
+
+# Real servers
+
+
+@pytest.fixture
+def start(s3, bucket_name, tmp_path):
+    """Starts a server; keywords as `ZEOServer`'s."""
+    servers = []
+
+    def start(**kwargs):
+        servers.append(ZEOServer(tmp_path, s3, bucket_name, **kwargs))
+        servers[-1].start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.__exit__()
+
+
+@pytest.fixture
+def background(s3):
+    """Runs a function in a thread; returns its future."""
+    with ThreadPoolExecutor(30) as pool:
+        yield pool.submit
+        s3.behave()
+
+
+@pytest.fixture
+def no_aws_settings(monkeypatch, tmp_path):
+    """Whatever this machine knows about AWS is none of the tests' business."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

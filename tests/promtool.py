@@ -11,7 +11,8 @@ def promtool() -> str:
     return program("promtool")
 
 
-def run(*args: str, directory: Path) -> None:
-    """Run promtool in ``directory``; the test fails with what it says."""
+def run(*args: str, directory: Path) -> str:
+    """Run promtool in ``directory``; and return what it says; if it has objections, the test fails with them."""
     done = subprocess.run([promtool(), *args], cwd=directory, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

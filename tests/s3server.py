@@ -104,11 +104,11 @@ class S3Server:
 
         ``latency``: seconds before anything is done; ``hang``: do nothing before `behave`, and nothing at all if the
         client has given up by then; ``status``, ``code`` and ``message``: the error to answer with, without a body if
-        there is no code; ``body``: one for that answer instead; ``ignore_range``: answer a ranged GET with
-        everything; ``ignore_condition``: do a conditional PUT whatever is there; ``refuse_condition``: answer it with
-        501; ``headers``: header lines to answer with besides; ``lose``: do what is asked, then cut the
-        connection; ``flip``: damage a byte of the answer's body; ``truncate``: cut the connection that many bytes
-        before the end of the answer.
+        there is no code; ``body``: one for that answer instead; ``ignore_range``: answer a ranged GET with everything;
+        ``ignore_condition``: do a conditional PUT whatever is there; ``refuse_condition``: answer it with 501;
+        ``misread_etag``: find that any If-Match is not met; ``headers``: header lines to answer with besides; ``lose``:
+        do what is asked, then cut the connection; ``flip``: damage a byte of the answer's body; ``truncate``: cut the
+        connection that many bytes before the end of the answer.
         """
         self._control(do="misbehave", operation=operation, times=times, fault=fault)
 
@@ -233,6 +233,8 @@ def _serve():
                     environ.pop(name, None)
             if fault.get("refuse_condition") and any(name in environ for name in _CONDITIONS):
                 fault = {**fault, "status": 501, "code": "NotImplemented"}
+            if fault.get("misread_etag") and "HTTP_IF_MATCH" in environ:
+                fault = {**fault, "status": 412, "code": "PreconditionFailed"}
             environ["wsgi.input"] = io.BytesIO(body)
             if "status" in fault:
                 status, headers, body = fault["status"], [("Content-Type", "application/xml")], _error(fault)

@@ -2,7 +2,6 @@
 
 import base64
 import logging
-import os
 import re
 import socket
 import subprocess
@@ -32,14 +31,7 @@ MAPPING = "<mappingstorage/>"
 FILES = "<filestorage>\n path {dir}/Data.fs\n</filestorage>"
 
 
-@pytest.fixture(autouse=True)
-def no_aws_settings(monkeypatch, tmp_path):
-    """Whatever this machine knows about AWS is none of the tests' business."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+pytestmark = pytest.mark.usefixtures("no_aws_settings")
 
 
 @pytest.fixture

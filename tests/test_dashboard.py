@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 
-import pytest
+import promtool
 from dashboard import (
     ANNOTATIONS,
     DASHBOARD,
@@ -212,11 +212,8 @@ def test_nothing_of_grafana_is_left_in_what_prometheus_is_asked():
     assert substituted('up{job=~"$job"}[$__range]') == 'up{job=~".+"}[1h]'
 
 
-@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
 def test_prometheus_can_parse_every_query(tmp_path):
     rules = [{"record": f"query:{n}", "expr": text} for n, (_, text) in enumerate(dashboard_expressions())]
     file = tmp_path / "rules.json"  # JSON is YAML
     file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
-    checked = subprocess.run(["promtool", "check", "rules", file], capture_output=True, text=True, timeout=60)
-    assert checked.returncode == 0, checked.stderr
-    assert f"{len(rules)} rules found" in checked.stdout
+    assert f"{len(rules)} rules found" in promtool.run("check", "rules", file, directory=tmp_path)

@@ -5,13 +5,11 @@ import contextlib
 import gzip
 import http.client
 import logging
-import os
 import socket
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
 from types import SimpleNamespace
 
@@ -32,14 +30,7 @@ SECRET_KEY = "secret-key-of-this-test"
 SOON = 10
 
 
-@pytest.fixture(autouse=True)
-def no_aws_settings(monkeypatch, tmp_path):
-    """Whatever this machine knows about AWS is none of the tests' business."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+pytestmark = pytest.mark.usefixtures("no_aws_settings")
 
 
 @pytest.fixture(autouse=True)
@@ -102,13 +93,6 @@ def open_storage(factory):
             return storage
 
         yield make
-
-
-@pytest.fixture
-def background():
-    """Runs a function in a thread; returns its future."""
-    with ThreadPoolExecutor(30) as pool:
-        yield pool.submit
 
 
 def ask(address, path="/metrics", method="GET", **headers):

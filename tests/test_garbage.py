@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 import ZODB
 import ZODB.config
+from bases import Base
 from ZODB.blob import Blob
 from ZODB.Connection import TransactionMetaData
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
-from ZODB.POSException import POSKeyError, ReadConflictError, StorageError
+from ZODB.POSException import ReadConflictError, StorageError
 from ZODB.utils import p64, u64, z64
 
 from zodb_s3blobs import garbage as garbage_module
@@ -54,36 +55,9 @@ def commit(base):
 
 
 @pytest.fixture
-def put(s3, bucket, bucket_name):
-    """Puts the blobs (oid, tid); returns their keys."""
-
-    def put(*names):
-        keys = [bucket.keys.key(oid, tid) for oid, tid in names]
-        s3.put(bucket_name, keys)
-        return keys
-
-    return put
-
-
-@pytest.fixture
 def collect_garbage(collector):
     """Collects the garbage of a base."""
     return collector().collect
-
-
-class Base:
-    """A base whose last tid is 100 and that can load what is in ``live``."""
-
-    def __init__(self, *live):
-        self.live = set(live)
-
-    def lastTransaction(self):
-        return p64(100)
-
-    def loadSerial(self, oid, tid):
-        if (oid, tid) not in self.live:
-            raise POSKeyError(oid)
-        return b"a record"
 
 
 def earlier(tid):
@@ -102,6 +76,15 @@ def test_exactly_the_dead_are_deleted(s3, bucket_name, base, commit, put, collec
     put((p64(1), earlier(first)), (p64(2), first), (p64(3), other))
     assert collect_garbage(base) == 3
     assert s3.keys(bucket_name) == sorted(live)
+
+
+def test_a_gentle_collection_leaves_most_of_the_time_to_others(put, collector):
+    names = [(p64(number), p64(1)) for number in range(1, 1001)]
+    put(*names)
+    began, computed = time.monotonic(), time.thread_time()
+    assert collector().collect(Base(*names), gently=True) == 0
+    took, computed = time.monotonic() - began, time.thread_time() - computed
+    assert took > 10 * computed
 
 
 def test_a_packed_away_revision_is_dead(s3, bucket_name, base, commit, put, collect_garbage):
@@ -565,7 +548,12 @@ def after(monkeypatch):
     """Lets so many seconds pass, as far as garbage collections can tell."""
 
     def after(seconds):
-        clock = SimpleNamespace(time=lambda: time.time() + seconds, monotonic=time.monotonic, sleep=time.sleep)
+        clock = SimpleNamespace(
+            time=lambda: time.time() + seconds,
+            monotonic=time.monotonic,
+            thread_time=time.thread_time,
+            sleep=time.sleep,
+        )
         monkeypatch.setattr(garbage_module, "time", clock)
 
     return after

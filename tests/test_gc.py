@@ -7,10 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from zeoserver import SECTION, ZEOServer
+from zeoserver import SECTION
 from ZODB.blob import Blob
 from ZODB.Connection import TransactionMetaData
 from ZODB.FileStorage import FileStorage
@@ -19,29 +18,6 @@ from ZODB.utils import p64, z64
 SECRET = "test-secret"
 FILESTORAGE = "<filestorage>\n path {dir}/Data.fs\n</filestorage>"
 OLD = "3d0c0b0a0908070"  # a tid of long ago
-
-
-@pytest.fixture
-def start(s3, bucket_name, tmp_path):
-    """Starts a server; keywords as `ZEOServer`'s."""
-    servers = []
-
-    def start(**kwargs):
-        servers.append(ZEOServer(tmp_path, s3, bucket_name, **kwargs))
-        servers[-1].start()
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.__exit__()
-
-
-@pytest.fixture
-def background(s3):
-    """Runs a function in a thread; returns its future."""
-    with ThreadPoolExecutor() as pool:
-        yield pool.submit
-        s3.behave()
 
 
 @pytest.fixture

@@ -7,18 +7,13 @@ from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
-from ZODB.POSException import POSKeyError
+from bases import Base
 from ZODB.utils import p64
 
 from zodb_s3blobs import garbage as garbage_module
 from zodb_s3blobs import marks
-from zodb_s3blobs.bucket import BucketError
-from zodb_s3blobs.garbage import Collector, Refused
-from zodb_s3blobs.inflight import InFlight
-from zodb_s3blobs.lease import Lease
-from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.staging import Staging
-from zodb_s3blobs.workers import DaemonPool
+from zodb_s3blobs.bucket import Bucket, BucketError
+from zodb_s3blobs.garbage import Refused
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -31,64 +26,19 @@ START = 1795363200
 DEAD, OTHER, LIVE = (p64(0x1F), p64(0x40)), (p64(2), p64(1)), (p64(3), p64(1))
 
 
-class Base:
-    """A base whose last tid is ``last`` and that can load what is in ``live``."""
-
-    def __init__(self, *live, last=100):
-        self.live = set(live)
-        self.last = p64(last)
-
-    def lastTransaction(self):
-        return self.last
-
-    def loadSerial(self, oid, tid):
-        if (oid, tid) not in self.live:
-            raise POSKeyError(oid)
-        return b"a record"
-
-
 @pytest.fixture
 def clock(monkeypatch):
     """The clock of the collections, which stands still; ``now`` is to be set."""
-    clock = SimpleNamespace(now=START, monotonic=time.monotonic, sleep=time.sleep)
+    clock = SimpleNamespace(now=START, monotonic=time.monotonic, sleep=time.sleep, thread_time=time.thread_time)
     clock.time = lambda: clock.now
     monkeypatch.setattr(garbage_module, "time", clock)
     return clock
 
 
 @pytest.fixture
-def put(s3, bucket, bucket_name):
-    """Puts the blobs (oid, tid); returns their keys."""
-
-    def put(*names):
-        keys = [bucket.keys.key(oid, tid) for oid, tid in names]
-        s3.put(bucket_name, keys)
-        return keys
-
-    return put
-
-
-@pytest.fixture
-def collect(clock, bucket, cache):
-    """Collects the garbage of a base, each time as a server that has just been started."""
-    leases = []
-
-    def collect(base, retention=RETENTION, max_delete_percent=100, metrics=None):
-        leases.append(Lease(bucket, cache.identity, Metrics()))
-        return Collector(
-            bucket,
-            cache,
-            InFlight(),
-            Staging(bucket, DaemonPool(1), Metrics(), 1, 60, 0),
-            leases[-1],
-            metrics or Metrics(),
-            retention,
-            max_delete_percent,
-        ).collect(base)
-
-    yield collect
-    for lease in leases:
-        lease.close()
+def collect(clock, collector):
+    """Collects the garbage of a base, each time as a server that has just been started; keywords as `collector`'s."""
+    return lambda base, retention=RETENTION, **changes: collector(retention=retention, **changes).collect(base)
 
 
 @pytest.fixture
@@ -202,10 +152,12 @@ def test_marks_that_are_damaged_on_their_way_are_asked_for_again(s3, put, clock,
 # Retention
 
 
-def test_a_dead_blob_is_only_marked_and_goes_when_the_retention_is_over(s3, put, blobs, clock, collect, read_object):
+def test_a_dead_blob_is_only_marked_and_goes_when_the_retention_is_over(
+    s3, metrics, put, blobs, clock, collect, read_object
+):
     key, live = put(DEAD, LIVE)
-    base, metrics = Base(LIVE), Metrics()
-    assert collect(base, metrics=metrics) == 0
+    base = Base(LIVE)
+    assert collect(base) == 0
     assert read_object() == {key: START}
     assert value(metrics.gc_objects.labels("retained")) == 1
     for now in START + 1, START + RETENTION - 1:
@@ -215,7 +167,7 @@ def test_a_dead_blob_is_only_marked_and_goes_when_the_retention_is_over(s3, put,
     assert read_object() == {key: START}
     assert deletions(s3) == []
     clock.now = START + RETENTION
-    assert collect(base, metrics=metrics) == 1
+    assert collect(base) == 1
     assert blobs() == [live]
     assert value(metrics.gc_objects.labels("retained")) == 0
     assert value(metrics.gc_objects.labels("dead")) == 1
@@ -335,16 +287,15 @@ ONE_REFUSED = "<DeleteResult><Error><Key>blobs/1f/40.blob</Key><Code>SlowDown</C
 
 @pytest.mark.parametrize("fault", [{"status": 500, "code": "InternalError"}, {"status": 200, "body": ONE_REFUSED}])
 def test_what_could_not_be_deleted_keeps_its_mark_and_need_not_wait_again(
-    s3, put, blobs, clock, collect, read_object, fault
+    s3, metrics, put, blobs, clock, collect, read_object, fault
 ):
     """All of a request, or one object of it."""
     keys = put(DEAD, OTHER)
     collect(Base())
     clock.now = START + RETENTION
-    metrics = Metrics()
     s3.misbehave(operation="DeleteObjects", **fault)
     with pytest.raises(BucketError, match="were not deleted"):
-        collect(Base(), metrics=metrics)
+        collect(Base())
     failed = 2 if "code" in fault else 1
     assert value(metrics.gc_failures) == 1
     assert (value(metrics.gc_delete_failures), value(metrics.gc_deleted)) == (failed, 2 - failed)
@@ -356,20 +307,18 @@ def test_what_could_not_be_deleted_keeps_its_mark_and_need_not_wait_again(
     assert blobs() == []
 
 
-def test_a_kill_between_the_marks_and_the_deletion_costs_no_time(
-    monkeypatch, bucket, put, blobs, clock, collect, read_object
-):
+def test_a_kill_between_the_marks_and_the_deletion_costs_no_time(monkeypatch, put, blobs, clock, collect, read_object):
     class Killed(BaseException):
         pass
 
-    def kill(names):
+    def kill(bucket, names):
         raise Killed
 
     key, live = put(DEAD, LIVE)
     collect(Base(LIVE))
     clock.now = START + RETENTION
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(bucket, "delete", kill)
+        patch.setattr(Bucket, "delete", kill)
         collect(Base(LIVE))
     assert read_object() == {key: START}
     assert sorted(blobs()) == sorted([key, live])

@@ -1,6 +1,6 @@
 """What the cache, the fetcher, the commits and the garbage collection count, and what a whole server does."""
 
-import contextlib
+import functools
 import os
 import resource
 import shutil
@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import transaction
+from bases import Base
 from figures import figures, nonzero, value
 from persistent import Persistent
 from persistent.mapping import PersistentMapping
-from zeoserver import ZEOServer
 from ZODB.blob import Blob
 from ZODB.Connection import TransactionMetaData
 from ZODB.POSException import ConflictError, POSKeyError, StorageError
@@ -552,27 +552,6 @@ def test_small_files_are_not_staged(open_uploads, metrics, new_file):
 # Garbage collection
 
 
-class Base:
-    """A base whose last tid is 100 and that can load what is in ``live``."""
-
-    def __init__(self, *live):
-        self.live = set(live)
-
-    def lastTransaction(self):
-        return p64(100)
-
-    def loadSerial(self, oid, tid):
-        if (oid, tid) not in self.live:
-            raise POSKeyError(oid)
-        return b"a record"
-
-
-@pytest.fixture
-def put(s3, bucket, bucket_name):
-    """Puts the blobs (oid, tid), of one byte each."""
-    return lambda *names: s3.put(bucket_name, [bucket.keys.key(*name) for name in names])
-
-
 @pytest.fixture
 def collect_garbage(collector):
     return lambda base, **changes: collector(**changes).collect(base)
@@ -677,27 +656,14 @@ def test_what_a_transaction_wants_is_dead_but_not_deleted(metrics, put, in_fligh
 
 
 @pytest.fixture
-def start(s3, bucket_name, tmp_path):
-    """Starts a server; keywords as `ZEOServer`'s."""
-    with contextlib.ExitStack() as servers:
-
-        def start(**kwargs):
-            return servers.enter_context(ZEOServer(tmp_path, s3, bucket_name, metrics=True, **kwargs))
-
-        yield start
+def start(start):
+    """As for all tests, with an endpoint."""
+    return functools.partial(start, metrics=True)
 
 
 @pytest.fixture
 def server(start):
     return start(options={"s3_max_attempts": 1})
-
-
-@pytest.fixture
-def background(s3):
-    """Runs a function in a thread; returns its future."""
-    with ThreadPoolExecutor(30) as pool:
-        yield pool.submit
-        s3.behave()
 
 
 def store_blob(client, oid, data, txn):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import transaction
@@ -32,31 +31,8 @@ SOON = 10
 
 
 @pytest.fixture
-def start(s3, bucket_name, tmp_path):
-    """Starts a server; keywords as `ZEOServer`'s."""
-    servers = []
-
-    def start(**kwargs):
-        servers.append(ZEOServer(tmp_path, s3, bucket_name, **kwargs))
-        servers[-1].start()
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.__exit__()
-
-
-@pytest.fixture
 def server(start):
     return start()
-
-
-@pytest.fixture
-def background(s3):
-    """Runs a function in a thread; returns its future."""
-    with ThreadPoolExecutor(30) as pool:
-        yield pool.submit
-        s3.behave()
 
 
 def write(db, name, data):

@@ -2,9 +2,9 @@
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +13,7 @@ import ZODB.config
 import zope.event
 from test_zeo import commit_blob, commit_object, load, wait_for
 from ZEO.StorageServer import Serving, StorageServer
-from zeoserver import SECTION, ZEOServer, free_address, scrape
+from zeoserver import SECTION, free_address, scrape
 from ZODB.Connection import TransactionMetaData
 from ZODB.POSException import ConflictError
 from ZODB.tests.MinPO import MinPO
@@ -37,30 +37,14 @@ FIGURES = {
 
 
 @pytest.fixture
-def start(s3, bucket_name, tmp_path):
-    """Starts a server with an endpoint; keywords as `ZEOServer`'s."""
-    servers = []
-
-    def start(**kwargs):
-        servers.append(ZEOServer(tmp_path, s3, bucket_name, metrics=True, **kwargs))
-        servers[-1].start()
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.__exit__()
+def start(start):
+    """As for all tests, with an endpoint."""
+    return functools.partial(start, metrics=True)
 
 
 @pytest.fixture
 def server(start):
     return start()
-
-
-@pytest.fixture
-def background():
-    """Runs a function in a thread; returns its future."""
-    with ThreadPoolExecutor(30) as pool:
-        yield pool.submit
 
 
 def begin(client):

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TextIO, TypeVar
 
@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: After how many loads from the base to pause, and for how many seconds: other threads want it too.
+#: After how many loads from the base to pause, and how many times as long as they took: others want the interpreter.
 _PAUSE_EVERY = 100
-_PAUSE = 0.005
+_REST = 39
 
 #: For how long, in seconds, this thread may keep others waiting for the interpreter.
 _SWITCH_INTERVAL = 0.0001
@@ -76,11 +76,24 @@ class Found:
         self.bytes += size
 
 
+class Pace:
+    """Of a thread that computes much: it pauses ``rest`` times as long as it used the processor."""
+
+    def __init__(self, rest: float = 0) -> None:
+        self._rest = rest
+        self._used = time.thread_time()
+
+    def pause(self) -> None:
+        """As long as is due. To be called often, by one thread only."""
+        time.sleep((time.thread_time() - self._used) * self._rest)
+        self._used = time.thread_time()
+
+
 @dataclass
 class Scan:
     """What is in the bucket, by state; one of `metrics.GC_STATES`. The dead are to be deleted now, the retained later.
 
-    ``retention``: in seconds; ``now``: since 1970.
+    ``retention``: in seconds; ``now``: since 1970; ``pace``: without one, it does not pause.
     """
 
     base: Any
@@ -89,6 +102,7 @@ class Scan:
     retention: float = 0
     marks: dict[bytes, int] = field(default_factory=dict)
     now: int = field(default_factory=lambda: int(time.time()))
+    pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
         self.found = {state: Found() for state in GC_STATES}
@@ -98,7 +112,7 @@ class Scan:
 
     def run(self) -> Iterator[tuple[Listed, str, int]]:
         """Each blob of ours, its state, and since when it is dead. Waits for S3; BucketError."""
-        for number, blob in enumerate(_gently(self.bucket.list_blobs(self.found["unknown"].add)), 1):
+        for number, blob in enumerate(_gently(self.bucket.list_blobs(self.found["unknown"].add), self.pace), 1):
             if number % _PROGRESS_EVERY == 0:
                 logger.info("Garbage collection in bucket %s: %d objects so far", self.bucket.name, number)
             state, since = self._judge(blob)
@@ -133,11 +147,11 @@ class Scan:
         return self.in_flight.is_wanted((blob.oid, blob.tid)) or blob.tid <= self.base.lastTransaction()
 
 
-def _gently(items: Iterable[T]) -> Iterator[T]:
+def _gently(items: Iterable[T], pace: Pace) -> Iterator[T]:
     """The same ``items``, with pauses in between: each is to be asked of the base."""
     for number, item in enumerate(items, 1):
         if number % _PAUSE_EVERY == 0:
-            time.sleep(_PAUSE)
+            pace.pause()
         yield item
 
 
@@ -222,7 +236,7 @@ class Collector:
         try:
             self._lease.confirm()
             since = read_marks(self._bucket, self._cache)
-            live = [name for name in _gently(since) if is_live(base, name[:8], name[8:])]
+            live = [name for name in _gently(since, Pace(_REST)) if is_live(base, name[:8], name[8:])]
             for name in live:
                 del since[name]
             if live:
@@ -236,18 +250,19 @@ class Collector:
             self._doubt = error
             logger.warning("gc-retention begins anew for all dead blobs. %s", error)
 
-    def collect(self, base: Any) -> int:
+    def collect(self, base: Any, gently: bool = False) -> int:
         """Delete the blobs that ``base``, just packed, cannot load any more; return how many.
 
-        Takes as long as listing the bucket takes: to be called on a thread of its own. Raises Refused, lease.NotOwner,
+        Takes as long as listing the bucket takes: to be called on a thread of its own. ``gently``: leave most of the
+        time to the other threads, which serve clients; it takes several times as long. Raises Refused, lease.NotOwner,
         BucketError when S3 fails, and whatever the base raises besides POSKeyError; all that was deleted until then
         was dead, and the next run goes on.
         """
         if not self._running.acquire(blocking=False):
             raise Refused("another pack is still deleting dead blobs")
         try:
-            with self._counting(), _making_way():
-                return self._collect(base)
+            with self._counting(), _making_way() if gently else nullcontext():
+                return self._collect(base, Pace(_REST if gently else 0))
         finally:
             self._running.release()
 
@@ -266,7 +281,7 @@ class Collector:
         self._metrics.gc_last_duration.set(time.monotonic() - started)
         self._metrics.gc_last_success.set_to_current_time()
 
-    def _collect(self, base: Any) -> int:
+    def _collect(self, base: Any, pace: Pace) -> int:
         doubt, self._doubt = self._doubt, None
         if doubt is not None:
             raise doubt
@@ -274,7 +289,7 @@ class Collector:
         started = time.monotonic()
         trusted = self._retention and not self._marks_are_doubtful
         old_marks = read_marks(self._bucket, self._cache) if trusted else {}
-        scan = Scan(base, self._bucket, self._in_flight, self._retention, old_marks)
+        scan = Scan(base, self._bucket, self._in_flight, self._retention, old_marks, pace=pace)
         # On the disk: there may be a million.
         with self._cache.writing(), tempfile.TemporaryFile(dir=self._cache.temporary) as dead:
             self._scan(scan, dead)
@@ -282,7 +297,7 @@ class Collector:
             if refusal is not None:
                 raise Refused(refusal)
             dead.seek(0)
-            deleted = self._delete(base, dead)
+            deleted = self._delete(base, dead, pace)
         self._delete_leftovers()
         logger.info(
             "Deleted %d dead blobs of bucket %s in %.1f s; %d live ones, %d dead ones that are retained",
@@ -332,7 +347,7 @@ class Collector:
         finally:
             new.discard()
 
-    def _delete(self, base: Any, dead: BinaryIO) -> int:
+    def _delete(self, base: Any, dead: BinaryIO, pace: Pace) -> int:
         deleted = 0
         while records := dead.read(_RECORD.size * _DELETE_BATCH):
             sizes = {(oid, tid): size for oid, tid, size in _RECORD.iter_unpack(records)}
@@ -341,7 +356,7 @@ class Collector:
                 names = [name for name in free if not is_live(base, *name)]
                 self._lease.look()
                 deleted += self._delete_batch(names, sizes)
-            time.sleep(_PAUSE)
+            pace.pause()
         return deleted
 
     def _delete_batch(self, names: list[Name], sizes: dict[Name, int]) -> int:

@@ -71,8 +71,10 @@ class Staging:
 
     def stage(self, filename: str) -> None:
         """Start the upload of ``filename``, complete and not to be changed any more, if it is worth while."""
+        if not self._threshold or not self._bucket.can_copy:
+            return
         size = os.path.getsize(filename)
-        if not self._threshold or size < self._threshold or not self._bucket.can_copy:
+        if size < self._threshold:
             return
         staged = Staged(filename, size, self._timeout)
         self._metrics.staged_blobs.inc()

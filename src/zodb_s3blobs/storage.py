@@ -345,13 +345,13 @@ class S3BlobStorage:
         self._parts.collector.before_pack(self.base)
         result = self.base.pack(pack_time, referencesf, **({} if gc is None else {"gc": gc}))
         with _plain_errors("The database was packed, but not all dead blobs were deleted. "):
-            self.collect_garbage()
+            self._parts.collector.collect(self.base, gently=True)
         return result
 
     def collect_garbage(self) -> int:
-        """Delete the blobs that the base, just packed, does not know any more; return how many. Waits for S3.
+        """Delete the blobs that the base does not know any more; return how many. Waits for S3.
 
-        The errors are those of `garbage.Collector.collect`.
+        For a process that serves nobody else meanwhile. The errors are those of `garbage.Collector.collect`.
         """
         return self._parts.collector.collect(self.base)
 

@@ -29,6 +29,7 @@ from ZODB.tests.MinPO import MinPO
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import p64, u64
 
+from zodb_s3blobs import garbage
 from zodb_s3blobs.bucket import Listed
 from zodb_s3blobs.cache import Cache
 from zodb_s3blobs.garbage import Collector
@@ -139,7 +140,8 @@ class Peak:
 
 
 def collect_from_a_fake_bucket(directory, names, retention, row):
-    """In a process of its own, so that it begins small."""
+    """In a process of its own, so that it begins small; without pauses, which would be many times as long."""
+    garbage._REST = 0
     directory = Path(directory)
     base = FileStorage(str(directory / "Data.fs"))
     cache = Cache(directory / "cache", 0, Metrics())
@@ -202,6 +204,14 @@ def raw_list(service):
     print(f"(raw boto3 listed {sum(len(page.get('Contents', ())) for page in pages)} objects)", flush=True)
 
 
+def raw_delete(service, keys):
+    """The same of the deletion."""
+    raw = service.client()
+    for start in range(0, len(keys), 1000):
+        objects = [{"Key": key} for key in keys[start : start + 1000]]
+        raw.delete_objects(Bucket=service.bucket, Delete={"Objects": objects, "Quiet": True})
+
+
 def run_real(service, objects):
     print("| gc-retention | meanwhile | load p50 | p99 | max (ms) | small commit p50 | p99 | max (ms) |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
@@ -210,7 +220,8 @@ def run_real(service, objects):
         names = make_base(directory / "Data.fs", objects // 2)
         keys = [Keys().key(*name) for name in names]
         dead = [Keys().key(*dead_one(name)) for name in names[: objects // 2 - 100]]  # less than gc-max-delete-percent
-        put(service, keys + dead)
+        copies = [f"raw/{key}" for key in dead]
+        put(service, keys + dead + copies)
         for retention in ("30d", "0"):
             text = _SECTION.format(**vars(service), dir=directory, retention=retention)
             with ZEOServer(directory, service, storages=lambda settings, text=text: text) as server:
@@ -222,6 +233,10 @@ def run_real(service, objects):
 
                 rows = [("idle", during(port, oid, lambda: time.sleep(IDLE)))]
                 rows.append(("raw boto3 lists", during(port, oid, lambda: in_a_process(raw_list, service))))
+                if retention == "0":
+                    rows.append(
+                        ("raw boto3 deletes", during(port, oid, lambda: in_a_process(raw_delete, service, copies)))
+                    )
                 rows.append(("garbage collection", during(port, oid, pack)))
                 rows.append(("idle", during(port, oid, lambda: time.sleep(IDLE))))
                 storage.close()
