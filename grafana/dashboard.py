@@ -474,10 +474,12 @@ READS = row(
             query(quantile(0.99, "s3blobs_download_duration_seconds"), "p99 download"),
         ),
         panel("Reads", "ops")(
-            "Reads of blobs in all chosen storages, and readers that joined a download under way. Errors: the logs of "
-            "the clients have them; see row S3. Many that join want the same new blob, which is fetched once.",
+            "Reads of blobs in all chosen storages, readers that joined a download under way, and blobs that came from "
+            "fallback-blob-dir. Errors: the logs of the clients have them; see row S3. Many that join want the same "
+            "new blob, which is fetched once. While fallback is not 0, the blob directory is still needed.",
             query(rate("s3blobs_load_duration_seconds_count", "result"), by="{{result}}"),
             overall(rate("s3blobs_download_waits_total", ALL), "joined"),
+            overall(rate("s3blobs_fallback_reads_total", ALL), "fallback"),
         ),
         panel("Faults of blobs and cache", "short")(
             "Blobs that the bucket has not, wrong checksums, and failed operations on cache-dir, of all chosen "

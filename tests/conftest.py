@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+import signal
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,6 +23,10 @@ from zodb_s3blobs.staging import Staging
 from zodb_s3blobs.workers import DaemonPool
 
 _numbers = itertools.count()
+
+
+# Whoever runs the tests in the background has them, and so what they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,16 @@ import pytest
 from ZODB.utils import p64
 
 from zodb_s3blobs import bucket as bucket_module
-from zodb_s3blobs.bucket import MISCONFIGURED, PART, BlobNotFound, Bucket, BucketError, Listed, TransferCancelled
+from zodb_s3blobs.bucket import (
+    MISCONFIGURED,
+    PART,
+    BlobNotFound,
+    Bucket,
+    BucketError,
+    Damaged,
+    Listed,
+    TransferCancelled,
+)
 from zodb_s3blobs.metrics import Metrics
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
@@ -325,6 +334,43 @@ def test_a_body_that_breaks_off_is_asked_for_again(s3, bucket, put, read, good):
     s3.misbehave(operation="GetObject", truncate=1, times=1)
     assert read(bucket) == data
     assert len(s3.requests("GetObject")) == 3
+
+
+@pytest.mark.parametrize("size", [0, 1000, 2 * PART + 1000])
+def test_a_blob_is_verified_without_being_kept(s3, bucket, put, size):
+    put(os.urandom(size))
+    s3.forget()
+    assert bucket.verify(OID, TID) == size
+    assert operations(s3) == ["GetObject"] * (3 if size > PART else 2 if not size else 1)
+
+
+@pytest.mark.parametrize("good", [0, 1])
+@pytest.mark.parametrize("fault", [{"truncate": 1}, {"truncate": PART // 2}])
+def test_what_a_broken_answer_brought_counts_once_for_the_checksum(s3, bucket, put, good, fault):
+    put(os.urandom(PART + PART - 1))
+    s3.misbehave(operation="GetObject", times=good)
+    s3.misbehave(operation="GetObject", times=1, **fault)
+    assert bucket.verify(OID, TID) == PART + PART - 1
+
+
+def test_a_blob_that_arrives_damaged_is_verified_again_and_one_that_stays_damaged_is_told(s3, bucket, put):
+    put(os.urandom(PART + 1000))
+    s3.misbehave(operation="GetObject", flip=True, times=1)
+    assert bucket.verify(OID, TID) == PART + 1000
+    s3.misbehave(operation="GetObject", flip=True)
+    with pytest.raises(Damaged, match="restore it from a backup"):
+        bucket.verify(OID, TID)
+
+
+def test_a_blob_that_is_not_there_or_cannot_be_asked_for_is_not_damaged(s3, open_bucket, put):
+    bucket = open_bucket(s3_max_attempts=1)
+    with pytest.raises(BlobNotFound):
+        bucket.verify(OID, TID)
+    put(b"data")
+    s3.misbehave(operation="GetObject", status=503, code="SlowDown")
+    with pytest.raises(BucketError, match="SlowDown") as raised:
+        bucket.verify(OID, TID)
+    assert not isinstance(raised.value, Damaged)
 
 
 def test_a_body_that_always_breaks_off_is_an_error(s3, open_bucket, put, read):

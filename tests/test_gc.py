@@ -139,6 +139,18 @@ def test_a_dry_run_beside_a_running_server_lists_what_would_go_and_changes_nothi
     assert not left & set(dead) and {"1/blobs/README", "1/blobs/1/7fffffffffffffff.blob"} < left
 
 
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_the_log_of_the_server_is_left_alone(start, gc, put, dry_run):
+    """Whoever runs the command may be another user, and must not make a log that the server cannot write."""
+    server = start()
+    put(3)
+    server.stop()
+    log = server.directory / "zeo.log"
+    log.unlink()
+    gc(*dry_run)
+    assert not log.exists()
+
+
 def test_a_dry_run_does_not_take_what_the_server_commits_meanwhile_for_another_databases(s3, start, gc, background):
     server = start()
     db = server.db()

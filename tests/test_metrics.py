@@ -22,9 +22,10 @@ from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import p64
 
 from zodb_s3blobs.bucket import BlobNotFound, BucketError
-from zodb_s3blobs.cache import CacheError
+from zodb_s3blobs.cache import CacheError, path_in
 from zodb_s3blobs.commit import Uploads
 from zodb_s3blobs.fetch import Fetcher
+from zodb_s3blobs.keys import Keys
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -789,6 +790,7 @@ def test_an_undo_to_a_blob_that_is_gone_is_missing(s3, bucket_name, server):
                 file.write(data)
     (first, _) = sorted(s3.keys(bucket_name))
     s3.client.delete_object(Bucket=bucket_name, Key=first)
+    os.unlink(path_in(server.cache_dir, *Keys("1").parse(first)))
     manager = transaction.TransactionManager()
     db.undo(db.undoLog(0, 1)[0]["id"], manager.get())
     with pytest.raises(StorageError, match="no such object"):

@@ -17,6 +17,7 @@ from dashboard import dashboard_expressions
 from prometheus import PrometheusServer, program
 from test_zeo import blob, commit_blob, commit_object, store_blob, wait_for, write
 from zeoserver import ZEOServer
+from ZODB.blob import FilesystemHelper
 from ZODB.Connection import TransactionMetaData
 from ZODB.POSException import ConflictError, POSKeyError, StorageError
 
@@ -34,8 +35,9 @@ NAME = r"\b(?:s3blobs|zeo)_\w*[a-z]\b"
 class Load:
     """Everything that can happen to a server whose metrics tell of it. `run` does it all; each step is one thing."""
 
-    def __init__(self, s3, bucket, server, prometheus):
+    def __init__(self, s3, bucket, server, prometheus, blob_dir):
         self.s3, self.bucket, self.server, self.prometheus = s3, bucket, server, prometheus
+        self.blob_dir = blob_dir
         self.db = server.db()
         self.client = server.client()
         self.background = ThreadPoolExecutor(5).submit
@@ -88,6 +90,9 @@ class Load:
         self.s3.client.delete_object(Bucket=self.bucket, Key=Keys("1").key(*name))
         with pytest.raises(POSKeyError):
             blob(self.cold(*name), *name)
+        self.blob_dir.createPathForOID(name[0])
+        Path(self.blob_dir.getBlobFilename(*name)).write_bytes(b"as it was before the move")
+        assert blob(self.cold(*name), *name) == b"as it was before the move"
 
     def an_undo_and_a_conflict(self):
         write(self.db, "blob", b"one")
@@ -161,7 +166,9 @@ def observed(running_s3, tmp_path_factory):
     running_s3.behave()
     running_s3.forget()
     bucket = running_s3.bucket("prometheus")
-    options = {"cache_size": "10MB", "s3_max_attempts": 2}
+    blob_dir = FilesystemHelper(str(tmp_path_factory.mktemp("site") / "blobs"), "bushy")
+    blob_dir.create()
+    options = {"cache_size": "10MB", "s3_max_attempts": 2, "fallback_blob_dir": blob_dir.base_dir}
     with ZEOServer(tmp_path_factory.mktemp("zeo"), running_s3, bucket, options=options, metrics=True) as server:
         # Each of these groups would wait a minute for its first turn.
         rules = (GRAFANA / "alerts.yml").read_text().replace("interval: 1m", "interval: 1s")
@@ -170,7 +177,7 @@ def observed(running_s3, tmp_path_factory):
             prometheus.wait_for("rate(s3blobs_s3_attempts_total[15s])")  # two scrapes before the first step
             [(_, began)] = prometheus.query("time()")
             try:
-                Load(running_s3, bucket, server, prometheus).run()
+                Load(running_s3, bucket, server, prometheus, blob_dir).run()
             finally:
                 running_s3.behave()
             prometheus.wait_for_scrape()

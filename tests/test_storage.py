@@ -30,6 +30,7 @@ from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import p64
 
 from zodb_s3blobs import cache as cache_module
+from zodb_s3blobs.keys import Keys
 
 FILESTORAGE = "<filestorage>\n path {dir}/Data.fs\n</filestorage>"
 
@@ -445,11 +446,23 @@ def test_undo_to_a_blob_that_is_gone_fails_and_changes_nothing(s3, bucket_name, 
     (first,) = s3.keys(bucket_name)
     write(db, b"two")
     s3.client.delete_object(Bucket=bucket_name, Key=first)
+    cached = db.storage.fshelper.getBlobFilename(*Keys("main").parse(first))
+    os.unlink(cached)
     db.undo(db.undoLog(0, 1)[0]["id"])
     with pytest.raises(StorageError, match="no such object"):
         transaction.commit()
     transaction.abort()
     assert value(db) == b"two"
+
+
+def test_undo_to_a_blob_that_only_the_cache_has_brings_it_back(s3, bucket_name, db):
+    write(db, b"one")
+    (first,) = s3.keys(bucket_name)
+    write(db, b"two")
+    s3.client.delete_object(Bucket=bucket_name, Key=first)
+    db.undo(db.undoLog(0, 1)[0]["id"])
+    transaction.commit()
+    assert value(db) == b"one"
 
 
 # Moving between storages

@@ -84,6 +84,14 @@ class NotDeleted(BucketError):
         self.keys = keys
 
 
+class Damaged(BucketError):
+    """The object is not what was stored, however often it is read."""
+
+
+class Different(BucketError):
+    """The bucket has another blob where this one should be."""
+
+
 class BlobNotFound(LookupError):
     """The bucket has no such blob."""
 
@@ -120,12 +128,16 @@ class BucketSettings:
     s3_max_attempts: int = 3
 
 
-class Target(Protocol):
+class Sink(Protocol):
+    """What the bytes of a blob are written into."""
+
+    def write_at(self, data: bytes, position: int) -> None: ...
+
+
+class Target(Sink, Protocol):
     """A file that a blob is written into, by several threads at once."""
 
     path: str
-
-    def write_at(self, data: bytes, position: int) -> None: ...
 
     def clear(self) -> None: ...
 
@@ -192,6 +204,8 @@ class Bucket:
         self._note_options = dict(self._write_options)
         if settings.s3_storage_class:
             self._write_options["StorageClass"] = settings.s3_storage_class
+        #: What `ask` needs besides to read and to write as the other methods do.
+        self.read_options, self.write_options = self._key_options, {**self._write_options, **self._key_options}
         self._client = _client(settings)
         self._metrics = metrics
         self._events = S3Events(self._client, metrics, TransferCancelled)
@@ -234,6 +248,21 @@ class Bucket:
             f"list bucket {self.name}",
             lambda: self._client.list_objects_v2(Bucket=self.name, Prefix=self.keys.blobs, MaxKeys=1),
         )
+
+    def ask(self, operation: str, **options: Any) -> dict[str, Any]:
+        """The answer to one ``operation`` of boto3's client on this bucket, for what no other method tells.
+
+        The body that it may have is bytes, at most 1 MiB. Raises BlobNotFound and BucketError.
+        """
+
+        def ask() -> dict[str, Any]:
+            answer = getattr(self._client, operation)(Bucket=self.name, **options)
+            if "Body" in answer:
+                with contextlib.closing(answer["Body"]) as body:
+                    answer["Body"] = body.read(_READ)
+            return answer
+
+        return _ask(f"{operation.replace('_', ' ')} {options.get('Key', '')}".rstrip() + f" in bucket {self.name}", ask)
 
     # Writing
 
@@ -329,7 +358,7 @@ class Bucket:
     # Reading
 
     def has(self, oid: bytes, tid: bytes, filename: str) -> bool:
-        """Whether blob (oid, tid) is in the bucket already; BucketError if it is there, but not as in ``filename``.
+        """Whether blob (oid, tid) is in the bucket already; Different if it is there, but not as in ``filename``.
 
         Size and checksum tell, the size alone if the object carries no checksum.
         """
@@ -340,7 +369,7 @@ class Bucket:
             return False
         name, expected = _checksum(head)
         if head["ContentLength"] != os.path.getsize(filename) or (expected and expected != _digest(name, filename)):
-            raise BucketError(
+            raise Different(
                 f"{key} in bucket {self.name} exists already and is another blob: "
                 f"does another database use this s3-prefix? It was left as it is"
             )
@@ -352,7 +381,15 @@ class Bucket:
             lambda: self._client.head_object(Bucket=self.name, Key=key, **self._key_options),
         )
 
-    def get(self, oid: bytes, tid: bytes, file: "Target") -> int:
+    def verify(self, oid: bytes, tid: bytes) -> int:
+        """Read blob (oid, tid) and check it, without keeping it; return its size in bytes.
+
+        Raises BlobNotFound, Damaged, or BucketError if S3 fails.
+        """
+        key = self.keys.key(oid, tid)
+        return self._verified(key, lambda: self._digest(key))
+
+    def get(self, oid: bytes, tid: bytes, file: Target) -> int:
         """Write blob (oid, tid) into the empty ``file``; return its size in bytes.
 
         One request for up to `PART` bytes, else parallel ranges. When it returns, size and checksum are right.
@@ -364,19 +401,26 @@ class Bucket:
         self._metrics.download_size.observe(size)
         return size
 
-    def _get_verified(self, key: str, file: "Target") -> int:
+    def _get_verified(self, key: str, file: Target) -> int:
+        def get() -> int:
+            file.clear()
+            return self._get(key, file)
+
+        return self._verified(key, get)
+
+    def _verified(self, key: str, read: Callable[[], int]) -> int:
+        """What ``read`` returns, which raises Corrupt if what it read is not right; then it is called again."""
         what = f"read {key} of bucket {self.name}"
         for attempt in range(1, self._attempts + 1):
             try:
-                return _ask(what, lambda: self._get(key, file))
+                return _ask(what, read)
             except Corrupt as error:
                 self._metrics.download_checksum_failures.inc()
                 logger.error("Could not %s: %s (attempt %d of %d)", what, error, attempt, self._attempts)
                 damage = str(error)
-                file.clear()
-        raise BucketError(f"Could not {what}: {damage}. The object is damaged or was changed; restore it from a backup")
+        raise Damaged(f"Could not {what}: {damage}. The object is damaged or was changed; restore it from a backup")
 
-    def _get(self, key: str, file: "Target") -> int:
+    def _get(self, key: str, file: Target) -> int:
         first = self._open_range(key, 0, PART)
         size = first.total
         parts: list[Future] = []
@@ -395,12 +439,20 @@ class Bucket:
                 if not part.cancelled():
                     part.exception()
             raise
-        _check(first, file.path)
+        name, expected = first.checksum
+        _check(first, os.path.getsize(file.path), _digest(name, file.path) if expected else "")
         return size
 
-    def _get_range(
-        self, key: str, start: int, end: int, etag: str, file: "Target", opened: "_Range | None" = None
-    ) -> None:
+    def _digest(self, key: str) -> int:
+        first = self._open_range(key, 0, PART)
+        digest = _Digest(first.checksum[0])
+        self._get_range(key, 0, first.length, first.etag, digest, opened=first)
+        for start in range(first.length, first.total, PART):
+            self._get_range(key, start, min(start + PART, first.total), first.etag, digest)
+        _check(first, digest.size, digest.hexdigest())
+        return digest.size
+
+    def _get_range(self, key: str, start: int, end: int, etag: str, file: Sink, opened: "_Range | None" = None) -> None:
         """Write bytes start to end of the object to their place in the file; a broken body is asked for again.
 
         Here, because botocore's own retries end with the headers. What is wrong with the whole object is `get`'s.
@@ -517,7 +569,7 @@ class Bucket:
         except BlobNotFound:
             pass
 
-    def get_marks(self, file: "Target") -> bool:
+    def get_marks(self, file: Target) -> bool:
         """Write the object of the marks into the empty ``file``, verified; False if there is none."""
         try:
             self._get_verified(self.keys.marks, file)
@@ -563,8 +615,11 @@ class Bucket:
     def _list(
         self, prefix: str, operation: str = "list_objects_v2", result: str = "Contents"
     ) -> Iterator[dict[str, Any]]:
-        paginator = self._client.get_paginator(operation)
-        pages = iter(paginator.paginate(Bucket=self.name, Prefix=prefix, PaginationConfig={"PageSize": _PAGE}))
+        pages = iter(
+            self._client.get_paginator(operation).paginate(
+                Bucket=self.name, Prefix=prefix, PaginationConfig={"PageSize": _PAGE}
+            )
+        )
         while True:
             page = _ask(f"list bucket {self.name}", lambda: next(pages, None))
             if page is None:
@@ -717,6 +772,20 @@ def _add_content_md5(params: dict[str, Any], **kwargs: Any) -> None:
         params["headers"].setdefault("Content-MD5", botocore.utils.calculate_md5(params["body"]))
 
 
+class _Digest:
+    """A `Sink` that keeps nothing but the checksum, of bytes that come in order."""
+
+    def __init__(self, name: str) -> None:
+        self._digest = hashlib.new(name, usedforsecurity=False)
+        self.size = 0
+        self.hexdigest = self._digest.hexdigest
+
+    def write_at(self, data: bytes, position: int) -> None:
+        # After an answer that broke off, what it brought comes again.
+        self._digest.update(memoryview(data)[self.size - position :])
+        self.size = max(self.size, position + len(data))
+
+
 def _digest(name: str, filename: str) -> str:
     digest = hashlib.new(name, usedforsecurity=False)
     with open(filename, "rb") as file:
@@ -736,15 +805,13 @@ def _checksum(answer: dict[str, Any]) -> tuple[str, str]:
     return "md5", etag if re.fullmatch("[0-9a-f]{32}", etag) and not encrypted else ""
 
 
-def _check(answer: _Range, filename: str) -> None:
-    """Corrupt unless the file has the size and the checksum that the object should have."""
-    size = os.path.getsize(filename)
+def _check(answer: _Range, size: int, digest: str) -> None:
+    """Corrupt unless what was read has the size and the checksum, if there is one, that the object should have."""
     if size != answer.total:
         raise Corrupt(f"{size} bytes of {answer.total} arrived")
     name, expected = answer.checksum
-    actual = _digest(name, filename) if expected else ""
-    if actual != expected:
-        raise Corrupt(f"its {name} is {actual} and should be {expected}")
+    if expected and digest != expected:
+        raise Corrupt(f"its {name} is {digest} and should be {expected}")
 
 
 def _ask(what: str, call: Callable[[], T]) -> T:

@@ -52,6 +52,10 @@ class CacheDirectoryError(ValueError):
     """The cache directory cannot be used; the message says why and what to do."""
 
 
+#: The folder of the cache directory that holds the blobs.
+_BLOBS = "blobs"
+
+
 class CacheError(OSError):
     """A file could not be written to the cache directory; the message says why and what to do."""
 
@@ -145,6 +149,11 @@ class _Pinned:
     pins: int = 0
 
 
+def path_in(directory: str | os.PathLike[str], oid: bytes, tid: bytes) -> str:
+    """Where the blob's file is in the cache directory, if it is in the cache. A file there is whole."""
+    return os.path.join(directory, _BLOBS, f"{oid[-1]:02x}", f"{oid.hex()}.{tid.hex()}.blob")
+
+
 class Cache:
     """The files of one cache directory, which belongs to this object alone until `close`.
 
@@ -159,7 +168,7 @@ class Cache:
         self._metrics = metrics
         self.temporary = self.directory / "tmp"
         self._incoming = self.directory / "incoming"
-        self._blobs = self.directory / "blobs"
+        self._blobs = self.directory / _BLOBS
         self._lock = threading.RLock()
         self._unused: OrderedDict[Name, int] = OrderedDict()  # name -> size, least recent first
         self._pinned: dict[Name, _Pinned] = {}
@@ -268,7 +277,7 @@ class Cache:
 
     def path(self, oid: bytes, tid: bytes) -> str:
         """Where the blob's file is if it is in the cache."""
-        return str(self._blobs / f"{oid[-1]:02x}" / f"{oid.hex()}.{tid.hex()}.blob")
+        return path_in(self.directory, oid, tid)
 
     def get(self, oid: bytes, tid: bytes) -> Pin | None:
         """The blob's file, pinned, or None if it is not in the cache."""

@@ -13,9 +13,16 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from . import demo, gc
+from . import check, demo, export, gc, migrate, verify
 
-COMMANDS: dict[str, ModuleType] = {"demo": demo, "gc": gc}
+COMMANDS: dict[str, ModuleType] = {
+    "demo": demo,
+    "check": check,
+    "migrate": migrate,
+    "verify": verify,
+    "export": export,
+    "gc": gc,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -227,8 +227,8 @@ class Commit:
         try:
             try:
                 self._uploads.bucket.copy(oid, source, tid)
-            except BucketError as error:
-                # Some services cannot copy, or not what is encrypted.
+            except (BlobNotFound, BucketError) as error:
+                # Some services cannot copy, or not what is encrypted. Or it is only in fallback-blob-dir.
                 logger.warning("%s; uploading it again instead", error)
                 self._check_wanted()
                 with self._uploads.fetch(oid, source) as path:

@@ -20,6 +20,7 @@ from ZODB.config import BaseConfig
 
 from . import endpoint, zeo
 from .bases import UnsuitableBase
+from .blobdir import BlobDirectory, BlobDirectoryError
 from .bucket import MISCONFIGURED, Bucket, BucketError, BucketSettings
 from .cache import Cache, CacheDirectoryError
 from .commit import Uploads
@@ -128,10 +129,11 @@ class S3BlobStorageFactory(BaseConfig):
             undo.callback(bucket.close)
             self._describe(bucket, metrics)
             _probe(bucket)
+            fallback = self._open_fallback()
             base = self.config.base.open()
             undo.callback(base.close)
             try:
-                storage = _assemble(self.config, base, bucket, metrics)
+                storage = _assemble(self.config, base, bucket, fallback, metrics)
             except UnsuitableBase as error:
                 raise _refuse(f"s3blobstorage: {error}") from None
             except CacheDirectoryError as error:
@@ -144,6 +146,12 @@ class S3BlobStorageFactory(BaseConfig):
             endpoint.join(self.config.metrics_address, metrics)
         except endpoint.EndpointError as error:
             raise _refuse(f"metrics-address: {error}") from None
+
+    def _open_fallback(self) -> BlobDirectory | None:
+        try:
+            return BlobDirectory(self.config.fallback_blob_dir) if self.config.fallback_blob_dir else None
+        except BlobDirectoryError as error:
+            raise _refuse(f"fallback-blob-dir: {error}") from None
 
     def open_bucket(self, metrics: Metrics) -> Bucket:
         """The bucket alone, without any request. Raises `StartRefused`."""
@@ -276,10 +284,12 @@ def _probe(bucket: Bucket) -> None:
         worker.shutdown(wait=False)
 
 
-def _assemble(config: Any, base: Any, bucket: Bucket, metrics: Metrics) -> S3BlobStorage:
+def _assemble(
+    config: Any, base: Any, bucket: Bucket, fallback: BlobDirectory | None, metrics: Metrics
+) -> S3BlobStorage:
     cache = Cache(config.cache_dir, config.cache_size, metrics)
     try:
-        fetcher = Fetcher(bucket, cache, metrics, config.s3_concurrency)
+        fetcher = Fetcher(bucket, cache, metrics, config.s3_concurrency, fallback)
         uploads = Uploads(
             bucket,
             cache,

@@ -5,19 +5,31 @@ import time
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from .bucket import Bucket
+from .blobdir import BlobDirectory
+from .bucket import BlobNotFound, Bucket, BucketError
 from .cache import Cache, Pin
 from .metrics import Metrics
 from .workers import DaemonPool
 
 
 class Fetcher:
-    """Reads blobs through the cache; ``concurrency`` downloads go on at once. Any thread may call."""
+    """Reads blobs through the cache; ``concurrency`` downloads go on at once. Any thread may call.
 
-    def __init__(self, bucket: Bucket, cache: Cache, metrics: Metrics, concurrency: int = 16) -> None:
+    ``fallback``: where blobs are that the bucket does not have yet, if anywhere.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        cache: Cache,
+        metrics: Metrics,
+        concurrency: int = 16,
+        fallback: BlobDirectory | None = None,
+    ) -> None:
         self._bucket = bucket
         self._cache = cache
         self._metrics = metrics
+        self._fallback = fallback
         # Not those of the uploads: slow reads must not hold up whoever holds the commit lock.
         self._workers = DaemonPool(concurrency, "s3blobs download")
         self._lock = threading.Lock()
@@ -26,8 +38,9 @@ class Fetcher:
     def request(self, oid: bytes, tid: bytes) -> "Future[Pin]":
         """The blob's complete and verified file, pinned in the cache; on a hit the future is done already.
 
-        Does not wait. The future fails with `BlobNotFound` if the bucket has no such blob, `BucketError` if S3 does
-        not answer as it should, and `CacheError` if the file cannot be written. Whoever asks must release the pin.
+        Does not wait. The future fails with `BlobNotFound` if neither the bucket nor the fallback has such a blob,
+        `BucketError` if S3 does not answer as it should, `BlobDirectoryError` if the fallback cannot be read, and
+        `CacheError` if the file cannot be written. Whoever asks must release the pin.
         """
         name = oid, tid
         reader = _Reader(Future(), time.monotonic())
@@ -82,7 +95,13 @@ class Fetcher:
     def _download(self, oid: bytes, tid: bytes) -> Pin:
         file = self._cache.new_file()
         try:
-            self._bucket.get(oid, tid, file)
+            try:
+                self._bucket.get(oid, tid, file)
+            except (BlobNotFound, BucketError):
+                # It is the same blob, wherever it comes from: an outage need not keep anybody from it either.
+                if self._fallback is None or not self._fallback.copy(oid, tid, file):
+                    raise
+                self._metrics.fallback_reads.inc()
             file.sync()
             return file.publish(oid, tid)
         except BaseException:

@@ -412,6 +412,16 @@ def read_marks(bucket: Bucket, cache: Cache) -> dict[bytes, int]:
         file.discard()
 
 
+def read_all_marks(bucket: Bucket) -> dict[bytes, int]:
+    """The same for a process that has no cache."""
+    with tempfile.TemporaryDirectory() as directory:
+        cache = Cache(directory, 0, Metrics())
+        try:
+            return read_marks(bucket, cache)
+        finally:
+            cache.close()
+
+
 def abandoned_uploads(bucket: Bucket, age: float) -> Iterator[ListedUpload]:
     """The uploads in parts that were begun more than ``age`` seconds ago: whoever did it lives no more."""
     before = time.time() - age

@@ -5,67 +5,50 @@ run; without, it must not: its own packs collect garbage.
 """
 
 import argparse
-import contextlib
 import json
 import logging
-import sys
-import tempfile
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 import zc.lockfile
-from ZODB.POSException import StorageError
 
-from . import zeoconf
-from .bucket import BucketError
-from .cache import Cache
-from .config import S3BlobStorageFactory, StartRefused
-from .garbage import Refused, Scan, abandoned_uploads, read_marks
+from . import command, zeoconf
+from .config import S3BlobStorageFactory
+from .garbage import Scan, abandoned_uploads, read_all_marks
 from .inflight import InFlight
-from .lease import NotOwner
 from .metrics import Metrics
 from .staging import abandoned, abandoned_after
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``gc``."""
-    parser.add_argument("-C", "--configure", metavar="FILE", type=Path, required=True, help="the server's zeo.conf")
-    parser.add_argument("--storage", metavar="NAME", help="which storage, where there are several")
+    command.add_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="delete nothing, list what would go")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it: 0 unless something failed."""
-    logging.basicConfig(
-        format="%(levelname)s: %(message)s", level=logging.WARNING if arguments.dry_run else logging.INFO
-    )
-    try:
-        section = zeoconf.find(arguments.configure, arguments.storage)
-        if arguments.dry_run:
-            _show(_dry_run(section), arguments.json)
-        else:
-            deleted = _collect(section)
-            print(json.dumps({"deleted_objects": deleted}) if arguments.json else f"{deleted} dead blobs were deleted.")
-    except BrokenPipeError:
-        raise
-    except StartRefused:
-        return 1  # its sentence has been logged
-    except (zeoconf.ConfigurationError, BucketError, NotOwner, Refused, StorageError, OSError) as error:
-        print(f"zodb-s3blobs gc: {error}", file=sys.stderr)
-        return 1
-    except zc.lockfile.LockError:
-        print(
-            "zodb-s3blobs gc: the database is in use. Stop the server, or let it pack; --dry-run works beside it",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    return command.run("gc", lambda: _gc(arguments), logging.WARNING if arguments.dry_run else logging.INFO)
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    served = zeoconf.find(arguments.configure, arguments.storage)
+    if arguments.dry_run:
+        _show(_dry_run(served), arguments.json)
+    else:
+        deleted = _collect(served.section)
+        print(json.dumps({"deleted_objects": deleted}) if arguments.json else f"{deleted} dead blobs were deleted.")
+    return command.WELL
 
 
 def _collect(section: S3BlobStorageFactory) -> int:
     section.config.metrics_address = None  # nobody scrapes a command
-    storage = section.open()
+    try:
+        storage = section.open()
+    except zc.lockfile.LockError:
+        raise zeoconf.ConfigurationError(
+            "the database is in use. Stop the server, or let it pack; --dry-run works beside it"
+        ) from None
     try:
         if storage.isReadOnly():
             raise zeoconf.ConfigurationError("the storage inside s3blobstorage is read-only: it deletes nothing")
@@ -74,33 +57,24 @@ def _collect(section: S3BlobStorageFactory) -> int:
         storage.close()
 
 
-def _dry_run(section: S3BlobStorageFactory) -> dict[str, Any]:
+def _dry_run(served: zeoconf.Served) -> dict[str, Any]:
     """What would go, and what there is."""
-    with contextlib.ExitStack() as stack:
-        base = zeoconf.open_base_read_only(section)
-        stack.callback(base.close)
-        bucket = section.open_bucket(Metrics())
-        stack.callback(bucket.close)
-        retention = section.config.gc_retention
-        marks = {}
-        if retention:
-            with tempfile.TemporaryDirectory() as directory:
-                cache = Cache(directory, 0, Metrics())
-                marks = read_marks(bucket, cache)
-                cache.close()
-        scan = Scan(base, bucket, InFlight(), retention, marks)
+    config = served.section.config
+    with closing(served.open_read_only()) as storage, closing(served.section.open_bucket(Metrics())) as bucket:
+        marks = read_all_marks(bucket) if config.gc_retention else {}
+        scan = Scan(storage, bucket, InFlight(), config.gc_retention, marks)
         goes = [
             {"key": bucket.keys.key(blob.oid, blob.tid), "bytes": blob.size, "reason": "dead"}
             for blob, state, _ in scan.run()
             if state == "dead"
         ]
-        age = abandoned_after(section.config.upload_timeout)
+        age = abandoned_after(config.upload_timeout)
         for staged in abandoned(bucket, age):
             goes.append({"key": bucket.keys.staged_key(staged.name), "bytes": staged.size, "reason": "staged"})
         for upload in abandoned_uploads(bucket, age):
             goes.append({"key": upload.key, "bytes": 0, "reason": "unfinished"})
     found = {state: {"objects": found.objects, "bytes": found.bytes} for state, found in scan.found.items()}
-    return {"would_delete": goes, "found": found, "refused": scan.refusal(section.config.gc_max_delete_percent)}
+    return {"would_delete": goes, "found": found, "refused": scan.refusal(config.gc_max_delete_percent)}
 
 
 _MEANINGS = {

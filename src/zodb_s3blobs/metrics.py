@@ -146,6 +146,10 @@ class Metrics:
             "s3blobs_missing_blobs_total",
             "Blobs that a record names, that were asked for, and that the bucket has not.",
         )
+        self.fallback_reads = self._counter(
+            "s3blobs_fallback_reads_total",
+            "Blobs that came from fallback-blob-dir, because the bucket did not give them.",
+        )
 
         self.vote_duration = self._histogram(
             "s3blobs_vote_duration_seconds",

@@ -20,6 +20,7 @@ from ZODB.interfaces import IBlobStorage, IBlobStorageRestoreable, IStorageResto
 from ZODB.POSException import POSKeyError, StorageError, StorageTransactionError
 
 from .bases import committing_tid
+from .blobdir import BlobDirectoryError
 from .bucket import BlobNotFound, Bucket, BucketError
 from .cache import Cache, CacheError, Pin
 from .commit import Commit, Uploads
@@ -387,5 +388,5 @@ def _plain_errors(introduction: str = "") -> Iterator[None]:
     """Turn what the parts raise into a plain StorageError: the one that a ZEO client can decode and show."""
     try:
         yield
-    except (BlobNotFound, BucketError, CacheError, NotOwner, Refused) as error:
+    except (BlobDirectoryError, BlobNotFound, BucketError, CacheError, NotOwner, Refused) as error:
         raise StorageError(f"{introduction}{error}") from None

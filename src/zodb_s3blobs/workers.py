@@ -7,9 +7,12 @@ black-holed bucket keeps a server from stopping. These threads are daemons: the 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import CancelledError, Executor, Future, wait
-from typing import Any
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, as_completed, wait
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class DaemonPool(Executor):
@@ -75,6 +78,30 @@ class DaemonPool(Executor):
             self._changed.notify_all()
             if wait:
                 self._changed.wait_for(lambda: not self._threads, timeout)
+
+
+def in_parallel(work: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
+    """What ``work`` returns for each of the ``items``, as soon as it does; only a few of them are taken ahead.
+
+    The first error ends it: what has begun is waited for, but not after a KeyboardInterrupt: a silent service
+    can make that a long time.
+    """
+    pool = DaemonPool(threads)
+    running: set[Future] = set()
+    patient = True
+    try:
+        for item in items:
+            running.add(pool.submit(work, item))
+            if len(running) >= 2 * threads:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from [future.result() for future in done]
+        for future in as_completed(running):
+            yield future.result()
+    except KeyboardInterrupt:
+        patient = False
+        raise
+    finally:
+        pool.shutdown(wait=patient, cancel_futures=True)
 
 
 class Waiting:

@@ -1,6 +1,8 @@
 """The server's own zeo.conf, as the commands read it."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ZEO.runzeo import ZEOOptions
@@ -12,17 +14,48 @@ class ConfigurationError(Exception):
     """The configuration cannot be used for this; the message says why and what to do."""
 
 
-def find(path: Path, name: str | None = None) -> S3BlobStorageFactory:
-    """The ``<s3blobstorage>`` of the storage ``name``, which may be left out where there is only one.
+@dataclass
+class Served:
+    """A storage that a zeo.conf has the server serve; ``section``: the ``<s3blobstorage>`` that it is or contains."""
+
+    opener: Any
+    section: S3BlobStorageFactory
+
+    def open_read_only(self) -> Any:
+        """The storage beside a running server, with all wrappers of the configuration, but without blobs.
+
+        ConfigurationError if it cannot be opened so.
+        """
+        if not _set_read_only(self.section.config.base):
+            raise ConfigurationError(
+                "the storage inside s3blobstorage cannot be opened beside a running server: only a filestorage can, "
+                "by itself or in a wrapper"
+            )
+        return self._open(self.opener)
+
+    def _open(self, opener: Any) -> Any:
+        if opener is self.section:
+            return opener.config.base.open()
+        # A wrapper opens what is inside by itself: give it what is inside of ours.
+        inside = opener.config.base
+        opener.config.base = SimpleNamespace(open=lambda: self._open(inside))
+        try:
+            return opener.open()
+        finally:
+            opener.config.base = inside
+
+
+def find(path: Path, name: str | None = None) -> Served:
+    """The storage ``name`` of the file ``path``; the name may be left out where only one has an ``<s3blobstorage>``.
 
     A file that runzeo would refuse ends the process as it would end runzeo.
     """
     if not path.is_file():
         raise ConfigurationError(f"there is no file {path}: name the zeo.conf of the server with -C")
-    options = ZEOOptions()
+    options = _Options()
     options.realize(["-C", str(path)], doc="See runzeo --help.")
-    found = {storage.name: _inside(storage) for storage in options.storages}
-    ours = {name: section for name, section in found.items() if section is not None}
+    found = {storage.name: (storage, _inside(storage)) for storage in options.storages}
+    ours = {name: Served(opener, section) for name, (opener, section) in found.items() if section is not None}
     if name is None and len(ours) == 1:
         return next(iter(ours.values()))
     if name in ours:
@@ -31,21 +64,15 @@ def find(path: Path, name: str | None = None) -> S3BlobStorageFactory:
     raise ConfigurationError(f"name one of the storages with s3blobstorage of {path} with --storage: {names}")
 
 
+class _Options(ZEOOptions):
+    #: The server's log is the server's: whoever runs a command may not be the one who may write it.
+    logsectionname = None
+
+
 def _inside(opener: Any) -> S3BlobStorageFactory | None:
     while opener is not None and not isinstance(opener, S3BlobStorageFactory):
         opener = getattr(opener.config, "base", None)
     return opener
-
-
-def open_base_read_only(section: S3BlobStorageFactory) -> Any:
-    """The base of ``section``, opened beside a running server; ConfigurationError if it cannot be opened so."""
-    base = section.config.base
-    if not _set_read_only(base):
-        raise ConfigurationError(
-            "the storage inside s3blobstorage cannot be opened beside a running server: only a filestorage can, by "
-            "itself or in a wrapper"
-        )
-    return base.open()
 
 
 def _set_read_only(opener: Any) -> bool:
