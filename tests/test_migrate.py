@@ -417,7 +417,7 @@ def test_elsewhere_than_on_a_terminal_there_are_plain_lines(site, conf, caplog, 
     number = len(site.revisions)
     for wanted in (
         r"Reading the database: \d+ transactions, .*/s, .* so far",
-        rf"Migrating: {number} of {number} blobs, 100%, .*B.*blobs/s, .* left",
+        rf"Migrating: {number} of {number} blobs, 100%, [\d.k]+B, [\d.]+ blobs/s, .* left",
         rf"Looking for other files: {number} files, .*",
     ):
         assert any(re.fullmatch(wanted, line) for line in lines), (wanted, lines)

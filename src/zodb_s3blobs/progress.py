@@ -1,6 +1,7 @@
 """How far long work is: a bar on a terminal, plain log lines elsewhere."""
 
 import logging
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ T = TypeVar("T")
 #: How often, in seconds, to log a line.
 LOG_EVERY = 30.0
 
-_LINE = "{desc}: {n_fmt} of {total_fmt} {unit}, {percentage:.0f}%, {postfix}{rate_fmt}, {remaining} left"
-_LINE_WITHOUT_TOTAL = "{desc}: {n_fmt} {unit}, {postfix}{rate_fmt}, {elapsed} so far"
+# tqdm begins a postfix with a comma, and puts the unit next to the rate.
+_LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {percentage:.0f}%{postfix}, {rate_fmt}, {remaining} left"
+_LINE_WITHOUT_TOTAL = "{desc}: {n_fmt}{unit}{postfix}, {rate_fmt}, {elapsed} so far"
 
 
 class Progress:
@@ -44,18 +46,17 @@ class Progress:
 def showing(what: str, unit: str, total: int | None = None) -> Iterator[Progress]:
     """For the body, which does ``what`` with ``total`` of something whose plural is ``unit``."""
     if sys.stderr.isatty():
-        options: dict[str, Any] = {"file": sys.stderr, "unit": f" {unit}", "dynamic_ncols": True}
+        options: dict[str, Any] = {"file": sys.stderr, "ncols": shutil.get_terminal_size().columns}
     else:
         options = {
             "file": _Log(),
-            "unit": unit,
             "mininterval": LOG_EVERY,
             "maxinterval": LOG_EVERY,
             "delay": LOG_EVERY,
             "bar_format": _LINE if total else _LINE_WITHOUT_TOTAL,
             "leave": False,
         }
-    with tqdm(desc=what, total=total, unit_scale=False, **options) as bar:
+    with tqdm(desc=what, total=total, unit=f" {unit}", **options) as bar:
         yield Progress(bar)
 
 
