@@ -81,8 +81,10 @@ def test_exactly_the_dead_are_deleted(s3, bucket_name, base, commit, put, collec
 def test_a_gentle_collection_leaves_most_of_the_time_to_others(put, collector):
     names = [(p64(number), p64(1)) for number in range(1, 1001)]
     put(*names)
+    collect = collector().collect
+    collect(Base(*names))  # what is done for the first time takes longer
     began, computed = time.monotonic(), time.thread_time()
-    assert collector().collect(Base(*names), gently=True) == 0
+    assert collect(Base(*names), gently=True) == 0
     took, computed = time.monotonic() - began, time.thread_time() - computed
     assert took > 10 * computed
 
