@@ -2,6 +2,7 @@
 
 import os
 import stat
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -466,3 +467,15 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_the_disk(tmp_path):
         file.publish(p64(1), p64(2))
     file.discard()
     assert os.listdir(tmp_path / "new" / "tmp") == []
+
+
+def test_what_killed_exports_left_goes_when_it_is_a_day_old(tmp_path):
+    tmp = tmp_path / "blobs" / "tmp"
+    BlobDirectory.create(str(tmp_path / "blobs"))
+    for name, age in (("s3blobs-old.blob", 90_000), ("s3blobs-young.blob", 3600), ("BUC-of-zodb.tmp", 90_000)):
+        (tmp / name).write_bytes(b"half a blob")
+        os.utime(tmp / name, (time.time() - age, time.time() - age))
+    BlobDirectory(str(tmp_path / "blobs"))
+    assert len(os.listdir(tmp)) == 3  # whoever only reads it deletes nothing
+    BlobDirectory.create(str(tmp_path / "blobs"))
+    assert sorted(os.listdir(tmp)) == ["BUC-of-zodb.tmp", "s3blobs-young.blob"]
