@@ -1,6 +1,7 @@
 """A site with a plain FileStorage and its blob directory, as there are many; and the commands that move its blobs."""
 
 import multiprocessing
+import multiprocessing.util
 import os
 import stat
 import subprocess
@@ -196,6 +197,8 @@ class Tool:
                 process.communicate()
 
 
+# Before ZODB's own suites have tempfile make paths that are too long for a socket.
+multiprocessing.util.get_temp_dir()
 _IMPORTED = multiprocessing.get_context("forkserver")
 _IMPORTED.set_forkserver_preload(["zodb_s3blobs.cli", "sites"])
 
