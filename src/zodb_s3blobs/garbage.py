@@ -112,9 +112,7 @@ class Scan:
 
     def run(self) -> Iterator[tuple[Listed, str, int]]:
         """Each blob of ours, its state, and since when it is dead. Waits for S3; BucketError."""
-        for number, blob in enumerate(_gently(self.bucket.list_blobs(self.found["unknown"].add), self.pace), 1):
-            if number % _PROGRESS_EVERY == 0:
-                logger.info("Garbage collection in bucket %s: %d objects so far", self.bucket.name, number)
+        for blob in _gently(self.bucket.list_blobs(self.found["unknown"].add), self.pace):
             state, since = self._judge(blob)
             self.found[state].add(blob.size)
             if state == "newer" and not self._is_being_committed(blob):
@@ -311,8 +309,10 @@ class Collector:
 
     def _scan(self, scan: Scan, dead: BinaryIO) -> None:
         with self._new_marks(replacing=bool(scan.marks)) as file:
-            for blob, state, since in scan.run():
+            for number, (blob, state, since) in enumerate(scan.run(), 1):
                 self._metrics.gc_scanned.inc()
+                if number % _PROGRESS_EVERY == 0:
+                    logger.info("Garbage collection in bucket %s: %d objects so far", self._bucket.name, number)
                 if state == "dead":
                     dead.write(_RECORD.pack(blob.oid, blob.tid, blob.size))
                 if state in ("dead", "retained"):
