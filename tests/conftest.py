@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import botocore.endpoint
 import botocore.session
 import pytest
+from relational import KINDS, Application, Database, needs
 from s3server import S3Server
+from sites import Site, Tool
 from zeoserver import ZEOServer
 
 from zodb_s3blobs.bucket import Bucket, BucketSettings
@@ -189,6 +191,35 @@ def start(s3, bucket_name, tmp_path):
     yield start
     for server in servers:
         server.__exit__()
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A site with a plain FileStorage, a blob directory and a history."""
+    site = Site(tmp_path)
+    site.grow()
+    return site
+
+
+@pytest.fixture
+def tool():
+    """Runs commands of zodb-s3blobs."""
+    tool = Tool()
+    yield tool
+    tool.kill()
+
+
+@pytest.fixture(params=KINDS)
+def database(request, tmp_path):
+    """A new database of RelStorage, of each kind."""
+    needs(request.param)
+    return Database(request.param, tmp_path)
+
+
+@pytest.fixture
+def application(database, s3, bucket_name, tmp_path):
+    """Opens storages on that database, with blobs in S3."""
+    return Application(database, s3, bucket_name, tmp_path)
 
 
 @pytest.fixture

@@ -6,9 +6,11 @@ what was asked of it, and how it is to misbehave, go through ``/_control``.
 
 import io
 import json
+import random
 import re
 import select
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -108,9 +110,17 @@ class S3Server:
         ``ignore_condition``: do a conditional PUT whatever is there; ``refuse_condition``: answer it with 501;
         ``misread_etag``: find that any If-Match is not met; ``headers``: header lines to answer with besides; ``lose``:
         do what is asked, then cut the connection; ``flip``: damage a byte of the answer's body; ``truncate``: cut the
-        connection that many bytes before the end of the answer.
+        connection that many bytes before the end of the answer; ``reset``: cut it before anything is done; ``stall``:
+        send the headers, then nothing before `behave` or the client gives up.
         """
         self._control(do="misbehave", operation=operation, times=times, fault=fault)
+
+    def plague(self, rate, seed=0):
+        """Do so with the share ``rate`` of all requests, also those for the owner lease, each time in another way.
+
+        Which ones, and how, follows from ``seed`` and the order in which they arrive; until `behave`.
+        """
+        self._control(do="plague", rate=rate, seed=seed)
 
     def behave(self):
         """Misbehave no more; requests that hang go on."""
@@ -163,6 +173,7 @@ class _State:
         self.lock = threading.Lock()
         self.log = []  # the fields of a Request
         self.faults = []  # [operation, times or None, fault]
+        self.rate, self.random = 0, random.Random()
         self.behaving = threading.Event()
 
     def control(self, message):
@@ -173,8 +184,10 @@ class _State:
                 self.log = []
             elif message["do"] == "misbehave":
                 self.faults.append([message["operation"], message["times"], message["fault"]])
+            elif message["do"] == "plague":
+                self.rate, self.random = message["rate"], random.Random(message["seed"])
             elif message["do"] == "behave":
-                self.faults = []
+                self.faults, self.rate = [], 0
                 self.behaving.set()  # what hangs now
                 self.behaving = threading.Event()
             elif message["do"] == "put":
@@ -193,6 +206,8 @@ class _State:
                 if times != 0 and meant and re.fullmatch(pattern, operation):
                     rule[1] = times and times - 1
                     return entry, fault, self.behaving
+            if self.rate and self.random.random() < self.rate:
+                return entry, self.random.choice(_PLAGUES), self.behaving
         return entry, {}, self.behaving
 
 
@@ -224,6 +239,11 @@ def _serve():
             if body is None:
                 return
             time.sleep(fault.get("latency", 0))
+            if fault.get("reset"):
+                # Without a word: what the client has sent is not acknowledged either.
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.close_connection = True
+                return
             if fault.get("hang") and not self.hang(behaving):
                 return
             if fault.get("ignore_range"):
@@ -249,7 +269,12 @@ def _serve():
             headers = [(n, v) for n, v in headers if n.lower() not in {name.lower() for name in more}]
             if fault.get("flip") and body:
                 body = bytes([body[0] ^ 1]) + body[1:]
-            self.answer(status, [*headers, *more.items()], body, fault.get("truncate", 0))
+            truncate = len(body) if fault.get("stall") else min(fault.get("truncate", 0), len(body))
+            self.answer(status, [*headers, *more.items()], body, truncate)
+            if fault.get("stall"):
+                self.wfile.flush()
+                self.hang(behaving)
+                self.close_connection = True
 
         def arrived(self, environ):
             headers = {name.lower(): value for name, value in self.headers.items()}
@@ -301,6 +326,19 @@ def _serve():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     sys.stdin.read()
 
+
+#: What `S3Server.plague` does.
+_PLAGUES = [
+    {"latency": 0.2},
+    {"status": 500, "code": "InternalError"},
+    {"status": 503, "code": "SlowDown"},
+    {"reset": True},
+    {"truncate": 7},
+    {"flip": True},
+    {"lose": True},
+    {"hang": True},
+    {"stall": True},
+]
 
 _CONDITIONS = ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH")
 _TELLING = ("content-md5", "content-length", "expect", "range")

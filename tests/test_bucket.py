@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from target import Target
 from ZODB.utils import p64
 
 from zodb_s3blobs import bucket as bucket_module
@@ -30,22 +31,6 @@ OID, TID, OTHER_TID = p64(1), p64(2), p64(3)
 KEY, OTHER_KEY = "blobs/1/2.blob", "blobs/1/3.blob"
 CUSTOMER_KEY = b"a customer key that has 32 bytes"
 ANSWERS_AS_IF_ENCRYPTED = {"x-amz-server-side-encryption-customer-algorithm": "AES256"}
-
-
-class Target:
-    """A file to read a blob into."""
-
-    def __init__(self, path):
-        self.path = str(path)
-        self.clear()
-
-    def write_at(self, data, position):
-        with open(self.path, "r+b") as file:
-            file.seek(position)
-            file.write(data)
-
-    def clear(self):
-        open(self.path, "wb").close()
 
 
 @pytest.fixture

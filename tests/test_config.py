@@ -583,13 +583,15 @@ class UnknownStorage:
 
 
 class RelStorage(UnknownStorage):
-    """What looks like RelStorage."""
+    """What looks like RelStorage, on a kind of database such as MySQL."""
+
+    _adapter = object()
 
 
 RelStorage.__module__ = "relstorage.storage"
 
 
-@pytest.mark.parametrize(("base", "reason"), [(UnknownStorage(), "tid"), (RelStorage(), "RelStorage")])
+@pytest.mark.parametrize(("base", "reason"), [(UnknownStorage(), "tid"), (RelStorage(), "sqlite3 or postgresql")])
 def test_a_storage_that_cannot_be_served_is_refused_and_closed(s3_section, refusal, base, reason):
     factory = read(s3_section())
     factory.config.base = SimpleNamespace(open=lambda: base)

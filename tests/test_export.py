@@ -13,18 +13,11 @@ from collections import Counter
 
 import pytest
 import ZODB
-from sites import KEYS, Site, Tool, contents, get, names, put, sentence, tree, undo
+from sites import KEYS, Site, contents, get, names, put, sentence, tree, undo
 from ZODB.FileStorage import FileStorage
 from ZODB.utils import oid_repr, tid_repr
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def tool():
-    tool = Tool()
-    yield tool
-    tool.kill()
 
 
 @pytest.fixture

@@ -18,13 +18,6 @@ DIGITS = itertools.count()
 
 
 @pytest.fixture
-def site(tmp_path):
-    site = Site(tmp_path)
-    site.grow()
-    return site
-
-
-@pytest.fixture
 def switched(site, start):
     """Starts the server with the blob directory as its fallback; more options as keywords."""
 

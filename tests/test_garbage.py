@@ -20,6 +20,7 @@ from ZODB.POSException import ReadConflictError, StorageError
 from ZODB.utils import p64, u64, z64
 
 from zodb_s3blobs import garbage as garbage_module
+from zodb_s3blobs.bases import kind_of
 from zodb_s3blobs.bucket import BucketError
 from zodb_s3blobs.commit import Uploads
 from zodb_s3blobs.fetch import Fetcher
@@ -56,8 +57,15 @@ def commit(base):
 
 @pytest.fixture
 def collect_garbage(collector):
-    """Collects the garbage of a base."""
-    return collector().collect
+    """Collects the garbage of a storage, or of what a test says that it holds."""
+
+    def collect(base):
+        if isinstance(base, Base):
+            return collector().collect(base)
+        with kind_of(base).revisions() as revisions:
+            return collector().collect(revisions)
+
+    return collect
 
 
 def earlier(tid):

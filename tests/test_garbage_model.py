@@ -394,7 +394,7 @@ class Model(RuleBasedStateMachine):
         txn = TransactionMetaData()
         storage.tpc_begin(txn)
         storage.storeBlob(oid, serial, RECORD, self.owner.blob_file(data), "", txn)
-        self.end(storage, txn, (oid, storage._committing_tid()), data, finishes)
+        self.end(storage, txn, (oid, storage._kind.committing_tid()), data, finishes)
 
     def restore(self, oid, tid, finishes):
         """A transaction that brings back a dead revision, as copyTransactionsFrom would."""

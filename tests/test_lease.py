@@ -142,7 +142,7 @@ def test_everybody_can_read_whose_it_is(new_lease, owner, monkeypatch):
     lease = new_lease("a home")
     lease.confirm()
     first = owner()
-    assert set(first) == {"format", "owner", "host", "home", "storage", "started", "renewed"}
+    assert set(first) == {"format", "owner", "host", "home", "storage", "started", "renewed", "database"}
     assert first["format"] == 1
     assert first["home"] == "a home"
     assert first["storage"] == "storage 0"
@@ -779,3 +779,221 @@ def test_after_a_restart_the_first_pack_deletes_at_once(s3, bucket_name, start, 
         assert owner_id(s3, bucket_name) == before
     assert len(s3.keys(bucket_name)) == (1 if packs else 2)
     assert read(db) == b"new"
+
+
+# Servers that share a database
+
+
+@pytest.fixture
+def of_database(open_bucket):
+    """Makes the `Lease` of another server on ``database``: its name, or what tells it."""
+    leases = []
+
+    def of_database(database, home=None):
+        ask = database if callable(database) else lambda: database
+        number = len(leases)
+        leases.append(Lease(open_bucket(), home or f"home {number}", Metrics(f"storage {number}"), ask))
+        return leases[-1]
+
+    yield of_database
+    for lease in leases:
+        lease.close()
+
+
+def test_servers_on_one_database_hold_it_together(of_database):
+    leases = [of_database("one") for _ in range(3)]
+    for _ in range(2):
+        for lease in leases:
+            assert holds(lease)
+            lease.look()
+    assert [conflict(lease) for lease in leases] == [0, 0, 0]
+
+
+def test_all_servers_on_a_database_delete(s3, bucket_name, dead, collect, of_database):
+    first, second = of_database("one"), of_database("one")
+    first.confirm()
+    assert collect(second) == 25
+    s3.put(bucket_name, dead)
+    assert collect(first) == 25
+
+
+@pytest.mark.parametrize("before", ["another", None])
+def test_servers_on_another_database_do_not_hold_it(of_database, before, owner):
+    first, second = of_database(before), of_database("one")
+    first.confirm()
+    assert owner()["database"] == (before or "")
+    with pytest.raises(NotOwner, match="belongs to the server on"):
+        second.confirm()
+    assert conflict(second) == 1
+    assert holds(first)
+
+
+def test_servers_that_share_nothing_do_not_hold_what_a_database_has(of_database, new_lease):
+    of_database("one").confirm()
+    assert not holds(new_lease())
+
+
+def test_owner_json_names_the_database(of_database, owner):
+    first, second = of_database("one"), of_database("one")
+    first.confirm()
+    before = owner()
+    second.confirm()
+    after = owner()
+    assert before["database"] == after["database"] == "one"
+    assert before["owner"] != after["owner"]
+
+
+@pytest.mark.parametrize("databases", [("one", "another"), ("one", None), (None, "one")])
+def test_the_same_directory_is_no_claim_where_there_is_a_database(of_database, databases):
+    """The others on the database live on, though the server that had the directory does not."""
+    before, after = (of_database(database, home="same") for database in databases)
+    before.confirm()
+    assert not holds(after)
+
+
+def test_one_without_the_name_of_a_database_is_of_a_single_server(s3, bucket_name, of_database, new_lease, owner):
+    """As versions wrote it that knew of no database."""
+    new_lease("same").confirm()
+    said = owner()
+    del said["database"]
+    s3.client.put_object(Bucket=bucket_name, Key=OWNER, Body=json.dumps(said).encode())
+    for lease in of_database("one"), of_database("one", home="same"), new_lease():
+        assert not holds(lease)
+    assert owner() == said
+    assert holds(new_lease("same"))
+
+
+@pytest.mark.parametrize("database", ["one", ["one"], None, 1])
+def test_a_later_version_that_names_the_database_is_left_alone(of_database, write_owner, pass_at_s3, database):
+    write_owner(json.dumps({"format": 2, "owner": "later", "database": database}).encode())
+    pass_at_s3(1000 * STALE_AFTER)
+    assert not holds(of_database("another"))
+
+
+def test_a_stale_one_of_another_database_is_taken(s3, of_database, pass_at_s3):
+    first, second = of_database("another"), of_database("one")
+    first.confirm()
+    pass_at_s3(STALE_AFTER + 30)
+    assert holds(second)
+    s3.behave()
+    assert not holds(first)
+
+
+def test_the_end_of_one_server_leaves_it_to_the_others_of_the_database(s3, of_database, owner):
+    first, second = of_database("one"), of_database("one")
+    first.start()
+    wait_until(first.is_held)
+    first.close()
+    assert s3.requests("OwnerDeleteObject") == []
+    assert owner()["database"] == "one"
+    assert not first.is_held()
+    assert not holds(of_database("copy"))
+    assert holds(second)
+
+
+def test_a_server_that_ends_while_it_asks_for_the_database_leaves_it_to_the_others(s3, of_database, owner):
+    """A script is over before the database has said who it is."""
+    asked, answer, released = threading.Event(), threading.Event(), threading.Event()
+
+    def ask():
+        asked.set()
+        assert answer.wait(SOON)
+        return "one"
+
+    of_database("one").confirm()
+    script = of_database(ask)
+    release = script._release
+    script._release = lambda: (release(), released.set())
+    script.start()
+    assert asked.wait(SOON)
+    with ThreadPoolExecutor() as pool:
+        closing = pool.submit(script.close)
+        wait_until(script._ending.is_set)
+        answer.set()
+        closing.result()
+    script._thread.join(SOON)
+    assert owner()["database"] == "one"
+    assert s3.requests("OwnerDeleteObject") == []
+    assert not holds(of_database("copy"))
+
+
+@CONDITIONS
+@pytest.mark.parametrize("begun", [False, True])
+def test_of_servers_on_one_database_that_renew_it_at_the_same_moment_all_hold(
+    s3, of_database, monkeypatch, condition, begun
+):
+    if condition:
+        s3.misbehave(operation="OwnerPutObject", **{condition: True})
+    first, second = of_database("one"), of_database("one")
+    if begun:
+        first.confirm()
+    write = second._bucket.write_owner
+
+    def overtaken(data, instead_of):
+        monkeypatch.setattr(second._bucket, "write_owner", write)
+        first.confirm()
+        write(data, instead_of)
+
+    monkeypatch.setattr(second._bucket, "write_owner", overtaken)
+    assert holds(second)
+    assert first.is_held()
+    assert conflict(first) == conflict(second) == 0
+
+
+def test_of_many_on_two_databases_that_begin_at_once_those_of_one_hold(of_database):
+    leases = [of_database(database) for database in ("one", "another") for _ in range(4)]
+    together = threading.Barrier(len(leases))
+
+    def begin(lease):
+        together.wait()
+        holds(lease)
+
+    with ThreadPoolExecutor(len(leases)) as pool:
+        list(pool.map(begin, leases))
+    held = [holds(lease) for lease in leases]
+    assert held in ([True] * 4 + [False] * 4, [False] * 4 + [True] * 4)
+
+
+def test_a_database_that_is_restarted_is_still_that_of_the_server_which_lives(of_database, owner):
+    """Others have to wait until that one has said so."""
+    names = ["before"]
+    living = of_database(lambda: names[-1])
+    living.confirm()
+    names.append("after")
+    late = of_database("after")
+    assert not holds(late)
+    assert holds(living)
+    assert owner()["database"] == "after"
+    assert holds(late)
+    assert not holds(of_database("before"))
+
+
+def test_a_database_that_does_not_say_who_it_is_gets_no_lease(s3, of_database):
+    def ask():
+        raise OSError("the database is away")
+
+    lease = of_database(ask)
+    with pytest.raises(OSError, match="away"):
+        lease.confirm()
+    assert not lease.is_held()
+    assert s3.requests("OwnerPutObject") == []
+
+
+def test_a_database_that_is_away_for_a_moment_costs_nothing(of_database, hurried):
+    answers = iter(["one", OSError("the database is away")])
+    again = threading.Event()
+
+    def ask():
+        answer = next(answers, None)
+        if answer is None:
+            again.set()
+            return "one"
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    lease = of_database(ask)
+    lease.start()
+    assert again.wait(SOON)
+    wait_until(lease.is_held)
+    assert holds(lease)

@@ -15,7 +15,7 @@ from collections import Counter
 
 import pytest
 import ZODB
-from sites import KEYS, Site, Tool, break_disk, contents, get, names, put, sentence, tree, undo
+from sites import KEYS, Site, break_disk, contents, get, names, put, sentence, tree, undo
 from zeoserver import FILESTORAGE
 from ZODB.config import storageFromString
 from ZODB.FileStorage import FileStorage
@@ -26,20 +26,6 @@ from zodb_s3blobs import cli, progress
 
 PLAIN = "<filestorage 1>\n path {dir}/Data.fs\n blob-dir {dir}/blobs\n</filestorage>"
 DIGITS = itertools.count()
-
-
-@pytest.fixture
-def site(tmp_path):
-    site = Site(tmp_path)
-    site.grow()
-    return site
-
-
-@pytest.fixture
-def tool():
-    tool = Tool()
-    yield tool
-    tool.kill()
 
 
 @pytest.fixture

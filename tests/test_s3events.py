@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from figures import figures, nonzero, value
+from target import Target
 from ZODB.utils import p64
 
 from zodb_s3blobs.bucket import PART, BlobNotFound, BucketError, TransferCancelled
@@ -26,24 +27,6 @@ ATTEMPT_FAILURES = "s3blobs_s3_attempt_failures_total"
 INFLIGHT = "s3blobs_s3_inflight_operations"
 SENT = "s3blobs_s3_sent_bytes_total"
 RECEIVED = "s3blobs_s3_received_bytes_total"
-
-
-class Target:
-    """A file to read a blob into; ``write`` is called first, for each piece."""
-
-    def __init__(self, path, write=lambda: None):
-        self.path = str(path)
-        self._write = write
-        self.clear()
-
-    def write_at(self, data, position):
-        self._write()
-        with open(self.path, "r+b") as file:
-            file.seek(position)
-            file.write(data)
-
-    def clear(self):
-        open(self.path, "wb").close()
 
 
 @pytest.fixture

@@ -1,16 +1,18 @@
 """The files in zeo-configs/ are accepted by the software they are for, and what README.md says of keys is true."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import ZConfig
+from relational import needs, postgresql
+from zeoserver import free_address
 
 import zodb_s3blobs
 
@@ -39,7 +41,6 @@ ENVIRONMENT = {
     "S3BLOBS_ACCESS_KEY": "access",
     "S3BLOBS_SECRET_KEY": "secret",
     "S3BLOBS_CUSTOMER_KEY": "MTIzNDU2Nzg5MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTI=",
-    "ZODB_PASSWORD": "secret",
 }
 
 #: Reads a configuration as runzeo does, and tells what came of it.
@@ -72,17 +73,6 @@ ZOPE_SCHEMA = """
   </sectiontype>
   <multisection type="ZODB.database" name="+" attribute="databases" required="yes"/>
 </schema>
-"""
-
-#: What zope-relstorage.conf uses of RelStorage, which need not be installed.
-RELSTORAGE_COMPONENT = """
-<component>
-  <import package="ZODB"/>
-  <sectiontype name="postgresql"><key name="dsn"/></sectiontype>
-  <sectiontype name="relstorage" implements="ZODB.storage">
-    <section type="postgresql" name="*" attribute="adapter"/>
-  </sectiontype>
-</component>
 """
 
 
@@ -161,16 +151,46 @@ def test_zope_accepts_the_client_file(read_as_zope):
     assert client.shared_blob_dir is False
 
 
-def test_zope_accepts_the_relstorage_file(read_as_zope, tmp_path, monkeypatch):
-    if find_spec("relstorage") is None:
-        (tmp_path / "relstorage").mkdir()
-        (tmp_path / "relstorage" / "__init__.py").write_text("")
-        (tmp_path / "relstorage" / "component.xml").write_text(RELSTORAGE_COMPONENT)
-        monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.delitem(sys.modules, "relstorage", raising=False)
-    [database] = read_as_zope((CONFIGS / "zope-relstorage.conf").read_text())
-    assert database.config.storage.settings.bucket_name == "example-blobs"
-    assert database.config.storage.config.metrics_address == ("localhost", 8101)
+#: What two Zope processes do with a blob. ``app`` is there when zconsole runs a script.
+WRITE_IN_ZOPE = """
+import transaction
+from ZODB.blob import Blob
+app._p_jar.root()["blob"] = Blob(b"written by Zope")
+transaction.commit()
+"""
+READ_IN_ZOPE = """
+with app._p_jar.root()["blob"].open() as file:
+    print(file.read().decode())
+"""
+
+
+def test_zope_runs_the_relstorage_file_in_several_processes(s3, bucket_name, tmp_path):
+    needs("postgresql-free")
+    (tmp_path / "zope").mkdir()
+    shared = {
+        "INSTANCE_HOME": str(tmp_path / "zope"),
+        "ZODB_DSN": postgresql().dsn(postgresql().database()),
+        "S3BLOBS_ENDPOINT": s3.url,
+        "S3BLOBS_BUCKET": bucket_name,
+        "S3BLOBS_ACCESS_KEY": "access",
+        "S3BLOBS_SECRET_KEY": "secret",
+    }
+
+    def run(script, number):
+        path = tmp_path / f"script{number}.py"
+        path.write_text(script)
+        host, port = free_address()
+        own = {"S3BLOBS_CACHE_DIR": str(tmp_path / f"cache{number}"), "S3BLOBS_METRICS_ADDRESS": f"{host}:{port}"}
+        zconsole = Path(sys.executable).with_name("zconsole")
+        command = [zconsole, "run", CONFIGS / "zope-relstorage.conf", path]
+        environment = {**os.environ, **shared, **own}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(WRITE_IN_ZOPE, 1)
+    assert run(READ_IN_ZOPE, 2) == "written by Zope\n"
+    assert [key.split("/")[:2] for key in s3.keys(bucket_name) if key.endswith(".blob")] == [["site1", "blobs"]]
 
 
 # What is said of the keys

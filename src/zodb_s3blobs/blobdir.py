@@ -183,12 +183,13 @@ class NewBlobFile:
         os.truncate(self.path, 0)
 
     def publish(self, oid: bytes, tid: bytes) -> None:
-        """Make it the file of blob (oid, tid), whole on the disk and read-only as ZODB leaves it."""
+        """Make it the file of blob (oid, tid), whole on the disk and, as ZODB leaves it, read-only."""
         with open(self.path, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(self.path, stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
         # Not by the helper, which ends in an AssertionError when it cannot.
-        os.makedirs(self._helper.getPathForOID(oid), exist_ok=True)
+        folder = self._helper.getPathForOID(oid)
+        os.makedirs(folder, exist_ok=True)
+        os.chmod(self.path, stat.S_IRUSR | os.stat(folder).st_mode & (stat.S_IRGRP | stat.S_IROTH))
         os.rename(self.path, self._helper.getBlobFilename(oid, tid))
 
     def discard(self) -> None:

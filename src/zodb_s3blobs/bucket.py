@@ -34,7 +34,7 @@ from s3transfer.subscribers import BaseSubscriber
 
 from .keys import Keys
 from .metrics import Metrics
-from .s3events import S3Events
+from .s3events import S3Events, code_of, got_old_credentials
 from .workers import DaemonPool
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ _DELETE_BATCH = 1000  # the most keys that one DeleteObjects request may name
 _PAGE = 200  # how many keys to ask for in a listing: while the answer is parsed, other threads have to wait
 _COPY_LIMIT = 5 << 30  # larger objects cannot be copied in one request
 _READ = 1 << 20
+_MOST_MARKS = 1 << 30  # bytes of the object of the marks: ten million of them
 
 _CONDITION_NOT_MET = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 _NOT_UNDERSTOOD = {"InvalidArgument", "InvalidRequest", "400"}
@@ -178,6 +179,13 @@ class Note:
     etag: str
 
 
+class _Key(bytes):
+    """A key that what shows the variables of a traceback does not show."""
+
+    def __repr__(self) -> str:
+        return "<a key>"
+
+
 class Bucket:
     """The blobs below one prefix of one bucket. Making one sends no request."""
 
@@ -190,7 +198,7 @@ class Bucket:
         self._key_options: dict[str, Any] = {}
         self._copy_source_key_options: dict[str, Any] = {}
         if settings.s3_sse_customer_key:
-            algorithm, key = "AES256", settings.s3_sse_customer_key
+            algorithm, key = "AES256", _Key(settings.s3_sse_customer_key)
             self._key_options = {"SSECustomerAlgorithm": algorithm, "SSECustomerKey": key}
             self._copy_source_key_options = {
                 "CopySourceSSECustomerAlgorithm": algorithm,
@@ -401,10 +409,10 @@ class Bucket:
         self._metrics.download_size.observe(size)
         return size
 
-    def _get_verified(self, key: str, file: Target) -> int:
+    def _get_verified(self, key: str, file: Target, most: int | None = None) -> int:
         def get() -> int:
             file.clear()
-            return self._get(key, file)
+            return self._get(key, file, most)
 
         return self._verified(key, get)
 
@@ -420,9 +428,12 @@ class Bucket:
                 damage = str(error)
         raise Damaged(f"Could not {what}: {damage}. The object is damaged or was changed; restore it from a backup")
 
-    def _get(self, key: str, file: Target) -> int:
+    def _get(self, key: str, file: Target, most: int | None) -> int:
         first = self._open_range(key, 0, PART)
         size = first.total
+        if most is not None and size > most:
+            first.body.close()
+            raise BucketError(f"{key} of bucket {self.name} is larger than {most} bytes: it is not ours; delete it")
         parts: list[Future] = []
         try:
             for start in range(first.length, size, PART):
@@ -570,9 +581,12 @@ class Bucket:
             pass
 
     def get_marks(self, file: Target) -> bool:
-        """Write the object of the marks into the empty ``file``, verified; False if there is none."""
+        """Write the object of the marks into the empty ``file``, verified; False if there is none.
+
+        BucketError if it is larger than any that was written by this software could be.
+        """
         try:
-            self._get_verified(self.keys.marks, file)
+            self._get_verified(self.keys.marks, file, _MOST_MARKS)
         except BlobNotFound:
             return False
         return True
@@ -677,9 +691,9 @@ class Bucket:
             return self._delete_each(keys)
         except Exception as error:
             return dict.fromkeys(keys, _bucket_error(error, f"delete objects of bucket {self.name}"))
-        refused = {e["Key"]: e.get("Code", "") for e in answer.get("Errors", ()) if e.get("Code") != "NoSuchKey"}
+        refused = {e["Key"]: code_of(e) for e in answer.get("Errors", ()) if e.get("Code") != "NoSuchKey"}
         return {
-            key: BucketError(f"Could not delete {key} of bucket {self.name}: {code}", code)
+            key: BucketError(f"Could not delete {key!r} of bucket {self.name}: {code or 'no reason is given'}", code)
             for key, code in refused.items()
         }
 
@@ -811,7 +825,7 @@ def _check(answer: _Range, size: int, digest: str) -> None:
         raise Corrupt(f"{size} bytes of {answer.total} arrived")
     name, expected = answer.checksum
     if expected and digest != expected:
-        raise Corrupt(f"its {name} is {digest} and should be {expected}")
+        raise Corrupt(f"its {name} is {digest} and should be {expected[:64]!r}")
 
 
 def _ask(what: str, call: Callable[[], T]) -> T:
@@ -838,23 +852,40 @@ def _bucket_error(error: BaseException, what: str) -> Any:
     """
     if isinstance(error, botocore.exceptions.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        code = str(error.response.get("Error", {}).get("Code") or status)
+        code = code_of(error.response.get("Error", {})) or str(status)
         # The answer to HEAD has no body that could name a code. To anything else a bare 404 is no word on the
         # object: it may come from a proxy, or mean the bucket.
         if code == "NoSuchKey" or (error.operation_name == "HeadObject" and status == 404):
             return BlobNotFound(f"Could not {what}: there is no such object")
-        advice = _ADVICE.get(code, "")
+        advice = _ADVICE.get(code, "").format(_PERMISSIONS.get(error.operation_name, "it"))
         return BucketError(f"Could not {what}: the service answered {code} (HTTP {status}){advice}", code)
     if isinstance(error, botocore.exceptions.NoCredentialsError | botocore.exceptions.PartialCredentialsError):
         return BucketError(f"Could not {what}: no credentials{_ADVICE['NoCredentials']}", "NoCredentials")
-    name = type(error).__name__
+    name = "ExpiredToken" if got_old_credentials(error) else type(error).__name__
     return BucketError(f"Could not {what}: {name}{_ADVICE.get(name, '')}", name)
 
 
 _CREDENTIALS = "; check s3-access-key and s3-secret-key, or the credentials that boto3 finds"
 _REGION = "; check s3-region and s3-endpoint-url"
 
-#: What to do next, by S3's error code.
+#: What an operation has to be allowed.
+_PERMISSIONS = {
+    "ListObjectsV2": "s3:ListBucket",
+    "ListMultipartUploads": "s3:ListBucketMultipartUploads",
+    "GetObject": "s3:GetObject",
+    "HeadObject": "s3:GetObject",
+    "PutObject": "s3:PutObject",
+    "CreateMultipartUpload": "s3:PutObject",
+    "UploadPart": "s3:PutObject",
+    "CompleteMultipartUpload": "s3:PutObject",
+    "CopyObject": "s3:PutObject, or s3:GetObject of the source",
+    "UploadPartCopy": "s3:PutObject, or s3:GetObject of the source",
+    "DeleteObject": "s3:DeleteObject",
+    "DeleteObjects": "s3:DeleteObject",
+    "AbortMultipartUpload": "s3:AbortMultipartUpload",
+}
+
+#: What to do next, by the code of S3 or the name of what boto3 raised. In the place of {} comes the permission.
 _ADVICE = {
     "NoSuchBucket": "; check bucket-name and s3-endpoint-url",
     "InvalidBucketName": "; check bucket-name",
@@ -864,8 +895,10 @@ _ADVICE = {
     "InvalidToken": _CREDENTIALS,
     "ExpiredToken": _CREDENTIALS,
     "NoCredentials": _CREDENTIALS,
-    "AccessDenied": "; the policy of the bucket or of the credentials (s3-access-key) forbids it",
-    "403": "; the policy of the bucket or of the credentials (s3-access-key) forbids it",
+    "CredentialRetrievalError": _CREDENTIALS,
+    "TokenRetrievalError": _CREDENTIALS,
+    "AccessDenied": "; the policy of the bucket or of the credentials (s3-access-key) forbids {}",
+    "403": "; the policy of the bucket or of the credentials (s3-access-key) forbids {}",
     "AuthorizationHeaderMalformed": _REGION,
     "PermanentRedirect": _REGION,
     "301": _REGION,

@@ -46,6 +46,12 @@ _EVICTED_AT_ONCE = 50
 _LOCK_FILE = ".zodb-s3blobs.lock"
 _IDENTITY_FILE = ".zodb-s3blobs.id"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+#: What to do about a file that cannot be written.
+_ADVICE = {
+    **dict.fromkeys(_FULL, "free space on its disk or lower cache-size"),
+    errno.EROFS: "look why its file system is read-only, and mount it for writing",
+    errno.ENOENT: "it is gone, or a part of it: mount its disk, or restart the server, which makes it again",
+}
 
 
 class CacheDirectoryError(ValueError):
@@ -223,6 +229,10 @@ class Cache:
             self.identity = self._read_identity()
             # Readable for those who may read the directory, writable for nobody.
             self._file_mode = stat.S_IMODE(self._blobs.stat().st_mode) & 0o444
+            if self._mode & 0o007:
+                logger.warning(
+                    "%s is open to every user of this machine, and so are the blobs in it: chmod o-rwx", self.directory
+                )
         except OSError as error:
             self._lock_file.close()
             raise CacheDirectoryError(f"{self.directory} cannot be used: {error}") from error
@@ -285,7 +295,7 @@ class Cache:
         path = self.path(oid, tid)
         with self._lock:
             try:
-                size = os.stat(path).st_size
+                status = os.lstat(path)
             except FileNotFoundError:
                 self._forget(name)
                 return None
@@ -294,6 +304,9 @@ class Cache:
                 logger.error("Cannot read %s: %s", path, error)
                 self._forget(name)
                 return None
+            if not stat.S_ISREG(status.st_mode):
+                return None  # as in `_read_directory`: what a link leads to is none of ours
+            size = status.st_size
             self._touch(path)
             if name not in self._pinned and name not in self._unused:
                 if self._removed_while_reading is None:
@@ -309,6 +322,11 @@ class Cache:
             fd, path = self._when_full(lambda: tempfile.mkstemp(dir=self._incoming), 1)
             os.close(fd)
         return Incoming(self, path)
+
+    def new_temporary(self) -> tuple[int, str]:
+        """An empty file in `temporary`, and its open descriptor; CacheError if there can be none."""
+        with self.writing():
+            return self._when_full(lambda: tempfile.mkstemp(dir=self.temporary), 1)
 
     def adopt(self, filename: str) -> Incoming:
         """Take the complete file ``filename`` over: a rename, or a copy if it is on another file system."""
@@ -441,7 +459,7 @@ class Cache:
             raise
         except OSError as error:
             self._metrics.cache_errors.labels("write").inc()
-            advice = "free space on its disk or lower cache-size" if error.errno in _FULL else "check its permissions"
+            advice = _ADVICE.get(error.errno or 0, "check its permissions")
             raise CacheError(f"Cannot write to cache-dir {self.directory}: {error.strerror}; {advice}") from error
 
     def _when_full(self, work: Callable[[], T], needed: int) -> T:

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from . import command, zeoconf
 from .bucket import MISCONFIGURED, PART, BlobNotFound, BucketError, ListedUpload
+from .s3events import code_of
 from .scratch import FORBIDDEN, VERSIONS, Scratch
 from .workers import DaemonPool
 
@@ -424,7 +425,7 @@ def _batch_delete(scratch: Scratch) -> Outcome:
     keys = [{"Key": scratch.key(name)} for name in names]
     try:
         errors = scratch.bucket.ask("delete_objects", Delete={"Objects": keys, "Quiet": True}).get("Errors")
-        trouble = f"the service answers {errors[0].get('Code')}" if errors else ""
+        trouble = f"the service answers {code_of(errors[0]) or 'an error'}" if errors else ""
     except BucketError as error:
         trouble = str(error)
     if trouble:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from prometheus_client import Counter
@@ -57,9 +58,12 @@ class Uploads:
         self.staging = Staging(bucket, self.cleaners, metrics, concurrency, timeout, stage_threshold)
         self.in_flight = InFlight()
 
-    def begin(self, transaction: Any, tid: bytes) -> "Commit":
-        """The commit of ``transaction`` at ``tid``; `Commit.finish` or `Commit.abort` must end it."""
-        return Commit(self, transaction, tid)
+    def begin(self, transaction: Any, tid: bytes | None, shared: bool = False) -> "Commit":
+        """The commit of ``transaction`` at ``tid``; `Commit.finish` or `Commit.abort` must end it.
+
+        Without a ``tid``, it is `Commit.vote` that is told. ``shared``: other processes commit to the same database.
+        """
+        return Commit(self, transaction, tid, shared)
 
     def close(self) -> None:
         """Give up what is queued, and wait a little for the cleanup after aborted transactions."""
@@ -74,26 +78,52 @@ class Commit:
     Called on the thread that commits; nothing here waits for S3.
     """
 
-    def __init__(self, uploads: Uploads, transaction: Any, tid: bytes) -> None:
+    def __init__(self, uploads: Uploads, transaction: Any, tid: bytes | None, shared: bool) -> None:
         self.transaction = transaction
         self.tid = tid
+        self._shared = shared
         self._uploads = uploads
         self._metrics = uploads.metrics
         self._deadline = math.inf
         self._blobs: list[_Blob] = []
         self._latest: dict[Name, _Blob] = {}
         self._undone: dict[bytes, bytes] = {}  # oid -> tid of the blob it goes back to
+        self._without_tid: dict[bytes, Incoming] = {}  # by oid: what has no key yet
+        self._until_end = ExitStack()
+        #: The tid that the transaction has from before, if it is restored.
+        self.restored: bytes | None = None
         self._aborted = threading.Event()
+
+    def begin_restoring(self, tid: bytes, restoring: AbstractContextManager[None]) -> None:
+        """The transaction is one that was committed at ``tid`` elsewhere; ``restoring`` lasts until its end."""
+        self._until_end.enter_context(restoring)
+        self.restored = tid
 
     def store(self, oid: bytes, filename: str) -> None:
         """Take the file ``filename`` over as the transaction's blob of ``oid`` and start its upload.
 
-        What has been staged is already in the bucket and only copied.
+        What has been staged is already in the bucket and only copied. Without a tid a large blob is staged now, and
+        the upload of others starts with the vote. In a transaction that is restored it is as `restore`.
         """
+        if self.restored is not None:  # whatever is committed at that tid is not written over
+            self._uploads.staging.forget(filename)
+            self.restore(oid, self.restored, filename)
+            return
         file = self._uploads.cache.adopt(filename)
-        staged = self._uploads.staging.take(filename)
-        blob = _Blob((oid, self.tid), file, staged)
-        self._start(blob, self._upload if staged is None else self._publish_staged)
+        if self.tid is not None:
+            self._store((oid, self.tid), file, self._uploads.staging.take(filename))
+            return
+        if oid in self._without_tid:
+            self._drop(self._without_tid[oid])
+        self._without_tid[oid] = file
+        self._uploads.staging.stage(file.path)
+
+    def _store(self, name: Name, file: Incoming, staged: Staged | None) -> None:
+        self._start(_Blob(name, file, staged), self._upload if staged is None else self._publish_staged)
+
+    def _drop(self, file: Incoming) -> None:
+        self._uploads.staging.forget(file.path)
+        file.discard()
 
     def restore(self, oid: bytes, tid: bytes, filename: str) -> None:
         """The same for a blob that another database committed at ``tid``.
@@ -107,14 +137,25 @@ class Commit:
         """Let the blob of ``oid`` go back to what it was at ``tid``; of several calls for an oid the last holds."""
         self._undone[oid] = tid
 
-    def vote(self) -> Waiting | None:
+    def staged(self) -> Waiting | None:
+        """What to wait for until all blobs that were staged without a tid are in the bucket; None if none was."""
+        return self._uploads.staging.waiting(file.path for file in self._without_tid.values())
+
+    def vote(self, tid: bytes | None = None) -> Waiting | None:
         """Start what is left to start; what is returned is over when every blob is in the bucket; None without blobs.
 
-        It fails with BucketError, or BlobNotFound if what an undo goes back to is not there; the transaction is then
-        to be aborted.
+        ``tid``: the transaction's, if it was not known when it began. It fails with BucketError, or BlobNotFound if
+        what an undo goes back to is not there; the transaction is then to be aborted.
         """
-        for oid, source in self._undone.items():
-            self._start(_Blob((oid, self.tid), None), self._copy, source)
+        if self.tid is None:
+            self.tid = tid
+        if self._without_tid or self._undone:
+            assert self.tid is not None, "the base voted without a tid"
+            for oid, file in self._without_tid.items():
+                self._store((oid, self.tid), file, self._uploads.staging.take(file.path))
+            self._without_tid.clear()
+            for oid, source in self._undone.items():
+                self._start(_Blob((oid, self.tid), None), self._copy, source)
         self._undone.clear()
         if not self._blobs:
             return None
@@ -156,6 +197,8 @@ class Commit:
     def abort(self) -> None:
         """Give up all blobs; a worker deletes what was uploaded."""
         self._aborted.set()
+        for file in self._without_tid.values():
+            self._drop(file)
         for blob in self._blobs:
             blob.future.cancel()
         if self._blobs:
@@ -166,7 +209,8 @@ class Commit:
         self._ended(self._metrics.transactions_aborted)
 
     def _ended(self, counter: Counter) -> None:
-        if self._blobs:
+        self._until_end.close()
+        if self._blobs or self._without_tid:
             counter.inc()
             self._metrics.staged_blobs.dec(len(self._blobs))
             self._metrics.staged_bytes.dec(sum(blob.size for blob in self._blobs))
@@ -245,8 +289,9 @@ class Commit:
                 blob.file.discard()
             if blob.staged is not None:
                 self._uploads.staging.discard(blob.staged)
-        # An upload that failed may have arrived all the same: its answer was lost.
-        uploaded = {blob.name for blob in self._blobs if blob.attempted}
+        # An upload that failed may have arrived all the same: its answer was lost. Where other processes commit, one
+        # of them may have been given the same tid, if a clock was set back: there it is left to a pack.
+        uploaded = {blob.name for blob in self._blobs if blob.attempted and not self._shared}
         try:
             if uploaded:
                 self._uploads.bucket.delete(sorted(uploaded))

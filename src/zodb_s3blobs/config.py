@@ -19,7 +19,7 @@ import ZConfig.datatypes
 from ZODB.config import BaseConfig
 
 from . import endpoint, zeo
-from .bases import UnsuitableBase
+from .bases import UnsuitableBase, kind_of
 from .blobdir import BlobDirectory, BlobDirectoryError
 from .bucket import MISCONFIGURED, Bucket, BucketError, BucketSettings
 from .cache import Cache, CacheDirectoryError
@@ -129,7 +129,10 @@ class S3BlobStorageFactory(BaseConfig):
             undo.callback(bucket.close)
             self._describe(bucket, metrics)
             _probe(bucket)
-            fallback = self._open_fallback()
+            try:
+                fallback = self.open_fallback()
+            except BlobDirectoryError as error:
+                raise _refuse(f"fallback-blob-dir: {error}") from None
             base = self.config.base.open()
             undo.callback(base.close)
             try:
@@ -147,11 +150,9 @@ class S3BlobStorageFactory(BaseConfig):
         except endpoint.EndpointError as error:
             raise _refuse(f"metrics-address: {error}") from None
 
-    def _open_fallback(self) -> BlobDirectory | None:
-        try:
-            return BlobDirectory(self.config.fallback_blob_dir) if self.config.fallback_blob_dir else None
-        except BlobDirectoryError as error:
-            raise _refuse(f"fallback-blob-dir: {error}") from None
+    def open_fallback(self) -> BlobDirectory | None:
+        """The directory ``fallback-blob-dir``, if there is one. Raises BlobDirectoryError."""
+        return BlobDirectory(self.config.fallback_blob_dir) if self.config.fallback_blob_dir else None
 
     def open_bucket(self, metrics: Metrics) -> Bucket:
         """The bucket alone, without any request. Raises `StartRefused`."""
@@ -299,7 +300,7 @@ def _assemble(
             config.upload_timeout,
             config.s3_stage_threshold,
         )
-        lease = Lease(bucket, cache.identity, metrics)
+        lease = Lease(bucket, cache.identity, metrics, kind_of(base).database)
         collector = Collector(
             bucket,
             cache,

@@ -4,11 +4,14 @@
 answer. Every request has a thread of its own and ends after some seconds of silence, so that nobody holds up anybody.
 """
 
+import contextlib
+import itertools
 import logging
 import socket
 import socketserver
 import threading
 from collections.abc import Callable
+from typing import Any
 from urllib.parse import urlsplit
 
 from prometheus_client import MetricsHandler
@@ -20,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 #: How long, in seconds, a client may be silent, or not take what it has asked for.
 _PATIENCE = 10.0
+
+#: How many connections there may be: each takes a file and a thread from the server, which needs them for others.
+_MOST = 64
 
 _lock = threading.Lock()
 _endpoint: "_Endpoint | None" = None
@@ -99,6 +105,27 @@ class _Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 64
+
+    def __init__(self, *args: Any) -> None:
+        self._connections: dict[int, socket.socket] = {}  # by when they came
+        self._numbers = itertools.count()
+        self._changing = threading.Lock()
+        super().__init__(*args)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve one connection, at the cost of the oldest one if there are too many."""
+        with self._changing:
+            number = next(self._numbers)
+            self._connections[number] = request
+            if len(self._connections) > _MOST:
+                oldest = self._connections.pop(next(iter(self._connections)))
+                with contextlib.suppress(OSError):  # it is at its end anyway
+                    oldest.shutdown(socket.SHUT_RDWR)
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._changing:
+                self._connections.pop(number, None)
 
     def handle_error(self, request: object, client_address: object) -> None:
         logger.debug("A request for metrics was not answered", exc_info=True)  # the client has gone

@@ -10,7 +10,7 @@ import logging
 import os
 from contextlib import closing
 
-from . import command, zeoconf
+from . import command, fetch, zeoconf
 from .blobdir import BlobDirectory, BlobDirectoryError
 from .bucket import BlobNotFound, Bucket, BucketError, Different
 from .inventory import Named
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     served = zeoconf.find(arguments.configure, arguments.storage)
     config = served.section.config
-    fallback = BlobDirectory(config.fallback_blob_dir) if config.fallback_blob_dir else None
+    fallback = served.section.open_fallback()
     with closing(served.section.open_bucket(Metrics())) as bucket, Survey(served) as survey:
         directory = BlobDirectory.create(arguments.to_blob_dir)
         report = survey.run("Exporting", lambda blob: _copy(blob, bucket, fallback, directory), config.s3_concurrency)
@@ -60,11 +60,7 @@ def _copy(blob: Named, bucket: Bucket, fallback: BlobDirectory | None, directory
             return Outcome(oid, tid, "there", os.path.getsize(path))
         file = directory.new_file()
         try:
-            try:
-                bucket.get(oid, tid, file)
-            except (BlobNotFound, BucketError):
-                if fallback is None or not fallback.copy(oid, tid, file):
-                    raise
+            fetch.get(bucket, fallback, oid, tid, file)
             size = os.path.getsize(file.path)
             file.publish(oid, tid)
         finally:

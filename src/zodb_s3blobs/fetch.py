@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 from .blobdir import BlobDirectory
-from .bucket import BlobNotFound, Bucket, BucketError
+from .bucket import BlobNotFound, Bucket, BucketError, Target
 from .cache import Cache, Pin
 from .metrics import Metrics
 from .workers import DaemonPool
@@ -95,18 +95,28 @@ class Fetcher:
     def _download(self, oid: bytes, tid: bytes) -> Pin:
         file = self._cache.new_file()
         try:
-            try:
-                self._bucket.get(oid, tid, file)
-            except (BlobNotFound, BucketError):
-                # It is the same blob, wherever it comes from: an outage need not keep anybody from it either.
-                if self._fallback is None or not self._fallback.copy(oid, tid, file):
-                    raise
+            if not get(self._bucket, self._fallback, oid, tid, file):
                 self._metrics.fallback_reads.inc()
             file.sync()
             return file.publish(oid, tid)
         except BaseException:
             file.discard()
             raise
+
+
+def get(bucket: Bucket, fallback: BlobDirectory | None, oid: bytes, tid: bytes, file: Target) -> bool:
+    """Write blob (oid, tid) into the empty ``file``; return whether it came from the bucket, or else the fallback.
+
+    The errors are those of `Bucket.get` and `BlobDirectory.copy`.
+    """
+    try:
+        bucket.get(oid, tid, file)
+    except (BlobNotFound, BucketError):
+        # It is the same blob, wherever it comes from: an outage need not keep anybody from it either.
+        if fallback is None or not fallback.copy(oid, tid, file):
+            raise
+        return False
+    return True
 
 
 class _Reader(NamedTuple):

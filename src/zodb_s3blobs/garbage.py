@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, TextIO, TypeVar
 from ZODB.POSException import POSKeyError
 
 from . import marks
+from .bases import Revisions
 from .bucket import Bucket, BucketError, Listed, ListedUpload, NotDeleted
 from .cache import Cache, CacheError
 from .inflight import InFlight, Name
@@ -222,7 +223,7 @@ class Collector:
         self._marks_are_doubtful = False
         self._doubt: Exception | None = None
 
-    def before_pack(self, base: Any) -> None:
+    def before_pack(self, base: Revisions) -> None:
         """To be called before ``base`` is packed: what it can still load loses its mark.
 
         A restored database may have brought dead blobs back to life. They die again in the pack, and afterwards nobody
@@ -248,13 +249,13 @@ class Collector:
             self._doubt = error
             logger.warning("gc-retention begins anew for all dead blobs. %s", error)
 
-    def collect(self, base: Any, gently: bool = False) -> int:
+    def collect(self, base: Revisions, gently: bool = False) -> int:
         """Delete the blobs that ``base``, just packed, cannot load any more; return how many.
 
         Takes as long as listing the bucket takes: to be called on a thread of its own. ``gently``: leave most of the
         time to the other threads, which serve clients; it takes several times as long. Raises Refused, lease.NotOwner,
-        BucketError when S3 fails, and whatever the base raises besides POSKeyError; all that was deleted until then
-        was dead, and the next run goes on.
+        bases.Busy, BucketError when S3 fails, and whatever the base raises besides POSKeyError; all that was deleted
+        until then was dead, and the next run goes on.
         """
         if not self._running.acquire(blocking=False):
             raise Refused("another pack is still deleting dead blobs")
@@ -279,7 +280,7 @@ class Collector:
         self._metrics.gc_last_duration.set(time.monotonic() - started)
         self._metrics.gc_last_success.set_to_current_time()
 
-    def _collect(self, base: Any, pace: Pace) -> int:
+    def _collect(self, base: Revisions, pace: Pace) -> int:
         doubt, self._doubt = self._doubt, None
         if doubt is not None:
             raise doubt
@@ -321,10 +322,12 @@ class Collector:
             if scan.unexplained:
                 logger.warning(
                     "Bucket %s has %d blobs that are newer than the last transaction of the database. Either the "
-                    "database was restored from a backup, or another database uses the same s3-prefix. They are left "
-                    "alone until the database has a later transaction than theirs; then a pack takes them for dead",
+                    "database was restored from a backup, or another database uses the same s3-prefix%s. They are "
+                    "left alone until the database has a later transaction than theirs; then a pack takes them for "
+                    "dead",
                     self._bucket.name,
                     scan.unexplained,
+                    ", or another process was about to commit them" if scan.base.shared else "",
                 )
             for state, found in scan.found.items():
                 self._metrics.gc_objects.labels(state).set(found.objects)
@@ -347,11 +350,11 @@ class Collector:
         finally:
             new.discard()
 
-    def _delete(self, base: Any, dead: BinaryIO, pace: Pace) -> int:
+    def _delete(self, base: Revisions, dead: BinaryIO, pace: Pace) -> int:
         deleted = 0
         while records := dead.read(_RECORD.size * _DELETE_BATCH):
             sizes = {(oid, tid): size for oid, tid, size in _RECORD.iter_unpack(records)}
-            with self._in_flight.deleting(sizes) as free:
+            with base.no_restores(), self._in_flight.deleting(sizes) as free:
                 # Judged again now that nobody can begin to restore them: one may have been restored since.
                 names = [name for name in free if not is_live(base, *name)]
                 self._lease.look()
@@ -383,6 +386,8 @@ class Collector:
         staged = self._staging.sweep()
         aborted = 0
         for upload in abandoned_uploads(self._bucket, self._staging.abandoned_after):
+            if self._is_under_way(upload):
+                continue
             self._lease.check()
             try:
                 self._bucket.abort_upload(upload)
@@ -393,6 +398,11 @@ class Collector:
         if staged or aborted:
             logger.info("Deleted %d staged and %d unfinished uploads of crashed servers", staged, aborted)
 
+    def _is_under_way(self, upload: ListedUpload) -> bool:
+        # Of this process, however old it seems to be: a clock may be wrong.
+        name, staged = self._bucket.keys.parse(upload.key), self._bucket.keys.parse_staged(upload.key)
+        return (name is not None and self._in_flight.is_wanted(name)) or self._staging.is_live(staged)
+
 
 def read_marks(bucket: Bucket, cache: Cache) -> dict[bytes, int]:
     """The marks of the last run; the files they pass through are those of ``cache``. Waits for S3; BucketError."""
@@ -401,8 +411,8 @@ def read_marks(bucket: Bucket, cache: Cache) -> dict[bytes, int]:
         if not bucket.get_marks(file):
             return {}
         # What is not ASCII makes no sense, but must not end in another error than all else that makes none.
-        with open(file.path, encoding="ascii", errors="replace") as lines:
-            return marks.read(lines)
+        with open(file.path, encoding="ascii", errors="replace") as opened:
+            return marks.read(marks.lines(opened))
     except ValueError as error:
         raise BucketError(
             f"{bucket.keys.marks} of bucket {bucket.name}, which tells since when dead blobs are dead, cannot be read "
@@ -412,12 +422,17 @@ def read_marks(bucket: Bucket, cache: Cache) -> dict[bytes, int]:
         file.discard()
 
 
-def read_all_marks(bucket: Bucket) -> dict[bytes, int]:
-    """The same for a process that has no cache."""
+def scan_beside_a_server(base: Any, bucket: Bucket, retention: float) -> Scan:
+    """A scan by a process that commits nothing and has no cache; ``retention``: in seconds. Waits for S3; BucketError.
+
+    Its ``marks`` are those of the last run.
+    """
+    if not retention:
+        return Scan(base, bucket, InFlight())
     with tempfile.TemporaryDirectory() as directory:
         cache = Cache(directory, 0, Metrics())
         try:
-            return read_marks(bucket, cache)
+            return Scan(base, bucket, InFlight(), retention, read_marks(bucket, cache))
         finally:
             cache.close()
 

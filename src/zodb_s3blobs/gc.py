@@ -14,8 +14,7 @@ import zc.lockfile
 
 from . import command, zeoconf
 from .config import S3BlobStorageFactory
-from .garbage import Scan, abandoned_uploads, read_all_marks
-from .inflight import InFlight
+from .garbage import abandoned_uploads, scan_beside_a_server
 from .metrics import Metrics
 from .staging import abandoned, abandoned_after
 
@@ -61,8 +60,7 @@ def _dry_run(served: zeoconf.Served) -> dict[str, Any]:
     """What would go, and what there is."""
     config = served.section.config
     with closing(served.open_read_only()) as storage, closing(served.section.open_bucket(Metrics())) as bucket:
-        marks = read_all_marks(bucket) if config.gc_retention else {}
-        scan = Scan(storage, bucket, InFlight(), config.gc_retention, marks)
+        scan = scan_beside_a_server(storage, bucket, config.gc_retention)
         goes = [
             {"key": bucket.keys.key(blob.oid, blob.tid), "bytes": blob.size, "reason": "dead"}
             for blob, state, _ in scan.run()

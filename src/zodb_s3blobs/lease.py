@@ -4,6 +4,8 @@ Two databases on one prefix, such as a copy of production that still has product
 other's blobs. So a server writes an object beside the blobs that says whose they are, renews it, and collects garbage
 only while it holds it. Whoever finds the lease of another that lives serves all the same, and never deletes.
 
+Several servers on one database, as RelStorage has them, hold the lease together: it names the database.
+
 Every write is conditional where the service can do that, and is read back everywhere. Ages are those that the service
 tells: its own clock at the last write and now.
 """
@@ -14,11 +16,12 @@ import platform
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 
 from .bucket import Bucket, BucketError, Note
+from .machine import boot_id
 from .metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,9 @@ _LOOK_EVERY = 60.0
 #: How long, in seconds, the end of the server waits for the lease to be given back.
 _RELEASE_TIMEOUT = 2.0
 
+#: How much of what the lease of another says is shown, in characters.
+_LONGEST_SHOWN = 100
+
 
 class NotOwner(Exception):
     """Nothing may be deleted; the message says who holds the prefix, or why that is not known."""
@@ -47,12 +53,17 @@ class Lease:
     """This server's claim to the prefix of ``bucket``; any thread may call.
 
     ``home``: what tells this server's directory from all others, of which no two processes use the same at once;
-    ``metrics``: those of the storage.
+    ``metrics``: those of the storage; ``database`` tells what all servers on this database have in common, and a copy
+    of it has not: they hold the lease together. None: this server is the only one.
     """
 
-    def __init__(self, bucket: Bucket, home: str, metrics: Metrics) -> None:
+    def __init__(
+        self, bucket: Bucket, home: str, metrics: Metrics, database: Callable[[], str | None] = lambda: None
+    ) -> None:
         self._bucket = bucket
         self._home = home
+        self._ask_database = database
+        self._database: str | None = None  # as of the last time it was asked
         self._metrics = metrics
         self._owner = uuid.uuid4().hex
         self._started = _now()
@@ -90,12 +101,15 @@ class Lease:
         """Look whether it still is ours. Waits for S3; raises as `confirm` does."""
         with self._lock:
             note = self._bucket.read_owner()
-            if note is None or _Claim.of(note).owner != self._owner:
+            if note is None or not self._is_ours(_Claim.of(note)):
                 self._lost_to(note)
         self.check()
 
     def close(self) -> None:
-        """Give it back, so that another server need not wait until it is stale. From here on it is not held."""
+        """Give it back, so that another server need not wait until it is stale. From here on it is not held.
+
+        That others on this database are gone as well it cannot know: then it stays behind.
+        """
         kept = self._thread.is_alive()  # before it is told to end
         self._ending.set()
         if kept:
@@ -134,16 +148,17 @@ class Lease:
             if self._ending.is_set():
                 return
             before = time.monotonic(), time.time()
+            self._database = self._ask_database()
             note = self._bucket.read_owner()
             if note is not None and not self._may_take(note):
                 self._lost_to(note)
                 return
             claim = self._claim()
             self._bucket.write_owner(claim, note)  # or somebody else does at the same moment
-            note = self._bucket.read_owner()
-            if note is None or _Claim.of(note).owner != self._owner:
-                self._lost_to(note)
-            elif note.data != claim:
+            written = self._bucket.read_owner()
+            if written is None or not self._is_ours(_Claim.of(written)):
+                self._lost_to(written)
+            elif written.data != claim and note is not None and written.data == note.data:
                 # Ours, but the one from before: it grows old.
                 raise BucketError(f"Bucket {self._bucket.name} did not take {self._bucket.keys.owner}")
             else:
@@ -156,13 +171,19 @@ class Lease:
 
     def _may_take(self, note: Note) -> bool:
         claim = _Claim.of(note)
-        if claim.owner == self._owner:
+        if self._is_ours(claim):
             return True
         if claim.format > _FORMAT:
             return False  # of a later version of this software, which may mean something else by it
+        if note.age > STALE_AFTER:
+            return True
         # That of the process which had our directory before: it is dead, or the directory were not ours. A copy of the
-        # directory on another machine is not that process.
-        return note.age > STALE_AFTER or (claim.home == self._home and claim.host == _host())
+        # directory on another machine is not that process. Where a database has several servers, the others live on.
+        return claim.home == self._home and claim.host == _host() and not (claim.database or self._database)
+
+    def _is_ours(self, claim: "_Claim") -> bool:
+        # Our own, too, if the database says something else since: it has been restarted.
+        return claim.owner == self._owner or (self._database is not None and claim.database == self._database)
 
     def _tell(self, other: str | None) -> None:
         before, self._other = self._other, other
@@ -174,6 +195,8 @@ class Lease:
 
     def _release(self) -> None:
         with self._lock:
+            if self._database is not None:
+                return  # others may hold it as well; a renewal may have learnt that just now
             try:
                 note = self._bucket.read_owner()
                 if note is not None and _Claim.of(note).owner == self._owner:
@@ -182,7 +205,16 @@ class Lease:
                 logger.warning("The owner lease stays behind and is over in %g minutes: %s", STALE_AFTER / 60, error)
 
     def _claim(self) -> bytes:
-        claim = _Claim(_FORMAT, self._owner, _host(), self._home, self._metrics.name, self._started, _now())
+        claim = _Claim(
+            _FORMAT,
+            self._owner,
+            _host(),
+            self._home,
+            self._metrics.name,
+            self._started,
+            _now(),
+            self._database or "",
+        )
         return json.dumps(asdict(claim), indent=2).encode()
 
 
@@ -197,29 +229,31 @@ class _Claim:
     storage: str
     started: str
     renewed: str
+    database: str
 
     @classmethod
     def of(cls, note: Note) -> "_Claim":
+        fields = list(cls.__annotations__)[1:]
         try:
             said = json.loads(note.data)
-            form = int(said["format"])
-        except (ValueError, KeyError, TypeError):
-            said, form = {}, 0  # it can be taken when it is old
-        # A later format may have other fields.
-        return cls(form, *(str(said.get(name, "")) for name in list(cls.__annotations__)[1:]))
+            # A later format may have other fields.
+            return cls(int(said["format"]), *(str(said.get(name, "")) for name in fields))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            return cls(0, *("" for _ in fields))  # it can be taken when it is old
 
     def __str__(self) -> str:
         if not self.owner:
             return "a server that its owner.json does not tell"
-        return f"the server on {self.host!r} (storage {self.storage!r}, started {self.started}, owner {self.owner})"
+        # Anybody may have written it who may write to the bucket: it is shown, on one line and in short.
+        host, storage, started, owner = (
+            repr(text[:_LONGEST_SHOWN]) for text in (self.host, self.storage, self.started, self.owner)
+        )
+        return f"the server on {host} (storage {storage}, started {started}, owner {owner})"
 
 
 def _host() -> str:
     """What tells this machine, as it runs now, from others."""
-    try:
-        return f"{platform.node()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
-    except OSError:
-        return f"{platform.node()} {uuid.getnode():x}"
+    return f"{platform.node()} {boot_id()}"
 
 
 def _now() -> str:

@@ -8,11 +8,19 @@ It is written anew by each garbage collection, with what is dead now: a blob tha
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from typing import TextIO
 
 from ZODB.utils import p64, u64
+
+#: More than the longest line: somebody else's is not to be in memory as a whole.
+_LONGEST_LINE = 1000
+
+
+def lines(file: TextIO) -> Iterator[str]:
+    """The lines of ``file``; of one that is too long to be a mark, pieces that are none."""
+    return iter(lambda: file.readline(_LONGEST_LINE), "")
 
 
 def read(lines: Iterable[str]) -> dict[bytes, int]:

@@ -185,7 +185,7 @@ class _Steps:
     def class_of(self, oid: bytes) -> str:
         """The name of the class of ``oid``."""
         try:
-            return self._read(oid)[0]
+            return _text(self._read(oid)[0])
         except Exception:
             return "object"
 

@@ -5,7 +5,9 @@ ends with its answer, or where the answer has a body to be read, with the body. 
 make the calls.
 """
 
+import re
 import time
+from collections.abc import Mapping
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -94,7 +96,7 @@ class S3Events:
         if reason is None and hasattr(parsed.get("Body"), "read"):
             parsed["Body"] = _Body(parsed["Body"], self, operation)
         else:
-            self._ended(operation, reason, parsed.get("Error", {}).get("Code", ""))
+            self._ended(operation, reason, code_of(parsed.get("Error", {})))
 
     def _after_call_error(self, exception: Exception, context: dict, **kwargs: Any) -> None:
         operation = context.get(_KEY)
@@ -177,6 +179,15 @@ class _Body:
             self._events.body_ended(operation, error)
 
 
+def code_of(error: Mapping[str, Any]) -> str:
+    """S3's code in the part of an answer that tells an error; "" if there is none, or it is no code.
+
+    It goes into logs and to terminals, where other text could pass for lines of ours.
+    """
+    code = str(error.get("Code") or "")
+    return code if re.fullmatch(r"[A-Za-z0-9._-]{1,100}", code) else ""
+
+
 def _status(parsed: dict[str, Any]) -> int:
     return parsed["ResponseMetadata"]["HTTPStatusCode"]
 
@@ -193,9 +204,14 @@ def _reason(operation: str, parsed: dict[str, Any]) -> str | None:
     return "server" if status >= 500 and status != 501 else "request"
 
 
+def got_old_credentials(error: BaseException) -> bool:
+    """Whether boto3 has asked for new credentials, and those were over as well. It has no error of its own for that."""
+    return isinstance(error, RuntimeError) and "refreshed credentials" in str(error)
+
+
 def _reason_of(error: BaseException) -> str:
     """The same for what was raised instead of an answer."""
-    if isinstance(error, _NO_CREDENTIALS):
+    if isinstance(error, _NO_CREDENTIALS) or got_old_credentials(error):
         return "auth"
     if isinstance(error, botocore.exceptions.FlexibleChecksumError):
         return "damaged"

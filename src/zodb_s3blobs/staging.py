@@ -124,6 +124,11 @@ class Staging:
         if staged is not None:
             self.discard(staged)
 
+    def is_live(self, name: str | None) -> bool:
+        """Whether ``name`` is that of a staged upload of this server which is still needed, or still to be deleted."""
+        with self._lock:
+            return name in self._live
+
     def sweep(self) -> int:
         """Delete what crashed servers left behind, and return how much that was. Waits for S3; BucketError."""
         names = [found.name for found in abandoned(self._bucket, self.abandoned_after) if found.name not in self._live]

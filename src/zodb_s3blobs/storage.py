@@ -7,7 +7,6 @@ IBlobStorageRestoreable, IStorage and IMVCCStorage.
 
 import logging
 import time
-from base64 import decodebytes
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -17,9 +16,9 @@ from typing import Any, BinaryIO
 import ZODB.blob
 import zope.interface
 from ZODB.interfaces import IBlobStorage, IBlobStorageRestoreable, IStorageRestoreable
-from ZODB.POSException import POSKeyError, StorageError, StorageTransactionError
+from ZODB.POSException import POSKeyError, ReadOnlyError, StorageError, StorageTransactionError
 
-from .bases import committing_tid
+from .bases import Busy, kind_of
 from .blobdir import BlobDirectoryError
 from .bucket import BlobNotFound, Bucket, BucketError
 from .cache import Cache, CacheError, Pin
@@ -70,7 +69,7 @@ class S3BlobStorage:
     def __init__(self, base: Any, parts: Parts) -> None:
         self.base = base
         self.fshelper = CacheFiles(parts.cache)
-        self._committing_tid = committing_tid(base)
+        self._kind = kind_of(base)
         self._parts = parts
         self._owns_parts = True
         self._commit: Commit | None = None
@@ -79,8 +78,13 @@ class S3BlobStorage:
         self._untransform: Callable[[bytes], bytes] = lambda data: data
         blobs = IBlobStorageRestoreable if IStorageRestoreable.providedBy(base) else IBlobStorage
         zope.interface.directlyProvides(self, blobs, zope.interface.providedBy(base))
+        if hasattr(base, "undo"):  # RelStorage without history has none, and its callers look for that
+            self.undo = self._undo
 
     def __getattr__(self, name: str) -> Any:
+        if name == "before_instance":
+            # RelStorage's would pass by its wrappers such as zlibstorage. Without it ZODB reads with `loadBefore`.
+            raise AttributeError(name)
         return getattr(self.base, name)
 
     def __len__(self) -> int:
@@ -103,10 +107,21 @@ class S3BlobStorage:
         """Remember how ``db`` decodes records (zlibstorage, encrypted ones), and tell the base of it."""
         self._untransform = db.untransform_record_data
         self.base.registerDB(db)
+        if "copyTransactionsFrom" in vars(db):
+            # RelStorage has put its own there, which passes by this storage and so by the blobs.
+            db.copyTransactionsFrom = self.copyTransactionsFrom
+
+    @property
+    def not_for_zeo(self) -> str | None:
+        """Why a ZEO server cannot serve the base; None if it can."""
+        return self._kind.not_for_zeo
 
     def new_instance(self) -> "S3BlobStorage":
         """IMVCCStorage: a storage around a new instance of the base, with the same parts."""
-        instance = type(self)(self.base.new_instance(), self._parts)
+        return self._around(self.base.new_instance())
+
+    def _around(self, base: Any) -> "S3BlobStorage":
+        instance = type(self)(base, self._parts)
         instance._owns_parts = False
         instance._untransform = self._untransform
         return instance
@@ -118,9 +133,19 @@ class S3BlobStorage:
     # Two-phase commit
 
     def tpc_begin(self, transaction: Any, *args: Any, **kwargs: Any) -> None:
-        """As the base's; from here on the tid is known."""
+        """As the base's; with a tid, as in IStorageRestoreable, a transaction is restored. Raises StorageError."""
         self.base.tpc_begin(transaction, *args, **kwargs)
-        self._commit = self._parts.uploads.begin(transaction, self._committing_tid())
+        if self._commit is not None:  # RelStorage gives a transaction up by itself when something fails
+            self._commit.abort()
+        self._commit = self._parts.uploads.begin(transaction, self._kind.committing_tid(), self._kind.shared)
+        restored = args[0] if args else kwargs.get("tid")
+        if restored is not None:
+            try:
+                with _plain_errors():
+                    self._commit.begin_restoring(restored, self._kind.restoring())
+            except BaseException:
+                self.tpc_abort(transaction)
+                raise
 
     def storeBlob(
         self, oid: bytes, oldserial: bytes, data: bytes, blobfilename: str, version: str, transaction: Any
@@ -136,6 +161,7 @@ class S3BlobStorage:
                 if self._handing_over is not None:  # ZEO stores the blobs that it has received when it votes
                     self.metrics.count_vote(time.monotonic() - self._handing_over, "cache")
                 raise
+            self._kind.expect_blobs()
 
     def restoreBlob(
         self, oid: bytes, serial: bytes, data: bytes, blobfilename: str, prev_txn: bytes | None, transaction: Any
@@ -158,22 +184,15 @@ class S3BlobStorage:
                 pass  # it has been moved already
             raise
 
-    def undo(self, transaction_id: bytes, transaction: Any) -> Any:
+    def _undo(self, transaction_id: bytes, transaction: Any) -> Any:
         """The base's undo; blobs go back together with their records."""
-        result = self.base.undo(transaction_id, transaction)
-        _, oids = result
-        undone = decodebytes(transaction_id + b"\n")
-        for oid in oids:
-            before = self._record_before(oid, undone)
-            if before is not None and self.is_blob_record(before[0]):
-                self._committing(transaction).undo(oid, before[1])
+        if self._commit is not None and self._commit.restored is not None:  # what is at its tid would be written over
+            raise StorageTransactionError("A transaction that is restored cannot undo another one")
+        result, revisions = self._kind.undo(transaction_id, transaction)
+        for oid, tid, record in revisions:
+            if self.is_blob_record(record):
+                self._committing(transaction).undo(oid, tid)
         return result
-
-    def _record_before(self, oid: bytes, tid: bytes) -> Any:
-        try:
-            return self.base.loadBefore(oid, tid)
-        except POSKeyError:
-            return None  # the undone transaction created the object
 
     def tpc_vote(self, transaction: Any) -> Any:
         """The base's vote and its result; all blobs are in the bucket when it returns. Waits for S3.
@@ -181,8 +200,13 @@ class S3BlobStorage:
         Raises StorageError if they are not: the transaction is then to be aborted, as after any failed vote.
         """
         began = time.monotonic()
+        commit = self._committing(transaction)
+        staged = commit.staged()
+        if staged is not None:  # large blobs, so that the base locks its database for no more than a copy of them
+            with self._vote_failing(began):
+                staged.wait()
         result = self.base.tpc_vote(transaction)
-        waiting = self._committing(transaction).vote()
+        waiting = commit.vote(self._kind.committing_tid())
         if self._handing_over is not None:
             self._handed_over = waiting
         elif waiting is not None:
@@ -193,15 +217,19 @@ class S3BlobStorage:
     @contextmanager
     def _vote_ending(self, began: float) -> Iterator[None]:
         """The body is the end of a vote that began at ``began``, and raises why it failed if it did."""
-        failure = None
+        with self._vote_failing(began):
+            yield
+        self.metrics.count_vote(time.monotonic() - began, None)
+
+    @contextmanager
+    def _vote_failing(self, began: float) -> Iterator[None]:
+        """The same of what is not the end if all goes well."""
         with _plain_errors():
             try:
                 yield
             except Exception as error:
-                failure = _vote_failure(error)
+                self.metrics.count_vote(time.monotonic() - began, _vote_failure(error))
                 raise
-            finally:
-                self.metrics.count_vote(time.monotonic() - began, failure)
 
     def vote_later(self, vote: Callable[[], Any], began: float) -> tuple[Any, Waiting | None]:
         """Call ``vote``, whose `tpc_vote` does not wait for the uploads; return its result and what to wait for.
@@ -265,7 +293,7 @@ class S3BlobStorage:
     def copyTransactionsFrom(self, other: Any) -> None:
         """Copy all transactions of the storage ``other``, with their blobs. Waits for S3."""
         try:
-            ZODB.blob.copyTransactionsFromTo(other, self)
+            self._kind.copy(other, self)
         except BaseException:
             if self._commit is not None:
                 self.tpc_abort(self._commit.transaction)
@@ -296,7 +324,10 @@ class S3BlobStorage:
                 return requested.result()
             except BlobNotFound as error:
                 # A client may have kept the record of a revision that has been packed away since.
-                if is_live(self.base, oid, serial):
+                # So may a connection that is older than the pack have: what it sees is not what there is now.
+                with self._kind.revisions() as revisions:
+                    lost = is_live(revisions, oid, serial)
+                if lost:
                     self.metrics.missing_blobs.inc()
                     logger.error("A record names a blob that the bucket has not. %s", error)
                 raise POSKeyError(str(error), oid, serial) from None
@@ -316,6 +347,11 @@ class S3BlobStorage:
     def temporaryDirectory(self) -> str:
         """Where blobs that are being written are to be put: on the cache's file system, so that none is copied."""
         return self.fshelper.temp_dir
+
+    def new_temporary(self) -> tuple[int, str]:
+        """An empty file in `temporaryDirectory`, and its open descriptor. The errors are those of `write_temporary`."""
+        with _plain_errors():
+            return self._parts.cache.new_temporary()
 
     def write_temporary(self, fd: int, data: bytes) -> None:
         """Write all of ``data`` to a file of `temporaryDirectory`; on a full disk cached blobs make room for it.
@@ -337,16 +373,26 @@ class S3BlobStorage:
 
     # Pack
 
-    def pack(self, pack_time: float, referencesf: Any, gc: bool | None = None) -> Any:
+    def pack(self, pack_time: float, referencesf: Any, gc: bool | None = None, **options: Any) -> Any:
         """Pack the base, then delete the blobs it does not know any more. Waits for S3.
+
+        ``options``: what else the pack of the base takes.
 
         Raises what the base's pack raises, and StorageError if the garbage collection fails; then the base is packed
         all the same, and the next pack collects what this one left.
         """
-        self._parts.collector.before_pack(self.base)
-        result = self.base.pack(pack_time, referencesf, **({} if gc is None else {"gc": gc}))
-        with _plain_errors("The database was packed, but not all dead blobs were deleted. "):
-            self._parts.collector.collect(self.base, gently=True)
+        if self.base.isReadOnly():
+            raise ReadOnlyError()  # RelStorage would pack all the same
+        if gc is not None:
+            options["gc"] = gc
+        with self._kind.revisions() as revisions:
+            self._parts.collector.before_pack(revisions)
+        result = self.base.pack(pack_time, referencesf, **options)
+        with (
+            _plain_errors("The database was packed, but not all dead blobs were deleted. "),
+            self._kind.revisions() as revisions,
+        ):
+            self._parts.collector.collect(revisions, gently=True)
         return result
 
     def collect_garbage(self) -> int:
@@ -354,7 +400,8 @@ class S3BlobStorage:
 
         For a process that serves nobody else meanwhile. The errors are those of `garbage.Collector.collect`.
         """
-        return self._parts.collector.collect(self.base)
+        with self._kind.revisions() as revisions:
+            return self._parts.collector.collect(revisions)
 
 
 class CacheFiles:
@@ -388,5 +435,5 @@ def _plain_errors(introduction: str = "") -> Iterator[None]:
     """Turn what the parts raise into a plain StorageError: the one that a ZEO client can decode and show."""
     try:
         yield
-    except (BlobDirectoryError, BlobNotFound, BucketError, CacheError, NotOwner, Refused) as error:
+    except (BlobDirectoryError, BlobNotFound, BucketError, Busy, CacheError, NotOwner, Refused) as error:
         raise StorageError(f"{introduction}{error}") from None

@@ -19,8 +19,7 @@ from . import command, paths, zeoconf
 from .blobdir import BlobDirectory
 from .bucket import BlobNotFound, Bucket, BucketError, Damaged
 from .cache import path_in
-from .garbage import Scan, read_all_marks
-from .inflight import InFlight
+from .garbage import scan_beside_a_server
 from .inventory import Named
 from .metrics import Metrics
 from .progress import showing
@@ -68,16 +67,17 @@ def run(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     served = zeoconf.find(arguments.configure, arguments.storage)
     config = served.section.config
-    copies = _Copies(config.cache_dir, BlobDirectory(config.fallback_blob_dir) if config.fallback_blob_dir else None)
+    fallback = served.section.open_fallback()
     part, parts = arguments.sample
     with closing(served.section.open_bucket(Metrics())) as bucket, Survey(served) as survey:
-        marks = read_all_marks(bucket) if config.gc_retention else {}
-        scan = Scan(survey.storage, bucket, InFlight(), config.gc_retention, marks)
+        scan = scan_beside_a_server(survey.storage, bucket, config.gc_retention)
         with showing("Listing the bucket", "objects") as progress:
             survey.inventory.add_held((blob.oid, blob.tid, blob.size) for blob, _, _ in progress.over(scan.run()))
         report = survey.run(
             "Verifying",
-            lambda blob: _look(blob, bucket, copies, marks.get(blob.oid + blob.tid), arguments.checksum),
+            lambda blob: _look(
+                blob, bucket, config.cache_dir, fallback, scan.marks.get(blob.oid + blob.tid), arguments.checksum
+            ),
             config.s3_concurrency,
             (lambda blob: zlib.crc32(blob.oid + blob.tid) % parts == part - 1) if parts > 1 else None,
         )
@@ -97,34 +97,23 @@ def _status(report: Report) -> int:
     return command.GARBAGE if report.objects["dead"] else command.WELL
 
 
-class _Copies:
-    """What this machine has of the blobs."""
-
-    def __init__(self, cache_dir: str, fallback: BlobDirectory | None) -> None:
-        self._cache_dir = cache_dir
-        self.fallback = fallback
-
-    def find(self, oid: bytes, tid: bytes) -> list[str]:
-        """The paths of all copies."""
-        cached = path_in(self._cache_dir, oid, tid)
-        fallback = self.fallback.find(oid, tid) if self.fallback is not None else None
-        return [path for path in (cached, fallback) if path is not None and os.path.exists(path)]
-
-
-def _look(blob: Named, bucket: Bucket, copies: _Copies, dead_since: int | None, checksum: bool) -> Outcome:
+def _look(
+    blob: Named, bucket: Bucket, cache_dir: str, fallback: BlobDirectory | None, dead_since: int | None, checksum: bool
+) -> Outcome:
     oid, tid = blob.oid, blob.tid
-    found = copies.find(oid, tid)
     key = bucket.keys.key(oid, tid)
+    cached = path_in(cache_dir, oid, tid)
+    kept = fallback.find(oid, tid) if fallback is not None else None
     if blob.size is None:
-        if copies.fallback is not None and (path := copies.fallback.find(oid, tid)):
-            return Outcome(oid, tid, "fallback", os.path.getsize(path))
-        advice = f"; {found[0]} is a copy" if found else ""
+        if kept is not None:
+            return Outcome(oid, tid, "fallback", os.path.getsize(kept))
+        advice = f"; {cached} is a copy" if os.path.exists(cached) else ""
         return Outcome(oid, tid, "missing", trouble=f"{key} is not in bucket {bucket.name}{advice}")
-    for path in found:
+    for path in filter(None, (cached, kept)):
         try:
             size = os.path.getsize(path)
         except FileNotFoundError:
-            continue  # evicted meanwhile
+            continue  # it is not in the cache, or no more
         if size != blob.size:
             return Outcome(oid, tid, "damaged", blob.size, f"{key} has {blob.size} bytes, but {path} has {size}")
     if checksum:

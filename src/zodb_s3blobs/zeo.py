@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -57,6 +57,10 @@ def _serving(event: Any) -> None:
     if not ours:
         return
     for name, blobs in ours.items():
+        if blobs.not_for_zeo is not None:
+            sentence = f"s3blobstorage {name!r}: {blobs.not_for_zeo}"
+            logger.critical("%s", sentence)
+            raise SystemExit(sentence)
         zeostats.attach(server, name, blobs.metrics)
     stock = server.create_client_handler
 
@@ -88,6 +92,8 @@ class BlobHandler(_Stock):
 
     blob_tempfile: Any
     blobs: S3BlobStorage
+    #: The blobs on their way to the client: the messages, and the file that they are read from.
+    sending: list[tuple[Generator[tuple[str, tuple], None, None], BinaryIO]]
     #: The call of vote that waits for uploads: staged ones before it has the commit lock, others with it.
     pending: "_Pending | None" = None
     #: Why the transaction cannot be committed, found out where ZEO lets nobody tell the client: one of
@@ -99,6 +105,7 @@ class BlobHandler(_Stock):
     def take_over(self, blobs: S3BlobStorage) -> None:
         """The client has chosen the storage ``blobs``, which the server may know in wrappings."""
         self.blobs = blobs
+        self.sending = []
         stock_close = self.connection.close
 
         def close() -> Any:
@@ -117,6 +124,9 @@ class BlobHandler(_Stock):
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.timer.cancel()
+        for messages, file in self.sending:  # or a deleted file would take its room until Python's garbage collection
+            messages.close()
+            file.close()
         super().notify_disconnected()
 
     def _drop_tempfile(self) -> None:
@@ -130,6 +140,8 @@ class BlobHandler(_Stock):
 
     def sendBlob(self, oid: bytes, serial: bytes) -> Any:
         """Send a cached blob at once, another when it has been fetched, whole and verified."""
+        if not (_is_id(oid) and _is_id(serial)):
+            raise ValueError("The oid and the tid of a blob are 8 bytes each")
         pin = self.blobs.request_blob(oid, serial)
         if pin.done():
             return self._send(oid, serial, pin)
@@ -149,7 +161,9 @@ class BlobHandler(_Stock):
         with self.blobs.pinned(requested, oid, serial) as path:
             file = open(path, "rb")  # noqa: SIM115 (closed when all of it has been sent)
         if self.connected:
-            self.connection.call_async_iter(_messages(oid, serial, file))
+            messages = _messages(oid, serial, file)
+            self.sending = [(sent, read) for sent, read in self.sending if not read.closed] + [(messages, file)]
+            self.connection.call_async_iter(messages)
         else:
             file.close()
 
@@ -157,12 +171,12 @@ class BlobHandler(_Stock):
     # connection and tell nobody why, so the reason waits for the vote.
 
     def storeBlobStart(self) -> None:
+        # The stock method makes no room where no more files can be had.
+        assert self.blob_tempfile is None
         try:
-            super().storeBlobStart()
-        except OSError as error:
-            self.blobs.metrics.cache_errors.labels("write").inc()
-            sentence = f"Cannot write to cache-dir {self.blobs.temporaryDirectory()}: {error.strerror}"
-            self.refusal = "cache", sentence
+            self.blob_tempfile = self.blobs.new_temporary()
+        except StorageError as error:
+            self.refusal = "cache", str(error)
 
     def storeBlobChunk(self, chunk: bytes) -> None:
         # The stock method does not notice when a nearly full disk takes only part of the chunk.
@@ -173,6 +187,8 @@ class BlobHandler(_Stock):
                 self.refusal = "cache", str(error)
 
     def storeBlobEnd(self, oid: bytes, serial: bytes, data: bytes, id: int) -> None:
+        if self.refusal is None and not _is_id(oid):
+            self.refusal = "client", "The oid of a blob is 8 bytes"
         if self.refusal is None:
             super().storeBlobEnd(oid, serial, data, id)
             self.blobs.staging.stage(self.blob_log[-1][-1])
@@ -306,13 +322,18 @@ class _Pending(NamedTuple):
     timer: asyncio.TimerHandle
 
 
-def _messages(oid: bytes, serial: bytes, file: BinaryIO) -> Iterator[tuple[str, tuple]]:
+def _messages(oid: bytes, serial: bytes, file: BinaryIO) -> Generator[tuple[str, tuple], None, None]:
     """What ZEO sends a client that has asked for a blob."""
     with file:
         yield "receiveBlobStart", (oid, serial)
         while chunk := file.read(_CHUNK):
             yield "receiveBlobChunk", (oid, serial, chunk)
         yield "receiveBlobStop", (oid, serial)
+
+
+def _is_id(value: Any) -> bool:
+    """Whether what a client has sent for an oid or a tid can be one."""
+    return type(value) is bytes and len(value) == 8
 
 
 def _unlink_blobs(blob_log: list[Any]) -> None:
