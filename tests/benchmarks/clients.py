@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import RECORD, client, s3, zeo
+from common import RECORD, add_link, client, s3, zeo
 from ZODB.Connection import TransactionMetaData
 from ZODB.tests.StorageTestBase import ZERO
 
@@ -90,8 +90,7 @@ def main():
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--size", type=int, default=64, help="of a blob, in KiB")
-    parser.add_argument("--latency", type=float, default=0, help="round trip to S3, in seconds")
-    parser.add_argument("--bandwidth", type=float, default=0, help="of the link to S3, in MiB per second")
+    add_link(parser)
     arguments = parser.parse_args()
     print("| server | work | blobs/s | MiB/s |\n|---|---|---|---|", flush=True)
     with s3(arguments.latency, arguments.bandwidth) as service:

@@ -65,6 +65,12 @@ class S3:
         )
 
 
+def add_link(parser):
+    """The options that are the arguments of `s3`."""
+    parser.add_argument("--latency", type=float, default=0, help="round trip to S3, in seconds")
+    parser.add_argument("--bandwidth", type=float, default=0, help="of the link to S3, in MiB per second")
+
+
 @contextmanager
 def s3(latency=0.0, bandwidth=0.0):
     """The service at S3BLOBS_TEST_ENDPOINT, or the tests' own, behind a link of so many seconds and MiB/s (0: none)."""

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import commit_blob, commit_object, random_file, s3
+from common import add_link, commit_blob, commit_object, random_file, s3
 from relational import IMPORTS, Database
 from stall import SETTLE, shown
 from ZODB.config import storageFromString
@@ -74,8 +74,7 @@ def run(name, kind, size, section):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", type=int, default=64, help="of the blob, in MiB")
-    parser.add_argument("--latency", type=float, default=0, help="round trip to S3, in seconds")
-    parser.add_argument("--bandwidth", type=float, default=0, help="of the link to S3, in MiB per second")
+    add_link(parser)
     arguments = parser.parse_args()
     print("| database | a blob is committed | small commit p50 | p99 | max (ms) |")
     print("|---|---|---|---|---|", flush=True)

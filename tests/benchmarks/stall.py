@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import client, commit_blob, commit_object, empty_cache, random_file, s3, zeo
+from common import add_link, client, commit_blob, commit_object, empty_cache, random_file, s3, zeo
 from ZODB.tests.StorageTestBase import ZERO
 
 SETTLE = 1.0  # seconds of measuring before the work begins
@@ -115,8 +115,7 @@ def run(name, directory, service, size, control=None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", type=int, default=256, help="of the blob, in MiB")
-    parser.add_argument("--latency", type=float, default=0, help="round trip to S3, in seconds")
-    parser.add_argument("--bandwidth", type=float, default=0, help="of the link to S3, in MiB per second")
+    add_link(parser)
     arguments = parser.parse_args()
     print("| server | meanwhile | load p50 | p99 | max (ms) | small commit p50 | p99 | max (ms) |")
     print("|---|---|---|---|---|---|---|---|", flush=True)

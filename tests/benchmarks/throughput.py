@@ -3,16 +3,19 @@
     python tests/benchmarks/throughput.py [--size MIB] [--runs N] [--latency SECONDS] [--bandwidth MIB_PER_SECOND]
 
 One stock ZEO client reads one blob that it does not have: cold (the server has to fetch it), warm (the server has it in
-its cache), and from ZODB's own blob directory; raw boto3 downloads the same object to a file. Best of N runs each.
+its cache), and from ZODB's own blob directory. Raw boto3 stores and downloads the same object, and the disk writes,
+syncs and reads the same file: what there is to gain. Best of N runs each, but for commits, of which there is one.
 """
 
 import argparse
+import os
+import shutil
 import tempfile
 import time
 import uuid
 from pathlib import Path
 
-from common import client, commit_blob, empty_cache, random_file, s3, zeo
+from common import MIB, add_link, client, commit_blob, empty_cache, random_file, s3, zeo
 
 
 def timed(work):
@@ -40,6 +43,22 @@ def commit(port, directory, size):
     return (oid, tid[0]), seconds
 
 
+def write_and_sync(source, target):
+    """A copy of the file, on the disk."""
+    with open(source, "rb") as data, open(target, "wb") as copy:
+        shutil.copyfileobj(data, copy, MIB)
+        os.fsync(copy.fileno())
+
+
+def read_from_disk(path):
+    """All of the file, past what the system has in memory, where it can be told to forget that."""
+    with open(path, "rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while file.read(MIB):
+            pass
+
+
 def run(service, size, runs):
     results = {}
     with tempfile.TemporaryDirectory() as directory:
@@ -55,9 +74,15 @@ def run(service, size, runs):
         s3_client = service.client()
         listed = s3_client.list_objects_v2(Bucket=service.bucket, Prefix="blobs/")["Contents"]
         target = Path(directory) / "raw"
+        source = random_file(Path(directory) / "source", size)
+        results["raw boto3 upload_file"] = min(
+            timed(lambda: s3_client.upload_file(source, service.bucket, "raw")) for _ in range(runs)
+        )
         results["raw boto3 download_file"] = min(
             timed(lambda: s3_client.download_file(service.bucket, listed[-1]["Key"], str(target))) for _ in range(runs)
         )
+        results["disk, write and sync"] = min(timed(lambda: write_and_sync(source, target)) for _ in range(runs))
+        results["disk, read"] = min(timed(lambda: read_from_disk(target)) for _ in range(runs))
     with tempfile.TemporaryDirectory() as directory, zeo(directory, None) as port:
         name, results["commit, blob-dir"] = commit(port, directory, size)
         results["read, blob-dir"] = min(read(port, directory, name) for _ in range(runs))
@@ -68,8 +93,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", type=int, default=256, help="of the blob, in MiB")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--latency", type=float, default=0, help="round trip to S3, in seconds")
-    parser.add_argument("--bandwidth", type=float, default=0, help="of the link to S3, in MiB per second")
+    add_link(parser)
     arguments = parser.parse_args()
     with s3(arguments.latency, arguments.bandwidth) as service:
         results = run(service, arguments.size, arguments.runs)

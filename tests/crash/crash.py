@@ -310,7 +310,10 @@ class Crash:
         self._stop_clients()
 
     def check(self, server_or_s3, packer):
-        """While nobody does anything: AssertionError if something is not as it must be. ``*``: who was killed."""
+        """While nobody does anything: AssertionError if something is not as it must be.
+
+        ``server_or_s3``, ``packer``: whether one of them has been killed.
+        """
         self._commit()
         with self._database() as db:
             if packer:
