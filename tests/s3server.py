@@ -222,6 +222,7 @@ def _serve():
 
     moto = DomainDispatcherApplication(create_backend_app)
     state = _State(get_backend("s3")[DEFAULT_ACCOUNT_ID]["aws"])
+    one_at_a_time = threading.Lock()
 
     class Handler(WSGIRequestHandler):
         """Serves a connection and keeps it open after an answer, as S3 does; werkzeug's own method closes it."""
@@ -259,7 +260,8 @@ def _serve():
             if "status" in fault:
                 status, headers, body = fault["status"], [("Content-Type", "application/xml")], _error(fault)
             else:
-                chunks, line, headers = run_wsgi_app(moto, environ, buffered=True)
+                with one_at_a_time:  # or a listing fails when another thread deletes what it lists
+                    chunks, line, headers = run_wsgi_app(moto, environ, buffered=True)
                 status, body = int(line.split()[0]), b"".join(chunks)
             entry[3] = status
             if fault.get("lose"):

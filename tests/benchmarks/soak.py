@@ -32,6 +32,7 @@ SECTION = """
   s3-stage-threshold 100KB
   cache-dir {dir}/cache
   cache-size 5MB
+  gc-max-delete-percent 100
   <filestorage>
     path {dir}/Data.fs
   </filestorage>
