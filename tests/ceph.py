@@ -49,7 +49,7 @@ mon max pg per osd = 1000
 mon data = {dir}/mon
 osd data = {dir}/osd
 osd objectstore = memstore
-memstore device bytes = 2147483648
+memstore device bytes = 8589934592
 osd class update on start = false
 [mon.a]
 mon addr = v2:127.0.0.1:{mon}/0
