@@ -124,6 +124,9 @@ class TestMVCCMappingStorage(Published, testMVCCMappingStorage.MVCCMappingStorag
         StorageTestBase.setUp(self)
         self._storage = _mvcc_mapping_storage("data", None)
 
+    def tearDown(self):
+        StorageTestBase.tearDown(self)  # upstream's own leaves its directory behind, and the next test in it
+
 
 class TestDemoStorage(Published, testDemoStorage.DemoStorageTests):
     def setUp(self):
