@@ -484,9 +484,11 @@ READS = row(
         panel("Faults of blobs and cache", "short")(
             "Blobs that the bucket has not, wrong checksums, and failed operations on cache-dir, of all chosen "
             "storages in one interval. missing: do not pack; look for older versions in the bucket. checksum: a proxy "
-            "or disk damages data. cache: the disk is full or broken, or the permissions are wrong.",
+            "or disk damages data. no checksum: read without one, as other software stored it. cache: the disk is "
+            "full or broken, or the permissions are wrong.",
             overall(increase("s3blobs_missing_blobs_total", ALL), "missing"),
             overall(increase("s3blobs_download_checksum_failures_total", ALL), "checksum"),
+            overall(increase("s3blobs_download_unproven_total", ALL), "no checksum"),
             query(increase("s3blobs_cache_errors_total", "operation"), "cache", "{{operation}}"),
         ),
     ],

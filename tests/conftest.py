@@ -10,17 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 import botocore.endpoint
 import botocore.session
 import pytest
+from databases import FakeDatabase
 from relational import KINDS, Application, Database, needs
 from s3server import S3Server
 from sites import Site, Tool
 from zeoserver import ZEOServer
 
-from zodb_s3blobs.bucket import Bucket, BucketSettings
+from zodb_s3blobs.bucket import Bucket
 from zodb_s3blobs.cache import Cache
 from zodb_s3blobs.garbage import Collector
+from zodb_s3blobs.identity import Identity
 from zodb_s3blobs.inflight import InFlight
 from zodb_s3blobs.lease import Lease
 from zodb_s3blobs.metrics import Metrics
+from zodb_s3blobs.s3client import BucketSettings
 from zodb_s3blobs.staging import Staging
 from zodb_s3blobs.workers import DaemonPool
 
@@ -148,15 +151,15 @@ def in_flight():
 @pytest.fixture
 def collector(open_bucket, cache, in_flight, metrics):
     """Makes a `Collector` that can have the lease; keywords replace single settings, of the bucket as well."""
-    leases = []
+    leases, identity = [], Identity(None)
 
     def make(uploads=None, retention=0, max_delete_percent=100, **changes):
         bucket = open_bucket(**changes)
         registry = uploads.in_flight if uploads is not None else in_flight
         staging = uploads.staging if uploads is not None else Staging(bucket, DaemonPool(1), metrics, 1, 60, 0)
-        lease = Lease(bucket, cache.identity, metrics)
+        lease = Lease(bucket, FakeDatabase(), metrics)
         leases.append(lease)
-        return Collector(bucket, cache, registry, staging, lease, metrics, retention, max_delete_percent)
+        return Collector(bucket, cache, registry, staging, lease, metrics, retention, max_delete_percent, identity)
 
     yield make
     for lease in leases:

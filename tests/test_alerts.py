@@ -18,6 +18,8 @@ NAMES = {
     "S3BlobsUploadSlow",
     "S3BlobsS3ErrorRate",
     "S3BlobsS3AuthFailures",
+    "S3BlobsBucketFull",
+    "S3BlobsBlobArchived",
     "S3BlobsS3Throttled",
     "S3BlobsEventLoopBlocked",
     "S3BlobsCommitLockHeld",
@@ -30,6 +32,7 @@ NAMES = {
     "S3BlobsGCFailing",
     "S3BlobsGCDeletionSpike",
     "S3BlobsOwnerConflict",
+    "S3BlobsOwnerChanged",
 }
 RULES = [pytest.param(rule, id=f"{rule['alert']}-{rule['labels']['severity']}") for rule in alerts()]
 UNIT_TESTS = sorted(path.name for path in GRAFANA.glob("alerts*_test.yml"))

@@ -1,6 +1,9 @@
 """ZODB's blob directories: found and read in both layouts, made, refused, and gone while they are open."""
 
+import errno
+import fcntl
 import os
+import signal
 import stat
 import time
 from contextlib import contextmanager
@@ -246,6 +249,16 @@ def _names_like_it(path):
     (path / "0xff" / "file.txt").write_bytes(b"data")
 
 
+def _another_tmp(path):
+    (path / "tmp").mkdir(parents=True)
+    (path / "tmp" / "letter.txt").write_bytes(b"data")
+
+
+def _a_tmp_that_is_none(path):
+    path.mkdir()
+    (path / "tmp").write_bytes(b"data")
+
+
 def _an_odd_marker(path):
     path.mkdir()
     (path / ".layout").write_bytes(b"\xff\x00 other software's")
@@ -406,7 +419,9 @@ def test_one_whose_marker_and_tmp_were_lost_gets_them_so_that_a_filestorage_find
     storage.close()
 
 
-@pytest.mark.parametrize("make", [_a_file, _other_content, _names_like_it, _an_odd_marker, _a_circle])
+@pytest.mark.parametrize(
+    "make", [_a_file, _other_content, _another_tmp, _a_tmp_that_is_none, _names_like_it, _an_odd_marker, _a_circle]
+)
 def test_nothing_is_made_in_what_is_something_else(tmp_path, make):
     path = tmp_path / "directory"
     make(path)
@@ -469,13 +484,113 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_the_disk(tmp_path):
     assert os.listdir(tmp_path / "new" / "tmp") == []
 
 
-def test_what_killed_exports_left_goes_when_it_is_a_day_old(tmp_path):
+def test_what_killed_runs_left_goes_at_once_and_what_is_being_written_stays(tmp_path):
+    directory = BlobDirectory.create(str(tmp_path / "blobs"))
     tmp = tmp_path / "blobs" / "tmp"
+    (tmp / "s3blobs-killed.blob").write_bytes(b"half a blob")
+    (tmp / "s3blobs-whole.blob").write_bytes(b"killed before it got its name")
+    (tmp / "s3blobs-whole.blob").chmod(0o400)
+    (tmp / "BUC-of-zodb.tmp").write_bytes(b"a client's")
+    (tmp / "s3blobs-directory").mkdir()
+    file = directory.new_file()
+    file.write_at(b"half", 0)
+    kept = {"BUC-of-zodb.tmp", "s3blobs-directory"}
+    BlobDirectory(str(tmp_path / "blobs"))
+    assert len(os.listdir(tmp)) == 5  # whoever only reads it deletes nothing
     BlobDirectory.create(str(tmp_path / "blobs"))
-    for name, age in (("s3blobs-old.blob", 90_000), ("s3blobs-young.blob", 3600), ("BUC-of-zodb.tmp", 90_000)):
+    assert set(os.listdir(tmp)) == {*kept, os.path.basename(file.path)}
+    file.publish(p64(1), p64(2))
+    assert Path(directory.find(p64(1), p64(2))).read_bytes() == b"half"
+    file = directory.new_file()
+    file.discard()
+    assert set(os.listdir(tmp)) == kept
+
+
+def test_a_file_of_a_process_that_was_killed_is_nobodys(tmp_path):
+    directory = BlobDirectory.create(str(tmp_path / "blobs"))
+    pid = os.fork()
+    if not pid:
+        directory.new_file().write_at(b"half", 0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert len(os.listdir(tmp_path / "blobs" / "tmp")) == 1
+    BlobDirectory.create(str(tmp_path / "blobs"))
+    assert os.listdir(tmp_path / "blobs" / "tmp") == []
+
+
+def test_where_nothing_can_be_locked_a_day_tells(tmp_path, monkeypatch):
+    """Some network file systems."""
+
+    def flock(fd, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    tmp = tmp_path / "blobs" / "tmp"
+    directory = BlobDirectory.create(str(tmp_path / "blobs"))
+    for name, age in (("s3blobs-old.blob", 90_000), ("s3blobs-young.blob", 3600)):
         (tmp / name).write_bytes(b"half a blob")
         os.utime(tmp / name, (time.time() - age, time.time() - age))
-    BlobDirectory(str(tmp_path / "blobs"))
-    assert len(os.listdir(tmp)) == 3  # whoever only reads it deletes nothing
+    file = directory.new_file()
     BlobDirectory.create(str(tmp_path / "blobs"))
-    assert sorted(os.listdir(tmp)) == ["BUC-of-zodb.tmp", "s3blobs-young.blob"]
+    assert sorted(os.listdir(tmp)) == sorted(["s3blobs-young.blob", os.path.basename(file.path)])
+
+
+def test_a_file_that_was_taken_for_abandoned_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+    directory = BlobDirectory.create(str(tmp_path / "blobs"))
+    tmp = tmp_path / "blobs" / "tmp"
+    made = []
+
+    def flock(fd, operation, real=fcntl.flock):
+        if not made:
+            made.extend(os.listdir(tmp))
+            (tmp / made[0]).unlink()
+        real(fd, operation)
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    file = directory.new_file()
+    assert os.listdir(tmp) == [os.path.basename(file.path)] != made
+    file.discard()
+
+
+def test_what_is_not_published_when_it_is_closed_is_deleted(tmp_path):
+    directory = BlobDirectory.create(str(tmp_path / "blobs"))
+    make_blob(directory, p64(1), p64(2), b"data")
+    directory.new_file()
+    directory.close()
+    assert os.listdir(tmp_path / "blobs" / "tmp") == []
+    assert directory.find(p64(1), p64(2))
+    with pytest.raises(BlobDirectoryError, match="closed"):
+        directory.new_file()
+    assert os.listdir(tmp_path / "blobs" / "tmp") == []
+
+
+def test_no_file_is_left_open(tmp_path):
+    directory = BlobDirectory.create(str(tmp_path / "blobs"))
+    before = len(os.listdir("/dev/fd"))
+    for number in range(20):
+        make_blob(directory, p64(number), p64(2), b"data")
+        directory.new_file().discard()
+    assert len(os.listdir("/dev/fd")) == before
+
+
+@pytest.mark.parametrize("names", [["lost+found"], ["tmp"], ["lost+found", "tmp"], ["tmp/s3blobs-killed.blob"]])
+def test_a_new_file_system_and_what_a_killed_run_left_are_as_an_empty_directory(tmp_path, names):
+    path = tmp_path / "blobs"
+    for name in names:
+        (path / name).mkdir(parents=True)
+        if "killed" in name:
+            (path / name).rmdir()
+            (path / name).write_bytes(b"half")
+    directory = BlobDirectory.create(str(path))
+    assert (path / ".layout").read_text() == "bushy" and os.listdir(path / "tmp") == []
+    make_blob(directory, p64(1), p64(2), b"data")
+    assert found(directory) == ({(p64(1), p64(2)): b"data"}, [])
+
+
+def test_the_file_systems_own_directory_is_passed_over_even_where_it_may_not_be_read(tmp_path):
+    path = tmp_path / "blobs"
+    (path / "lost+found").mkdir(parents=True)
+    (path / "lost+found" / "#123").write_bytes(b"lost")
+    directory = BlobDirectory.create(str(path))
+    assert found(directory) == ({}, [])
+    assert (path / "lost+found" / "#123").exists()

@@ -13,17 +13,9 @@ from target import Target
 from ZODB.utils import p64
 
 from zodb_s3blobs import bucket as bucket_module
-from zodb_s3blobs.bucket import (
-    MISCONFIGURED,
-    PART,
-    BlobNotFound,
-    Bucket,
-    BucketError,
-    Damaged,
-    Listed,
-    TransferCancelled,
-)
+from zodb_s3blobs.bucket import PART, Bucket, Listed
 from zodb_s3blobs.metrics import Metrics
+from zodb_s3blobs.s3errors import MISCONFIGURED, BlobNotFound, BucketError, Damaged, TransferCancelled
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -218,17 +210,36 @@ def test_a_service_that_ignores_the_customer_key_on_a_copy_is_refused(open_bucke
         open_bucket(s3_sse_customer_key=CUSTOMER_KEY).copy(OID, TID, OTHER_TID)
 
 
+@pytest.mark.parametrize("is_encrypted", [True, False])
+def test_where_a_copy_does_not_say_that_it_is_encrypted_it_is_read_without_the_key(
+    s3, open_bucket, new_file, is_encrypted
+):
+    bucket = open_bucket(s3_sse_customer_key=CUSTOMER_KEY)
+    s3.misbehave(operation="PutObject", headers=ANSWERS_AS_IF_ENCRYPTED)
+    bucket.put(OID, TID, new_file(b"data"))
+    if is_encrypted:
+        s3.misbehave(operation="GetObject", status=400, code="InvalidRequest")
+        bucket.copy(OID, TID, OTHER_TID)
+    else:
+        with pytest.raises(BucketError, match="ignores s3-sse-customer-key"):
+            bucket.copy(OID, TID, OTHER_TID)
+    (tried,) = s3.requests("GetObject")
+    assert tried.path.endswith(OTHER_KEY)
+    assert "x-amz-server-side-encryption-customer-key" not in tried.headers
+
+
 def test_the_customer_key_goes_with_every_request_for_a_blob(s3, open_bucket, new_file, read):
+    s3.misbehave(operation="GetObject", status=400, code="InvalidRequest", times=1)  # the try to read without the key
     s3.misbehave(headers=ANSWERS_AS_IF_ENCRYPTED)
     bucket = open_bucket(s3_sse_customer_key=CUSTOMER_KEY)
     filename = new_file(b"data")
     bucket.put(OID, TID, filename)
     bucket.put(p64(9), TID, new_file(os.urandom(PART)))
-    assert bucket.has(OID, TID, filename)
+    assert bucket.find(OID, TID, filename)
     bucket.copy(OID, TID, OTHER_TID)
     assert read(bucket) == b"data"
     for operation in ("PutObject", "CreateMultipartUpload", "UploadPart", "HeadObject", "CopyObject", "GetObject"):
-        headers = s3.requests(operation)[0].headers
+        headers = s3.requests(operation)[-1].headers
         assert base64.b64decode(headers["x-amz-server-side-encryption-customer-key"]) == CUSTOMER_KEY
     copied = s3.requests("CopyObject")[0].headers
     assert base64.b64decode(copied["x-amz-copy-source-server-side-encryption-customer-key"]) == CUSTOMER_KEY
@@ -325,7 +336,7 @@ def test_a_body_that_breaks_off_is_asked_for_again(s3, bucket, put, read, good):
 def test_a_blob_is_verified_without_being_kept(s3, bucket, put, size):
     put(os.urandom(size))
     s3.forget()
-    assert bucket.verify(OID, TID) == size
+    assert bucket.verify(OID, TID).size == size
     assert operations(s3) == ["GetObject"] * (3 if size > PART else 2 if not size else 1)
 
 
@@ -335,13 +346,13 @@ def test_what_a_broken_answer_brought_counts_once_for_the_checksum(s3, bucket, p
     put(os.urandom(PART + PART - 1))
     s3.misbehave(operation="GetObject", times=good)
     s3.misbehave(operation="GetObject", times=1, **fault)
-    assert bucket.verify(OID, TID) == PART + PART - 1
+    assert bucket.verify(OID, TID).size == PART + PART - 1
 
 
 def test_a_blob_that_arrives_damaged_is_verified_again_and_one_that_stays_damaged_is_told(s3, bucket, put):
     put(os.urandom(PART + 1000))
     s3.misbehave(operation="GetObject", flip=True, times=1)
-    assert bucket.verify(OID, TID) == PART + 1000
+    assert bucket.verify(OID, TID).size == PART + 1000
     s3.misbehave(operation="GetObject", flip=True)
     with pytest.raises(Damaged, match="restore it from a backup"):
         bucket.verify(OID, TID)
@@ -468,7 +479,7 @@ def ask(put, new_file, read):
         return {
             "PutObject": lambda: bucket.put(OID, OTHER_TID, same),
             "GetObject": lambda: read(bucket),
-            "HeadObject": lambda: bucket.has(OID, TID, same),
+            "HeadObject": lambda: bucket.find(OID, TID, same),
             "CopyObject": lambda: bucket.copy(OID, TID, OTHER_TID),
             "ListObjects": lambda: list(bucket.list_blobs()),
             "DeleteObject": lambda: bucket.delete([(OID, TID)]),
@@ -549,12 +560,22 @@ def test_a_copy_has_the_bytes_and_the_metadata(s3, bucket, put, stored):
     assert copy["Metadata"] == source["Metadata"] != {}
 
 
-def test_a_blob_too_large_for_one_copy_is_copied_in_parts(s3, bucket, put, stored, monkeypatch):
-    monkeypatch.setattr(bucket_module, "_COPY_LIMIT", PART)
-    data = os.urandom(PART + 1)
+@pytest.fixture
+def small_copies(monkeypatch):
+    """Copy in parts of `PART` bytes what is larger than that."""
+    monkeypatch.setattr(bucket_module, "COPY_PART", PART)
+
+
+def test_a_large_blob_is_copied_in_parts_side_by_side(small_copies, s3, open_bucket, put, stored):
+    data = os.urandom(2 * PART + 1)
     put(data)
+    s3.misbehave(operation="UploadPartCopy", latency=1)
+    bucket = open_bucket()
+    started = time.monotonic()
     bucket.copy(OID, TID, OTHER_TID)
-    assert len(s3.requests("UploadPartCopy")) == 2
+    assert time.monotonic() - started < 2.5  # one after the other, they would take three seconds
+    assert len(s3.requests("UploadPartCopy")) == 3
+    assert not s3.requests("CopyObject")
     (copied, copy), (_, source) = stored(OTHER_KEY), stored(KEY)
     assert copied == data
     assert copy["Metadata"] == source["Metadata"] != {}
@@ -680,30 +701,30 @@ def test_where_there_is_no_batch_delete_too_every_blob_is_tried(s3, bucket, buck
 # Restoring
 
 
-def test_has_tells_whether_the_blob_is_there(s3, bucket, new_file, put):
+def test_find_tells_whether_the_blob_is_there(s3, bucket, new_file, put):
     filename = new_file(b"data")
-    assert bucket.has(OID, TID, filename) is False
+    assert bucket.find(OID, TID, filename) is None
     put(b"data")
-    assert bucket.has(OID, TID, filename) is True
+    assert bucket.find(OID, TID, filename) is not None
     assert operations(s3) == ["HeadObject"]
 
 
 @pytest.mark.parametrize("other", [b"atad", b"longer data"])
-def test_has_refuses_another_blob_at_the_same_key(bucket, new_file, put, stored, other):
+def test_find_refuses_another_blob_at_the_same_key(bucket, new_file, put, stored, other):
     put(other)
     with pytest.raises(BucketError, match=f"{KEY}.*another blob.*s3-prefix"):
-        bucket.has(OID, TID, new_file(b"data"))
+        bucket.find(OID, TID, new_file(b"data"))
     assert stored()[0] == other
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_has_checks_what_others_stored_by_its_md5(s3, bucket, bucket_name, new_file, same):
+def test_find_checks_what_others_stored_by_its_md5(s3, bucket, bucket_name, new_file, same):
     s3.client.put_object(Bucket=bucket_name, Key=KEY, Body=b"data")
     if same:
-        assert bucket.has(OID, TID, new_file(b"data")) is True
+        assert bucket.find(OID, TID, new_file(b"data")) is not None
     else:
         with pytest.raises(BucketError, match="another blob"):
-            bucket.has(OID, TID, new_file(b"atad"))
+            bucket.find(OID, TID, new_file(b"atad"))
 
 
 # Staged uploads
@@ -714,10 +735,9 @@ NAME = "0123456789abcdef" * 2
 @pytest.mark.parametrize("size", [4, PART + 1])
 def test_a_staged_upload_becomes_a_blob_with_one_request(s3, bucket, new_file, read, stored, size):
     data = os.urandom(size)
-    filename = new_file(data)
-    bucket.put_staged(NAME, filename)
+    digest = bucket.put_staged(NAME, new_file(data))
     s3.forget()
-    bucket.publish_staged(NAME, OID, TID, filename)
+    bucket.publish_staged(NAME, OID, TID, size, digest)
     assert operations(s3) == ["CopyObject"]
     assert read(bucket) == data
     assert stored()[1]["Metadata"] == {"sha256": hashlib.sha256(data).hexdigest()}

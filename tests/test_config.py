@@ -1,7 +1,9 @@
 """The ``<s3blobstorage>`` section: what is refused and how it is said, what is accepted, and how the start goes."""
 
 import base64
+import contextlib
 import logging
+import os
 import re
 import socket
 import subprocess
@@ -21,6 +23,9 @@ from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 
 from zodb_s3blobs import config as config_module
+from zodb_s3blobs.config import StartRefused
+from zodb_s3blobs.metrics import Metrics
+from zodb_s3blobs.places import place_of
 
 ACCESS_KEY = "AKIAOFTHISTEST"
 SECRET_KEY = "secret-key-of-this-test"
@@ -95,6 +100,9 @@ def everything_shown(error):
         ("bucket-name", "a/b"),
         ("bucket-name", "s3://bucket"),
         ("bucket-name", "b" * 256),
+        ("bucket-name", "arn:aws:s3:eu-central-1:111122223333:accesspoint/two words"),
+        ("s3-region", "somewhere in Europe"),
+        ("s3-region", "eu_central_1"),
         ("s3-prefix", "a//b"),
         ("s3-prefix", "../b"),
         ("s3-prefix", "a/./b"),
@@ -150,6 +158,138 @@ def test_a_bad_value_is_refused_with_its_key_named(section, refusal, key, value)
         assert "hunter2" not in sentence
 
 
+# What ZConfig takes without a word, and means something else by it
+
+
+@pytest.mark.parametrize("key", ["s3-connect-timeout", "s3-read-timeout", "upload-timeout", "gc-retention"])
+def test_a_time_without_a_unit_is_refused(section, refusal, key):
+    name = key.replace("-", "_")
+    sentence = refusal(read, section(**{name: "30"}))
+    assert key in sentence
+    assert "a number alone would be seconds" in sentence
+    read(section(**{name: "30s"}))
+
+
+@pytest.mark.parametrize(("key", "value"), [("cache-size", "50"), ("cache-size", "30000"), ("s3-stage-threshold", "4")])
+def test_a_size_that_was_meant_in_another_unit_is_refused(section, refusal, key, value):
+    sentence = refusal(read, section(**{key.replace("-", "_"): value}))
+    assert key in sentence
+    assert "a number alone would be bytes" in sentence
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "meaning"),
+    [
+        ("cache_size", "0", 0),
+        ("cache_size", "1MB", 1 << 20),
+        ("cache_size", "2000000", 2000000),
+        ("s3_stage_threshold", "0", 0),
+        ("s3_stage_threshold", "1kb", 1024),
+        ("gc_retention", "0", 0),
+        ("gc_retention", "0d", 0),
+        ("gc_retention", "30D", 30 * 86400),
+    ],
+)
+def test_zero_and_what_has_a_unit_is_meant_as_it_is(section, key, value, meaning):
+    assert getattr(read(section(**{key: value})).config, key) == meaning
+
+
+TEXTS = {
+    "bucket_name": "blobs",
+    "s3_prefix": "site1",
+    "s3_endpoint_url": "http://minio.example.net",
+    "s3_region": "eu-central-1",
+    "s3_ca_file": "/etc/ca.pem",
+    "s3_addressing_style": "path",
+    "s3_sse": "AES256",
+    "s3_storage_class": "STANDARD_IA",
+    "s3_checksums": "when_required",
+    "cache_dir": "/var/cache/blobs",
+    "fallback_blob_dir": "/var/blobs",
+}
+
+
+@pytest.mark.parametrize("key", [*TEXTS, "s3_sse_kms_key_id"])
+def test_a_comment_behind_a_value_is_refused(section, refusal, key):
+    value = TEXTS.get(key, "some-key")
+    for text in f"{value} # the comment", f"{value} #", f"{value}\t# the comment", "# the comment":
+        sentence = refusal(read, section(**{key: text}))
+        assert key.replace("_", "-") in sentence
+        assert "\t" in text or "a comment needs a line of its own" in sentence
+
+
+@pytest.mark.parametrize("key", TEXTS)
+@pytest.mark.parametrize("quoted", ['"{}"', "'{}'", '{}"', "'{}"])
+def test_quotes_around_a_value_are_refused(section, refusal, key, quoted):
+    sentence = refusal(read, section(**{key: quoted.format(TEXTS[key])}))
+    assert f"{key.replace('_', '-')} must be written without quotes" in sentence
+
+
+@pytest.mark.parametrize("key", [*TEXTS, "s3_access_key", "s3_secret_key", "s3_sse_customer_key"])
+@pytest.mark.parametrize("value", ["{}\n", "{}\r", "{}\x00", "{}\N{NO-BREAK SPACE}", " {}", "\x1b[1m{}", "{}\udcff"])
+def test_what_cannot_be_seen_in_the_value_of_a_variable_is_refused(section, refusal, monkeypatch, key, value):
+    # A file that is read into a variable ends with a line break.
+    secret = "secret-of-this-variable"
+    keys = {"s3_access_key": ACCESS_KEY, "s3_secret_key": SECRET_KEY, key: "$(TEST_VALUE)"}
+    monkeypatch.setattr(os, "environ", {**os.environ, "TEST_VALUE": value.format(TEXTS.get(key, secret))})
+    sentence = refusal(read, section(**keys), secrets=(*SECRETS, secret))
+    assert key.replace("_", "-") in sentence
+    assert "environment variable" in sentence
+    assert sentence.isprintable()
+
+
+PATHS = ["s3_ca_file", "cache_dir", "fallback_blob_dir"]
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize("value", ["~/cache", "~zeo/cache", "$$HOME/cache", "$${HOME}/cache", "/srv/$$(NAME)/cache"])
+def test_a_path_that_only_a_shell_understands_is_refused(section, refusal, key, value):
+    sentence = refusal(read, section(**{key: value}))
+    assert f"{key.replace('_', '-')} must be the whole path" in sentence
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_path_means_the_same_in_every_directory(section, tmp_path, monkeypatch, key):
+    monkeypatch.chdir(tmp_path)
+    config = read(section(**{key: "some/directory"})).config
+    monkeypatch.chdir("/")
+    assert getattr(config, key) == str(tmp_path / "some" / "directory")
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize("value", ["/Volumes/My Disk/c#1/it's", "/srv/a$$b/d\N{LATIN SMALL LETTER E WITH ACUTE}p\xf4t"])
+def test_a_path_may_hold_what_paths_hold(section, key, value):
+    assert getattr(read(section(**{key: value})).config, key) == value.replace("$$", "$")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["my site", "a#b", "a'b", 'a"b', "a\\b", "a%2Fb", "a?b", "a&b", "<a>", "a*", "$$a", "a;b", "a{b}", "x" * 901],
+)
+def test_a_prefix_that_keys_cannot_begin_with_everywhere_is_refused(section, refusal, value):
+    assert "s3-prefix must " in refusal(read, section(s3_prefix=value))
+
+
+@pytest.mark.parametrize(
+    "value", ["site1", "Site_1/env=prod/a.b-c", "team@example.net:app+1", "d\xe9p\xf4t", "x" * 900]
+)
+def test_a_prefix_that_every_service_takes_is_taken(section, value):
+    assert settings(section(s3_prefix=value)).s3_prefix == value
+
+
+@pytest.mark.parametrize(("value", "meaning"), [("site/one/", "site/one"), ("/", ""), ("", "")])
+def test_a_slash_at_the_end_of_a_prefix_is_none(section, value, meaning):
+    assert settings(section(s3_prefix=value)).s3_prefix == meaning
+
+
+@pytest.mark.parametrize("value", ["/site1", "/site1/", "//site1"])
+def test_a_prefix_that_begins_with_a_slash_is_refused_with_what_to_do_about_such_keys(section, refusal, value):
+    sentence = refusal(read, section(s3_prefix=value))
+    assert "s3-prefix must not begin with a slash" in sentence
+    assert "1.2.1" in sentence
+    assert "aws s3 cp --recursive s3://BUCKET//PREFIX/ s3://BUCKET/PREFIX/" in sentence
+
+
 @pytest.mark.parametrize("key", ["bucket-name", "cache-dir"])
 @pytest.mark.parametrize("value", [None, ""])
 def test_a_required_key_that_is_missing_or_empty_is_refused(section, refusal, key, value):
@@ -163,6 +303,7 @@ def test_a_required_key_that_is_missing_or_empty_is_refused(section, refusal, ke
         ({"s3_secret_key": SECRET_KEY}, ["s3-access-key", "s3-secret-key"]),
         ({"s3_access_key": ACCESS_KEY, "s3_secret_key": ""}, ["s3-access-key", "s3-secret-key"]),
         ({"s3_sse_kms_key_id": "some-key"}, ["s3-sse-kms-key-id", "s3-sse"]),
+        ({"s3_sse": "aws:kms", "s3_sse_kms_key_id": "two words"}, ["s3-sse-kms-key-id"]),
         ({"s3_sse": "AES256", "s3_sse_kms_key_id": "some-key"}, ["s3-sse-kms-key-id", "s3-sse"]),
         ({"s3_sse_customer_key": CUSTOMER_KEY, "s3_sse": "AES256"}, ["s3-sse-customer-key", "s3-sse"]),
     ],
@@ -243,6 +384,7 @@ def test_defaults(section):
         "s3_access_key": None,
         "s3_secret_key": None,
         "s3_use_ssl": True,
+        "s3_ca_file": None,
         "s3_addressing_style": "auto",
         "s3_sse_customer_key": None,
         "s3_sse": None,
@@ -254,13 +396,33 @@ def test_defaults(section):
         "s3_connect_timeout": 5,
         "s3_read_timeout": 30,
         "s3_max_attempts": 3,
+        "copy_timeout": 120,
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds"),
+    [({"upload_timeout": "30s"}, 30), ({"s3_read_timeout": "3m"}, 180), ({"upload_timeout": "1h"}, 120)],
+)
+def test_a_copy_has_a_time_limit_of_its_own_below_that_of_the_transaction(section, options, seconds):
+    assert settings(section(**options)).copy_timeout == seconds
+
+
+@pytest.mark.parametrize(
+    ("content", "trouble"), [(None, "cannot be read: No such file"), (b"no certificate", "holds no certificates")]
+)
+def test_a_file_of_authorities_that_is_none_stops_the_start(section, tmp_path, content, trouble):
+    path = tmp_path / "ca.pem"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(StartRefused, match=f"^s3-ca-file: {path} {trouble}"):
+        read(section(s3_ca_file=path)).open_bucket(Metrics())
 
 
 @pytest.mark.parametrize(
     ("key", "value", "meaning"),
     [
-        ("s3_prefix", "/site/one/", "site/one"),
+        ("s3_prefix", "site/one/", "site/one"),
         ("s3_endpoint_url", "http://minio.example.net:9000", "http://minio.example.net:9000"),
         ("s3_endpoint_url", "https://[::1]:9000", "https://[::1]:9000"),
         ("s3_region", "eu-central-1", "eu-central-1"),
@@ -428,7 +590,7 @@ def test_no_credentials_at_all_stop_the_start(s3_section, refusal):
 
 
 def test_a_region_that_is_none_stops_the_start(s3_section, refusal):
-    assert "s3-region" in refusal(read(s3_section(s3_region="somewhere in Europe")).open)
+    assert "s3-region" in refusal(read(s3_section(s3_region="-europe-")).open)
 
 
 def test_a_profile_that_does_not_exist_stops_the_start(s3_section, refusal, monkeypatch):
@@ -462,6 +624,36 @@ def test_a_service_that_does_not_answer_does_not_stop_the_start(open_storage, ca
     assert objects_work(storage)
 
 
+def test_the_start_logs_where_the_blobs_are_and_that_the_bucket_answered(
+    open_storage, caplog, s3, bucket_name, tmp_path
+):
+    caplog.set_level(logging.INFO, "zodb_s3blobs.config")
+    open_storage(s3_prefix="site1/")
+    where, answered = [record.getMessage() for record in caplog.records if record.name == "zodb_s3blobs.config"]
+    assert where == (
+        f"s3blobstorage (cache-dir {tmp_path}/cache): bucket {bucket_name}, prefix site1, endpoint {s3.url}"
+    )
+    assert answered == f"Bucket {bucket_name} answered"
+
+
+def test_nothing_is_said_of_a_bucket_that_did_not_answer_but_that_it_did_not(open_storage, caplog, s3, bucket_name):
+    caplog.set_level(logging.INFO)
+    s3.misbehave(status=503, code="SlowDown")
+    open_storage()
+    assert f"bucket {bucket_name}, prefix none" in caplog.text
+    assert "Starting all the same" in caplog.text
+    assert f"Bucket {bucket_name} answered" not in caplog.text
+
+
+def test_the_log_shows_no_password_of_an_endpoint(section, bucket_name, s3, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "zodb_s3blobs.config")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.url.replace("http://", "http://someone:hunter2@"))
+    keys = {"bucket_name": bucket_name, "s3_access_key": ACCESS_KEY, "s3_secret_key": SECRET_KEY}
+    read(section(**keys)).open().close()
+    assert f"endpoint {s3.url}" in caplog.text
+    assert "hunter2" not in caplog.text
+
+
 def objects_work(storage):
     database = ZODB.DB(storage)
     with database.transaction() as connection:
@@ -484,7 +676,7 @@ def commit_blob(storage):
 
 def test_a_cache_directory_of_another_storage_is_refused(open_storage, s3_section, refusal):
     open_storage()
-    assert refusal(read(s3_section()).open).startswith("cache-dir: ")
+    assert refusal(read(s3_section(s3_prefix="another")).open).startswith("cache-dir: ")
 
 
 def test_a_file_in_place_of_the_cache_directory_is_refused(s3_section, refusal, tmp_path):
@@ -511,6 +703,149 @@ def test_a_directory_with_something_else_in_it_is_refused_and_left_alone(s3_sect
 def test_a_cache_directory_is_made_with_all_above_it_and_only_for_its_owner(open_storage, tmp_path):
     open_storage(cache_dir="{dir}/new/directory/cache")
     assert (tmp_path / "new" / "directory" / "cache").stat().st_mode & 0o077 == 0
+
+
+# A bucket and a prefix belong to one section
+
+
+def both(one, two, around="{}"):
+    """The text of a configuration with the storages ``one`` and ``two``."""
+    return "%import zodb_s3blobs\n%import zc.zlibstorage\n" + around.format(one + two)
+
+
+@pytest.fixture
+def named(s3_section):
+    """The text of a named section without its imports."""
+
+    def make(name, base=MAPPING, **keys):
+        text = s3_section(base, **{"cache_dir": f"{{dir}}/cache-{name}", **keys})
+        return "".join(text.partition("<s3blobstorage>")[1:]).replace("<s3blobstorage>", f"<s3blobstorage {name}>", 1)
+
+    return make
+
+
+@pytest.fixture
+def open_both(closing):
+    """Opens the storages of a configuration as runzeo does, one after the other."""
+    schema = ZConfig.loadSchemaFile(
+        StringIO(
+            '<schema><import package="ZODB"/><multisection type="ZODB.storage" name="*" attribute="all"/></schema>'
+        )
+    )
+
+    def open_both(text):
+        config, _ = ZConfig.loadConfigFile(schema, StringIO(text))
+        return [closing(factory.open()) for factory in config.all]
+
+    return open_both
+
+
+@pytest.fixture
+def closing():
+    """Closes what it is called with at the end of the test; returns it."""
+    with contextlib.ExitStack() as opened:
+        yield lambda storage: opened.enter_context(contextlib.closing(storage))
+
+
+def is_refused_for_its_place(sentence, *names):
+    assert sentence.startswith("s3-prefix: ")
+    assert "give each a prefix of its own" in sentence
+    for name in names:
+        assert f"s3blobstorage {name} (cache-dir /" in sentence
+    return True
+
+
+@pytest.mark.parametrize(("first", "second"), [("", ""), ("site1", "site1"), ("site1/", "site1")])
+def test_two_sections_with_one_bucket_and_prefix_stop_the_start_and_are_named(named, open_both, refusal, first, second):
+    text = both(named("main", s3_prefix=first), named("archive", s3_prefix=second))
+    assert is_refused_for_its_place(refusal(open_both, text), "main", "archive")
+
+
+@pytest.mark.parametrize("keys", [{"s3_prefix": "site1"}, {"bucket_name": "another"}])
+def test_two_sections_with_different_buckets_or_prefixes_are_opened(named, open_both, s3, keys):
+    s3.bucket("another")
+    assert len(open_both(both(named("main"), named("archive", **keys)))) == 2
+
+
+def test_an_endpoint_is_the_same_however_it_is_spelt(named, open_both, refusal, s3, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.url.replace("http://", "HTTP://") + "/")
+    text = both(named("main"), named("archive", s3_endpoint_url=None))
+    assert is_refused_for_its_place(refusal(open_both, text), "main", "archive")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("https://S3.Example.net", "https://s3.example.net:443/", True),
+        ("http://s3.example.net", "http://s3.example.net:80", True),
+        ("http://[2001:DB8::1]:9000/s3", "http://[2001:db8::1]:9000/s3/", True),
+        ("https://s3.amazonaws.com", "https://s3.eu-central-1.amazonaws.com", True),
+        ("https://s3.example.net", "http://s3.example.net", False),
+        ("https://s3.example.net", "https://s3.example.net:9000", False),
+        ("https://s3.example.net/one", "https://s3.example.net/two", False),
+        ("https://s3.example.net", "https://s3.example.com", False),
+    ],
+)
+def test_how_endpoints_are_compared(section, one, other, same):
+    def place(url):
+        keys = {"s3_endpoint_url": url, "s3_region": "eu-central-1", "s3_access_key": "a", "s3_secret_key": "b"}
+        with contextlib.closing(read(section(**keys)).open_bucket(Metrics())) as bucket:
+            return place_of(bucket)
+
+    assert (place(one) == place(other)) == same
+
+
+def test_a_demostorage_around_two_sections_with_one_prefix_is_refused(named, open_both, refusal):
+    inside = named("base"), named("changes")
+    text = both(*inside, around="<demostorage 1>\n{}</demostorage>\n")
+    assert is_refused_for_its_place(refusal(open_both, text), "base", "changes")
+
+
+def test_sections_in_wrappers_are_told_apart_by_their_cache_directories(named, open_both, refusal):
+    wrapped = [
+        f"<zlibstorage {name}>\n{named(name).replace(f'<s3blobstorage {name}>', '<s3blobstorage>')}</zlibstorage>\n"
+        for name in ("main", "archive")
+    ]
+    sentence = refusal(open_both, both(*wrapped))
+    assert re.search(
+        r"s3blobstorage \(cache-dir \S*/cache-main\) and s3blobstorage \(cache-dir \S*/cache-archive\)", sentence
+    )
+
+
+def test_a_section_that_was_closed_is_opened_again(named, open_both):
+    text = both(named("main"), "")
+    for _ in range(2):
+        (storage,) = open_both(text)
+        storage.close()
+
+
+def test_a_section_whose_start_failed_holds_no_place(named, open_both, refusal, tmp_path):
+    (tmp_path / "cache-main").write_text("something else")
+    assert refusal(open_both, both(named("main"), "")).startswith("cache-dir: ")
+    open_both(both(named("archive"), ""))
+
+
+def test_a_refused_section_leaves_the_other_its_place(named, open_both, refusal):
+    (storage,) = open_both(both(named("main"), ""))
+    for _ in range(2):
+        assert is_refused_for_its_place(refusal(open_both, both(named("archive"), "")), "main", "archive")
+    storage.close()
+    open_both(both(named("archive"), ""))
+
+
+SQLITE = "<relstorage>\n keep-history false\n <sqlite3>\n data-dir {{dir}}/{}\n </sqlite3>\n</relstorage>"
+
+
+def test_storages_of_one_relational_database_share_its_place(named, open_both, refusal):
+    imports = "%import relstorage\n"
+    one, two = named("main", SQLITE.format("sqlite")), named("again", SQLITE.format("sqlite"))
+    storage, _ = open_both(imports + both(one, two))
+    instance = storage.new_instance()  # of the same storage: no section of its own
+    instance.release()
+    instance.close()
+    text = imports + both(named("another", SQLITE.format("another")), "")
+    assert is_refused_for_its_place(refusal(open_both, text), "main", "another")
+    assert is_refused_for_its_place(refusal(open_both, both(named("files", FILES), "")), "main", "files")
 
 
 # The storage inside

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+from html.parser import HTMLParser
 from io import StringIO
 from types import SimpleNamespace
+from urllib.parse import urljoin
 
 import pytest
 import ZConfig
@@ -57,6 +59,7 @@ def section(s3, bucket_name, tmp_path, address):
         host, port = address
         defaults = {
             "bucket_name": bucket_name,
+            "s3_prefix": name,
             "s3_endpoint_url": s3.url,
             "s3_access_key": ACCESS_KEY,
             "s3_secret_key": SECRET_KEY,
@@ -166,12 +169,135 @@ def test_a_request_for_single_metrics_leaves_out_none_of_ours(open_storage, addr
     assert "s3blobs_bucket_up" in Figures(body.decode()).names()
 
 
-@pytest.mark.parametrize("path", ["/", "/favicon.ico", "/metrics/", "/-/", "/healthy", "/-/ready/x", "//", "/%2e"])
+@pytest.mark.parametrize("path", ["/favicon.ico", "/metrics/", "/-/", "/healthy", "/-/ready/x", "//x", "/%2e"])
 def test_other_paths_are_not_there(open_storage, address, path):
     open_storage()
     code, text = say(address, path)
     assert code == 404
     assert "/metrics" in text
+    assert " / " in text  # where the paths are described
+
+
+class Page(HTMLParser):
+    """The contents of a page: ``links``, ``texts`` by element, and ``loads``, what a browser fetches unasked.
+
+    Raises AssertionError if the elements are not nested.
+    """
+
+    VOID = ("meta", "link", "img", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.declaration, self.links, self.loads, self.texts, self._open = None, [], [], {}, []
+        self.feed(text)
+        self.close()
+        assert not self._open
+
+    def handle_decl(self, declaration):
+        self.declaration = declaration
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name == "href" and tag == "a":
+                self.links.append(value)
+            elif name in ("href", "src", "srcset", "style", "data", "action"):
+                self.loads.append(value)
+        if tag not in self.VOID:
+            self._open.append(tag)
+            self.texts.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        for tag in set(self._open):
+            self.texts[tag][-1] += data
+
+
+def test_the_front_page_links_what_there_is(open_storage, address):
+    open_storage()
+    code, headers, body = ask(address, "/")
+    assert code == 200
+    assert headers["Content-Type"] == "text/html; charset=utf-8"
+    page = Page(body.decode("utf-8"))
+    assert page.declaration == "DOCTYPE html"
+    assert page.texts["title"] == page.texts["h1"] == ["zodb-s3blobs"]
+    assert page.loads == []
+    assert {urljoin("/", link) for link in page.links} == {"/metrics", "/-/healthy", "/-/ready"}
+    assert all(status(address, urljoin("/", link)) == 200 for link in page.links)
+    assert [text.endswith(".") for text in page.texts["li"]] == [True] * 3  # each says what it answers
+
+
+def test_links_of_the_front_page_hold_below_another_path(open_storage, address):
+    open_storage()
+    links = Page(say(address, "/")[1]).links  # as a browser sees them through a proxy that serves it at /zeo/
+    assert {urljoin("/zeo/", link) for link in links} == {"/zeo/metrics", "/zeo/-/healthy", "/zeo/-/ready"}
+
+
+# Other methods
+
+
+@pytest.fixture
+def unchanging(monkeypatch):
+    """Return a function that lets every later scrape return the figures of that moment."""
+
+    def freeze():
+        registry = endpoint._endpoint.exporter.registry
+        families = list(registry.collect())
+        monkeypatch.setattr(registry, "collect", lambda: families)
+
+    return freeze
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/metrics?x=y", "/-/healthy", "/-/ready", "/", "/favicon.ico"])
+@pytest.mark.parametrize("accepted", [{}, {"Accept": "application/openmetrics-text; version=1.0.0"}])
+def test_head_is_answered_as_get_is_without_the_body(open_storage, address, unchanging, path, accepted):
+    open_storage()
+    unchanging()
+    code, headers, body = ask(address, path, "GET", **accepted)
+    head_code, head_headers, head_body = ask(address, path, "HEAD", **accepted)
+    assert head_code == code == (404 if path == "/favicon.ico" else 200)
+    del headers["Date"], head_headers["Date"]
+    assert head_headers.items() == headers.items()
+    assert int(headers["Content-Length"]) == len(body) > 0
+    assert head_body == b""
+
+
+def test_nothing_follows_the_headers_of_an_answer_to_head(open_storage, address):
+    # An HTTP client does not even look at what follows.
+    open_storage()
+    for path in "/metrics", "/-/healthy", "/-/ready", "/", "/x":
+        with socket.create_connection(address, 30) as connection:
+            connection.sendall(f"HEAD {path} HTTP/1.0\r\n\r\n".encode())
+            answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        assert answer.startswith(b"HTTP/1.0 ")
+        assert answer.index(b"\r\n\r\n") == len(answer) - 4
+
+
+def test_head_of_a_compressed_scrape(open_storage, address):
+    open_storage()
+    _, headers, body = ask(address, "/metrics", "HEAD", Accept_Encoding="gzip")
+    assert headers["Content-Encoding"] == "gzip"
+    assert body == b""
+
+
+def test_head_tells_that_a_storage_is_not_ready(open_storage, s3, address, monkeypatch):
+    monkeypatch.setattr(health, "_ILL", 0.1)
+    s3.misbehave(status=503, code="SlowDown")
+    open_storage()
+    assert ask(address, "/-/ready", "HEAD")[0] == 503
+    assert ask(address, "/-/healthy", "HEAD")[0] == 200
+    s3.behave()
+    wait_for(lambda: ask(address, "/-/ready", "HEAD")[0] == 200)
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/-/ready", "/"])
+def test_options_names_the_methods(open_storage, address, path):
+    open_storage()
+    code, headers, body = ask(address, path, "OPTIONS")
+    assert code == 200
+    assert headers["Allow"] == "OPTIONS,GET,HEAD"
+    assert (headers["Content-Length"], body) == ("0", b"")
 
 
 @pytest.mark.parametrize("path", ["/-/healthy?x=1", "/-/ready?", "/metrics?x=y"])
@@ -376,6 +502,18 @@ def test_connections_that_vanish_leave_nothing_behind(open_storage, address, cap
     assert status(address, "/metrics") == 200
     wait_for(lambda: set(threading.enumerate()) <= before)
     assert capfd.readouterr() == ("", "")
+
+
+def test_probes_that_connect_and_say_nothing_are_not_logged(s3, bucket_name, tmp_path):
+    with ZEOServer(tmp_path, s3, bucket_name, metrics=True) as server:
+        status(server.metrics_address, "/-/ready")
+        before = server.output().splitlines()
+        for _ in range(100):  # as load balancers do
+            socket.create_connection(server.metrics_address, 30).close()
+        assert ask(server.metrics_address, "/-/healthy", "HEAD")[0] == 200
+        assert server.metrics()("s3blobs_bucket_up") == 1
+        more = server.output().splitlines()[len(before) :]
+        assert len(more) < 10 and not [line for line in more if "Traceback" in line or "metrics" in line], more
 
 
 def test_many_scrapes_at_once(open_storage, address, background):
@@ -594,7 +732,7 @@ def test_no_thread_is_left(factory, address):
 
 FAILURES = {
     "bucket": {"bucket_name": "no-such-bucket"},
-    "region": {"s3_region": "somewhere in Europe"},
+    "region": {"s3_region": "-europe-"},
     "cache": {"cache_dir": "/dev/null/cache"},
     "base": {"base": "<zeoclient>\n server localhost:1\n wait off\n</zeoclient>"},
 }
@@ -656,7 +794,7 @@ def test_no_answer_holds_a_password_that_is_in_an_endpoint(open_storage, s3, add
 
 
 def test_bucket_prefix_and_endpoint_are_in_one_series_only(open_storage, s3, bucket_name, address):
-    open_storage(s3_prefix="/some/prefix/")
+    open_storage(s3_prefix="some/prefix/")
     figures = scrape(address)
     assert figures("s3blobs_storage_info", bucket=bucket_name, prefix="some/prefix", endpoint=s3.url) == 1
     for known in bucket_name, "some/prefix", s3.url:

@@ -230,8 +230,41 @@ def test_what_was_interrupted_goes_on_and_no_half_file_ever_has_a_blobs_name(
     s3.forget()
     out, _ = tool("export", conf, "--to-blob-dir", out_dir, "--json")
     assert counts(out) == {"there": len(before_it), "copied": len(site.revisions) - len(before_it)}
+    assert os.listdir(out_dir / "tmp") == []
     storage = plain()
     assert contents(storage, names(storage)) == site.revisions
+
+
+def test_what_another_export_is_writing_stays_and_goes_when_that_is_killed(
+    s3, site, tool, bucket_name, out_dir, tmp_path
+):
+    conf = site.configure(s3, bucket_name, s3_read_timeout="120s", s3_concurrency=1)
+    s3.misbehave(operation="GetObject", times=1, hang=True)
+    s3.forget()
+    one = tool.begin("export", conf, "--to-blob-dir", out_dir)
+    s3.wait_for("GetObject", 1)
+    (being_written,) = os.listdir(out_dir / "tmp")
+    out, _ = tool("export", conf, "--to-blob-dir", out_dir, "--json")
+    assert counts(out) == {"copied": len(site.revisions)}
+    assert os.listdir(out_dir / "tmp") == [being_written]
+    one.kill()
+    one.communicate()
+    s3.behave()
+    tool("export", conf, "--to-blob-dir", out_dir)
+    assert os.listdir(out_dir / "tmp") == []
+
+
+def test_what_is_interrupted_leaves_no_temporary_file(s3, site, tool, bucket_name, out_dir):
+    conf = site.configure(s3, bucket_name, s3_read_timeout="120s", s3_concurrency=2)
+    s3.misbehave(operation="GetObject", hang=True)
+    s3.forget()
+    exporting = tool.begin("export", conf, "--to-blob-dir", out_dir)
+    s3.wait_for("GetObject", 2)
+    assert os.listdir(out_dir / "tmp")
+    exporting.send_signal(signal.SIGINT)
+    _, err = exporting.communicate(timeout=30)
+    assert exporting.returncode == 130 and "Traceback" not in err
+    assert os.listdir(out_dir / "tmp") == []
 
 
 # Where the blobs come from
@@ -348,6 +381,31 @@ def _a_clients_cache(path):
     path.mkdir()
     (path / ".layout").write_text("zeocache")
     return path
+
+
+@pytest.mark.parametrize("there", [["lost+found"], ["tmp"], ["lost+found", "tmp"]])
+def test_a_new_file_system_is_as_good_as_an_empty_directory(site, tool, conf, out_dir, plain, there):
+    for name in there:
+        (out_dir / name).mkdir(parents=True)
+    tool("export", conf, "--to-blob-dir", out_dir)
+    assert exported(out_dir) == exported(site.directory / "original")
+    storage = plain()
+    assert contents(storage, names(storage)) == site.revisions
+    db = ZODB.DB(storage)
+    db.pack()
+    assert len(exported(out_dir)) == len(names(storage))
+    db.close()
+    assert (out_dir / "lost+found").exists() == ("lost+found" in there)
+
+
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_name_is_refused(s3, site, tool, conf, value, tmp_path):
+    """Of a shell variable that is not set."""
+    before = tree(tmp_path)
+    s3.forget()
+    _, err = tool.end(tool.begin("export", conf, "--to-blob-dir", value), status=2)
+    assert err.splitlines()[-1] == "zodb-s3blobs export: error: argument --to-blob-dir: is empty: name a directory"
+    assert tree(tmp_path) == before and s3.requests() == []
 
 
 @pytest.mark.parametrize("make", [_below_a_file, _other_content, _a_clients_cache])

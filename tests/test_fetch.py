@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from ZODB.utils import p64
 
-from zodb_s3blobs.bucket import PART, BlobNotFound, BucketError
+from zodb_s3blobs.bucket import PART
 from zodb_s3blobs.fetch import Fetcher
 from zodb_s3blobs.metrics import Metrics
+from zodb_s3blobs.s3errors import BlobNotFound, BucketError
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -105,6 +106,23 @@ def test_different_blobs_are_downloaded_in_parallel(s3, fetcher, bucket, new_fil
     s3.wait_for("GetObject", 8)
     s3.behave()
     assert [read(future.result(10)) for future in requested] == [b"%d" % number for number in range(8)]
+
+
+def test_a_small_blob_does_not_wait_for_large_ones(s3, open_bucket, cache, bucket, new_file, metrics):
+    large = [p64(number) for number in range(10, 16)]
+    for oid in large:
+        bucket.put(oid, TID, new_file(os.urandom(PART + 1)))
+    bucket.put(OID, TID, new_file(DATA))
+    fetcher = Fetcher(open_bucket(), cache, metrics, concurrency=2)
+    s3.forget()
+    s3.misbehave(operation="GetObject", stall=True, times=len(large))
+    waiting = [fetcher.request(oid, TID) for oid in large]
+    s3.wait_for("GetObject", len(large))
+    assert read(fetcher.fetch(OID, TID)) == DATA
+    assert not any(request.done() for request in waiting)
+    s3.behave()
+    assert [len(read(request.result(30))) for request in waiting] == [PART + 1] * len(large)
+    fetcher.close()
 
 
 def test_asking_does_not_wait_for_s3(s3, fetcher, blob):

@@ -14,6 +14,7 @@ import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import transaction
@@ -35,6 +36,7 @@ from ZODB.POSException import POSError, POSKeyError
 from ZODB.serialize import ObjectWriter
 from ZODB.utils import z64
 
+from zodb_s3blobs import config
 from zodb_s3blobs.keys import Keys
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
@@ -85,7 +87,8 @@ class Server:
         self.open()
 
     def open(self):
-        self.storage = ZODB.config.storageFromString(self._text)
+        with mock.patch.object(config, "_places", config.Places()):  # each is a process of its own
+            self.storage = ZODB.config.storageFromString(self._text)
         self.db = ZODB.DB(self.storage)
         client = self.storage._parts.bucket._client
         client.meta.events.register_first("before-send.s3", self._sending)

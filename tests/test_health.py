@@ -8,8 +8,8 @@ import pytest
 from ZODB.utils import p64
 
 from zodb_s3blobs import health as health_module
-from zodb_s3blobs.bucket import BucketError
 from zodb_s3blobs.health import Health
+from zodb_s3blobs.s3errors import BucketError
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -80,7 +80,7 @@ def test_any_answer_of_any_request_is_a_sign_of_life(open_health, s3, new_file, 
     if fault:
         s3.misbehave(operation="HeadObject", **fault)
     try:
-        bucket.has(p64(1), p64(2), new_file(b"data"))
+        bucket.find(p64(1), p64(2), new_file(b"data"))
     except BucketError:
         assert fault
     assert health.trouble() is None

@@ -411,9 +411,17 @@ def test_elsewhere_than_on_a_terminal_there_are_plain_lines(site, conf, caplog, 
     assert "Migrating" not in capsys.readouterr().out
 
 
-def test_what_takes_no_time_logs_no_lines(tool, conf):
+def test_what_takes_no_time_logs_no_lines_but_whose_the_prefix_is(tool, conf):
     _, err = tool("migrate", conf)
-    assert err == ""
+    (line,) = err.splitlines()
+    assert line.startswith("INFO: s3-prefix '1' of bucket ")
+
+
+def test_an_empty_name_is_refused_and_does_not_mean_the_fallback(s3, tool, conf):
+    s3.forget()
+    _, err = tool.end(tool.begin("migrate", conf, "--from-blob-dir", ""), status=2)
+    assert err.splitlines()[-1] == "zodb-s3blobs migrate: error: argument --from-blob-dir: is empty: name a directory"
+    assert s3.requests() == []
 
 
 def test_on_a_terminal_there_is_a_bar(s3, site, tool, conf):

@@ -176,6 +176,119 @@ def test_of_all_the_ways_to_an_object_it_is_the_shortest_from_the_root(database,
     assert database.find(blob, other) == ["/app/near/blob", "/app/next/other"]
 
 
+class Plone:
+    """A site as Zope has them: folders in BTrees, and indexes of all sorts that refer to the same objects."""
+
+    def __init__(self, database, app):
+        self.database, self.app = database, app
+        self.blobs = {}
+        self.references = app.Content(refs=IOBTree(), ids=OOBTree())
+        self.catalog = app.Content(_catalog=app.Content(data=OOBTree()))
+        self.site = self.folder(
+            portal_catalog=self.catalog,
+            _components=app.Content(
+                utilities=app.Content(_subscribers=[{"": self.references}]),
+                _utility_registrations=PersistentMapping({("IIntIds", ""): (self.references, "", None)}),
+            ),
+        )
+        database.root["Plone"] = self.site
+
+    def folder(self, **attributes):
+        return self.app.Content(_tree=OOBTree(), **attributes)
+
+    def add(self, folder, name, content):
+        """Put ``content`` into ``folder``, and into every index."""
+        content.__dict__.update(__name__=name, __parent__=folder)
+        content._p_changed = True
+        folder._tree[name] = content
+        number = len(self.references.refs)
+        self.references.refs[number] = self.app.Content(object=content)
+        self.catalog._catalog.data[number] = self.app.Plain(of=content)
+        return content
+
+    def add_file(self, folder, name):
+        self.blobs[name] = Blob()
+        return self.add(folder, name, self.app.Content(file=self.app.Content(_blob=self.blobs[name])))
+
+
+def test_a_path_leads_through_folders_and_not_through_what_refers_to_everything(database, app):
+    plone = Plone(database, app)
+    folder = plone.site
+    depth = ["a", "b", "c", "d", "e", "f", "g", "h"]
+    for name in depth:
+        folder = plone.add(folder, name, plone.folder())
+    for number in range(200):
+        plone.add_file(folder, f"f{number}")
+    plone.add_file(plone.site, "top")
+    assert database.find(plone.blobs["top"], folder) == ["/Plone/top/file/_blob", "/Plone/" + "/".join(depth)]
+    assert database.find(*(plone.blobs[f"f{number}"] for number in range(200))) == [
+        f"/Plone/{'/'.join(depth)}/f{number}/file/_blob" for number in range(200)
+    ]
+
+
+def test_what_only_an_index_leads_to_has_the_path_through_it(database, app):
+    plone = Plone(database, app)
+    plone.add_file(plone.site, "gone")
+    del plone.site._tree["gone"]
+    (found,) = database.find(plone.blobs["gone"])
+    assert found == "/Plone/_components/utilities/_subscribers/0/''/refs/0/object/file/_blob"
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "_components",
+        "_registrations",
+        "portal_catalog",
+        "uid_catalog",
+        "Catalog",
+        "catalog",
+        "intids",
+        "IntIds",
+        "five_intids",
+        "_private",
+        "__annotations__",
+    ],
+)
+def test_an_index_is_used_only_where_no_other_way_leads_there(database, app, index):
+    blob, lost = Blob(), Blob()
+    database.root["app"] = app.Content(**{index: PersistentMapping(a=blob, b=lost)})
+    content = database.root["app"].folder = PersistentMapping()
+    for number in range(20):
+        content[f"n{number}"] = content = PersistentMapping()
+    content["blob"] = blob
+    expected = "/app/folder/" + "/".join(f"n{number}" for number in range(20)) + "/blob"
+    assert database.find(blob, lost) == [expected, f"/app/{index}/b"]
+
+
+def test_a_folder_of_an_index_is_better_than_two_indexes(database, app):
+    blob = Blob()
+    database.root["catalog"] = PersistentMapping(shoes=PersistentMapping(blob=blob))
+    database.root["portal_catalog"] = app.Content(intids=blob)
+    assert database.find(blob) == ["/catalog/shoes/blob"]
+
+
+def test_a_number_is_no_name_of_an_item(database, app):
+    blob = Blob()
+    database.root["folder"] = PersistentMapping(file=PersistentMapping(blob=blob))
+    database.root["numbers"] = IOBTree({7: blob})
+    assert database.find(blob) == ["/folder/file/blob"]
+
+
+def test_of_two_names_in_one_object_it_is_that_of_the_item(database, app):
+    blob = Blob()
+    database.root["app"] = app.Content(_first=blob, __parent__=blob, portal_catalog=[blob], file={"blob": blob})
+    assert database.find(blob) == ["/app/file/blob"]
+
+
+def test_a_parent_is_no_way_to_what_is_above_it(database, app):
+    blob = Blob()
+    holder = app.Content(blob=blob)
+    database.root["near"] = app.Content(__parent__=holder)
+    database.root["far"] = app.Content(a=app.Content(b=app.Content(c=holder)))
+    assert database.find(blob) == ["/far/a/b/c/blob"]
+
+
 @pytest.mark.parametrize("size", [1, 20, 40, 5000])
 @pytest.mark.parametrize(("kind", "key"), [(OOBTree, "n{:05}".format), (IOBTree, int), (LOBTree, int)])
 def test_a_btree_of_any_size_gives_the_key_and_nothing_else(database, app, kind, key, size):

@@ -12,8 +12,9 @@ from figures import figures, nonzero, value
 from target import Target
 from ZODB.utils import p64
 
-from zodb_s3blobs.bucket import PART, BlobNotFound, BucketError, TransferCancelled
+from zodb_s3blobs.bucket import PART
 from zodb_s3blobs.metrics import S3_CODES, S3_FAILURES, S3_OPERATIONS
+from zodb_s3blobs.s3errors import BlobNotFound, BucketError, TransferCancelled
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -83,7 +84,7 @@ def test_every_operation_is_counted_by_its_name(s3, bucket, metrics, new_file, t
     bucket.put(OID, TID, new_file(b"data"))
     bucket.put(p64(9), TID, new_file(os.urandom(PART + 1)))
     bucket.get(OID, TID, target)
-    bucket.has(OID, TID, new_file(b"data"))
+    bucket.find(OID, TID, new_file(b"data"))
     bucket.copy(OID, TID, OTHER_TID)
     list(bucket.list_blobs())
     bucket.delete([(OID, TID)])
@@ -222,7 +223,7 @@ def test_that_an_object_is_not_there_is_no_failure(bucket, metrics, new_file, ta
         bucket.get(OID, TID, target)
     with pytest.raises(BlobNotFound):
         bucket.copy(OID, TID, OTHER_TID)
-    assert not bucket.has(OID, TID, new_file(b"data"))
+    assert not bucket.find(OID, TID, new_file(b"data"))
     assert nonzero(metrics, OPERATIONS) == {"get": 1, "head": 2}
     assert nonzero(metrics, FAILURES) == nonzero(metrics, ATTEMPT_FAILURES) == {}
     assert bucket.last_answer[0] is None

@@ -1,26 +1,35 @@
 """``zodb-s3blobs verify`` in processes of its own, beside servers that run and without one."""
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import ZODB
 from persistent.mapping import PersistentMapping
+from sites import break_disk
 from zeoserver import CONFIG, SECTION, free_address
 from ZODB.blob import Blob
 from ZODB.config import storageFromString
 from ZODB.FileStorage import FileStorage
 from ZODB.utils import oid_repr, tid_repr, u64
 
+from zodb_s3blobs.cache import path_in
+
 SECRET = "test-secret"
 FILESTORAGE = "<filestorage>\n path {dir}/Data.fs\n</filestorage>"
-WORDS = ["good", "marked", "fallback", "missing", "damaged", "failed", "dead", "retained", "newer", "unknown"]
+OF_BLOBS = ["marked", "fallback", "missing", "damaged", "different", "archived", "failed"]
+WORDS = ["good", *OF_BLOBS, "dead", "others", "retained", "newer", "unknown", "copy"]
+WORDS_WITH_CHECKSUM = ["good", "unproven", *WORDS[1:]]
+WORDS_WITH_SAMPLE = ["good", "unread", *WORDS_WITH_CHECKSUM[1:]]
+ALL_WORDS = WORDS, WORDS_WITH_CHECKSUM, WORDS_WITH_SAMPLE
 OLD = "3d0c0b0a0908070"  # a tid of long ago
-WELL, FAILED, USAGE, DAMAGED, GARBAGE = 0, 1, 2, 3, 4
+WELL, FAILED, USAGE, DAMAGED, GARBAGE, UNPROVEN, FALLBACK = 0, 1, 2, 3, 4, 5, 6
 
 
 #: Reads command lines of zodb-s3blobs and runs each in a process of its own, which need not import everything anew.
@@ -59,7 +68,7 @@ class Done:
     def found(self):
         """What --json counted: word -> objects, without those of which there are none."""
         result = json.loads(self.stdout)
-        assert list(result) == ["found", "problems"] and list(result["found"]) == WORDS
+        assert list(result) == ["found", "problems"] and list(result["found"]) in ALL_WORDS
         return {word: count["objects"] for word, count in result["found"].items() if count["objects"]}
 
     @property
@@ -71,11 +80,24 @@ class Done:
     def lines(self):
         """What it printed without --json: the lines before the table, and word -> (objects, bytes) of the table."""
         head, table = re.split(r"^ +objects +bytes\n", self.stdout, flags=re.M)
-        rows = re.findall(r"^(\w+) +([\d,]+) +([\d,]+)  \S.*\n", table, re.M)
-        assert [word for word, *_ in rows] == WORDS and len(table.splitlines()) == len(rows)
+        table, last = table.split("\n\n")
+        rows = re.findall(r"^(\w+) +([\d,]+) +([\d,]+)  \S.*$", table, re.M)
+        assert [word for word, *_ in rows] in ALL_WORDS
+        assert all(len(line) <= 80 for line in table.splitlines())
         assert head == "" or head.endswith("\n\n")
+        assert last.count("\n") == 1 and last.endswith(".\n")
         numbers = {word: tuple(int(number.replace(",", "")) for number in row) for word, *row in rows}
         return head.splitlines()[:-1], numbers
+
+    @property
+    def verdict(self):
+        """The last line of what it printed without --json."""
+        return self.stdout.splitlines()[-1]
+
+    def meaning(self, word):
+        """What the table says of ``word``, in one line."""
+        lines = re.search(rf"^{word} +[\d,]+ +[\d,]+  (.*\n(?: +[^\s\d].*\n)*)", self.stdout, re.M)[1]
+        return " ".join(lines.split())
 
     @property
     def sentence(self):
@@ -254,6 +276,16 @@ def requests(s3):
     return [one.operation for one in s3.requests()] + [one for one in owner for _ in s3.requests(one)]
 
 
+def copy_in_cache(site, blob):
+    """The path of the file in cache-dir."""
+    return Path(path_in(str(site.directory / "cache"), blob.oid, blob.tid))
+
+
+def overwrite(path, data):
+    path.chmod(0o600)
+    path.write_bytes(data)
+
+
 # Everything in order
 
 
@@ -348,17 +380,88 @@ def test_of_a_bucket_that_is_empty_everything_is_missing(site, verify):
 # Damaged
 
 
-def test_a_blob_of_another_size_than_the_copy_in_the_cache_is_damaged(start, site, verify):
+def test_a_blob_of_another_size_than_the_copy_in_the_cache_is_read_and_found_damaged(start, site, verify):
     server = start()
     blob, _ = write(server.db(), report=b"data" * 100, other=b"other")
     site.replace(blob, b"short")
     (line,) = verify(status=DAMAGED).lines[0]
     assert line.startswith(f"damaged: oid {oid_repr(blob.oid)} tid {tid_repr(blob.tid)}")
-    assert " at /folder/report/_blob: " in line
-    assert f"{blob.key} has 5 bytes" in line and f"{server.cache_dir}/blobs/" in line and line.endswith("has 400")
+    assert " at /folder/report/_blob: " in line and "The object is damaged" in line
+    assert blob.key in line and f"{server.cache_dir}/blobs/" in line and line.endswith("is a copy of 400 bytes")
     done = verify("--json", status=DAMAGED)
     assert done.found == {"good": 1, "damaged": 1}
     assert without_reason(done.problems) == [blob.problem("damaged", "/folder/report/_blob")]
+
+
+# Copies, which decide nothing
+
+
+@pytest.mark.parametrize("options", [[], ["--checksum"], ["--checksum", "--sample", "1/1000"]])
+@pytest.mark.parametrize("data", [b"", b"dat", b"data and more"])
+def test_a_cached_file_of_another_size_is_the_damaged_one(s3, site, verify, options, data):
+    blob, _ = site.write(report=b"data", other=b"other")
+    site.close()
+    overwrite(copy_in_cache(site, blob), data)
+    s3.forget()
+    done = verify(*options)
+    (line,) = done.lines[0]
+    assert line.startswith(f"copy: oid {oid_repr(blob.oid)} tid {tid_repr(blob.tid)} ")
+    assert f"{copy_in_cache(site, blob)} has {len(data)} bytes, but {blob.key} has 4 and the right SHA-256" in line
+    assert "Delete it" in line
+    assert done.lines[1]["copy"] == (1, len(data)) and done.lines[1]["damaged"] == (0, 0)
+    assert done.verdict.startswith("All blobs are well") and done.verdict.endswith("not all copies of them: 1 copy.")
+    if not options:
+        assert s3.requests("GetObject") and len(s3.requests("GetObject")) == 1  # the object alone that it may be
+    done = verify("--json", *options)
+    assert done.found["copy"] == 1 and sum(done.found.values()) == 3
+    assert without_reason(done.problems) == [blob.problem("copy", None)]
+
+
+def _a_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+def _a_circle(path):
+    path.unlink()
+    path.symlink_to(path)
+
+
+def _a_link(path):
+    path.unlink()
+    path.symlink_to("/etc/passwd")
+
+
+def _a_file_above(path):
+    shutil.rmtree(path.parent)
+    path.parent.write_bytes(b"")
+
+
+@pytest.mark.parametrize("options", [[], ["--checksum"]])
+@pytest.mark.parametrize("make", [_a_directory, _a_circle, _a_link, _a_file_above, break_disk])
+def test_what_cannot_be_read_in_the_cache_says_nothing_of_the_blob(site, verify, options, make):
+    blob = site.write(report=b"data")
+    site.close()
+    make(copy_in_cache(site, blob))
+    done = verify("--json", *options)
+    assert done.found == {"good": 1} and done.problems == []
+
+
+@pytest.mark.parametrize("options", [[], ["--checksum"]])
+def test_a_damaged_cached_file_and_an_object_without_sha256_are_called_so(site, verify, options):
+    """Nothing tells which of the two is right, so neither is the object called well."""
+    blob = site.write(report=b"data")
+    site.close()
+    site.client.put_object(Bucket=site.bucket, Key=blob.key, Body=b"data")
+    overwrite(copy_in_cache(site, blob), b"dat")
+    done = verify("--json", *options, status=UNPROVEN)
+    assert done.found == {"unproven": 1}
+    (problem,) = done.problems
+    assert str(copy_in_cache(site, blob)) in problem["reason"] and "backup" in problem["reason"]
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
 
 
 @pytest.fixture
@@ -373,20 +476,47 @@ def migrating(site):
 
 
 def file_in(blob_dir, blob):
-    (found,) = [path for path in blob_dir.rglob("*.blob") if u64(blob.tid) == int(path.stem, 16)]
-    return (
-        found if u64(blob.oid) == int("".join(found.relative_to(blob_dir).parts[:-1]).replace("0x", ""), 16) else None
+    """The path of the file of ``blob`` in ``blob_dir``, whose layout is bushy."""
+    return blob_dir.joinpath(*(f"0x{byte:02x}" for byte in blob.oid), f"0x{blob.tid.hex()}.blob")
+
+
+@pytest.mark.parametrize("options", [[], ["--checksum"]])
+def test_what_only_the_fallback_has_can_be_read_and_has_a_status_of_its_own(site, migrating, verify, options):
+    site.write(three=b"three")
+    site.put(3)
+    done = verify("--json", *options, status=FALLBACK)
+    assert done.found == {"fallback": 2, "good": 1, "dead": 3}
+    assert json.loads(done.stdout)["found"]["fallback"]["bytes"] == 33
+    assert done.problems == []
+    done = verify(*options, status=FALLBACK)
+    assert re.search(r"^fallback +2 +33  .*zodb-s3blobs migrate", done.stdout, re.M)
+    assert done.verdict == (
+        "All blobs can be read, but the bucket lacks some, which zodb-s3blobs migrate copies: 2 fallback, 3 dead."
     )
 
 
-def test_what_only_the_fallback_has_is_no_trouble_and_counted(site, migrating, verify):
-    site.write(three=b"three")
-    done = verify("--json", "--checksum")
-    assert done.found == {"fallback": 2, "good": 1}
-    assert json.loads(done.stdout)["found"]["fallback"]["bytes"] == 33
-    assert done.problems == []
-    text = verify().stdout
-    assert re.search(r"^fallback +2 +33  .*zodb-s3blobs migrate", text, re.M)
+def test_a_missing_blob_matters_more_than_what_only_the_fallback_has_and_that_more_than_no_checksum(
+    site, migrating, verify
+):
+    three, four = site.write(three=b"three", four=b"four")
+    site.close()
+    site.client.put_object(Bucket=site.bucket, Key=three.key, Body=b"three")
+    assert verify("--json", "--checksum", status=FALLBACK).found == {"fallback": 2, "unproven": 1, "good": 1}
+    site.delete(four)
+    assert verify("--json", "--checksum", status=DAMAGED).found == {"fallback": 2, "unproven": 1, "missing": 1}
+
+
+def test_a_file_in_the_fallback_that_cannot_be_looked_at_is_no_raw_errno(site, migrating, verify):
+    one, two, blob_dir = migrating
+    site.client.put_object(Bucket=site.bucket, Key=one.key, Body=b"one", Metadata={"sha256": sha256(b"one")})
+    for blob in one, two:
+        path = file_in(blob_dir, blob)
+        path.unlink()
+        path.symlink_to(path)
+    done = verify("--json", status=FAILED)
+    assert done.found == {"good": 1, "failed": 1}
+    (problem,) = done.problems
+    assert two.key in problem["reason"] and f"{file_in(blob_dir, two)} cannot be read: Too many" in problem["reason"]
 
 
 def test_what_neither_the_bucket_nor_the_fallback_has_is_missing(site, migrating, verify):
@@ -400,14 +530,39 @@ def test_what_neither_the_bucket_nor_the_fallback_has_is_missing(site, migrating
     assert sorted(without_reason(done.problems), key=lambda problem: problem["path"]) == expected
 
 
-def test_a_blob_of_another_size_than_the_copy_in_the_fallback_is_damaged(site, migrating, verify):
+@pytest.mark.parametrize("options", [[], ["--checksum"]])
+def test_of_a_blob_of_another_size_than_in_the_fallback_the_sha256_tells_which_is_right(
+    site, migrating, verify, options
+):
+    one, two, blob_dir = migrating
+    for blob, data in (one, b"one"), (two, b"two" * 10):
+        site.client.put_object(Bucket=site.bucket, Key=blob.key, Body=data, Metadata={"sha256": sha256(data)})
+    overwrite(file_in(blob_dir, one), b"on")
+    done = verify("--json", *options)
+    assert done.found == {"good": 2, "copy": 1}
+    (problem,) = done.problems
+    assert problem["problem"] == "copy" and "trust the object" in problem["reason"]
+    assert f"{file_in(blob_dir, one)} has 2 bytes, but {one.key} has 3 and the right SHA-256" in problem["reason"]
+
+    site.replace(two, b"tw")
+    done = verify("--json", *options, status=DAMAGED)
+    assert done.found == {"good": 1, "damaged": 1, "copy": 1}
+    (problem,) = [one for one in done.problems if one["problem"] == "damaged"]
+    assert f"{file_in(blob_dir, two)} is a copy of 30 bytes" in problem["reason"]
+
+
+@pytest.mark.parametrize("options", [[], ["--checksum"]])
+def test_an_object_without_sha256_and_of_another_size_than_in_the_fallback_is_different(
+    site, migrating, verify, options
+):
     one, two, blob_dir = migrating
     site.client.put_object(Bucket=site.bucket, Key=one.key, Body=b"one")
     site.client.put_object(Bucket=site.bucket, Key=two.key, Body=b"tw")
-    done = verify("--json", status=DAMAGED)
-    assert done.found == {"good": 1, "damaged": 1}
-    assert without_reason(done.problems) == [two.problem("damaged", "/folder/two/_blob")]
-    assert str(blob_dir) in done.problems[0]["reason"]
+    done = verify("--json", *options, status=DAMAGED)
+    assert done.found == {"different": 1, "unproven" if options else "good": 1}
+    assert without_reason(done.problems) == [two.problem("different", "/folder/two/_blob")]
+    assert f"{two.key} has 2 bytes and no SHA-256, but {file_in(blob_dir, two)} has 30" in done.problems[0]["reason"]
+    assert verify(*options, status=DAMAGED).verdict.startswith("Not well: 1 different")
 
 
 def test_a_fallback_that_is_not_there_is_said_and_nothing_called_missing(site, migrating, verify):
@@ -547,6 +702,8 @@ def test_of_a_restored_database_it_says_what_is_gone_for_good_and_what_is_merely
     assert re.search(r"^marked +1 +6  .*restored", verify(status=DAMAGED).stdout, re.M)
 
     # The next pack takes the mark away.
+    command = [sys.executable, "-m", "zodb_s3blobs.cli", "adopt", "-C", str(site.directory / "zeo.conf"), "--yes"]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
     site.db.pack()
     site.close()
     assert verify("--json", status=DAMAGED).found == {"good": 2, "missing": 1, "newer": 2}
@@ -569,7 +726,7 @@ def test_a_marked_blob_that_is_damaged_is_damaged(site, verify):
 # Samples
 
 
-def test_all_parts_together_cover_every_blob_once(s3, site, verify):
+def test_all_parts_together_read_every_blob_once(s3, site, verify):
     blobs = site.write(**{f"n{number}": b"data" for number in range(60)})
     site.close()
     s3.forget()
@@ -577,31 +734,71 @@ def test_all_parts_together_cover_every_blob_once(s3, site, verify):
     for part in range(1, 5):
         done = verify("--json", "--checksum", "--sample", f"{part}/4")
         here = [request.path.partition("/1/")[2] for request in s3.requests("GetObject")]
-        assert done.found == {"good": len(here)}
+        assert done.found == {"good": len(here), "unread": 60 - len(here)}
         assert 5 <= len(here) <= 25
         read += here
         s3.forget()
     assert sorted(read) == sorted(blob.key.partition("/")[2] for blob in blobs)
 
 
-def test_the_part_of_a_blob_stays_the_same(site, alone):
-    blobs = site.write(**{f"n{number}": b"data" for number in range(30)})
-    site.delete(*blobs)
-    runs = [alone("--json", "--sample", "2/3", status=DAMAGED).problems for _ in range(2)]
-    site.write(more=b"more")
-    runs.append(alone("--json", "--sample", "02/03", status=DAMAGED).problems)
-    oids = [{problem["oid"] for problem in run} for run in runs]
-    assert oids[0] == oids[1] == oids[2] and 0 < len(oids[0]) < 30
+def test_the_part_of_a_blob_stays_the_same(s3, site, alone, verify):
+    site.write(**{f"n{number}": b"data" for number in range(30)})
+    site.close()
+    runs = []
+    for run, sample in (alone, "2/3"), (verify, "2/3"), (verify, "02/03"), (verify, "5/3"):
+        s3.forget()
+        run("--json", "--checksum", "--sample", sample)
+        runs.append({request.path for request in s3.requests("GetObject")})
+    assert runs[0] == runs[1] == runs[2] == runs[3] and 0 < len(runs[0]) < 30
+
+
+def test_28_parts_are_all_read_in_any_month_and_every_day_is_valid(s3, site, verify):
+    site.write(**{f"n{number}": b"data" for number in range(60)})
+    site.close()
+    read = {}
+    for day in range(1, 32):
+        s3.forget()
+        verify("--json", "--checksum", "--sample", f"{day}/28")
+        read[day] = {request.path for request in s3.requests("GetObject")}
+    assert len(set().union(*(read[day] for day in range(1, 29)))) == 60
+    assert [read[day] for day in (29, 30, 31)] == [read[day] for day in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("sample", ["1/2", "2/2"])
+def test_what_is_missing_or_of_another_size_is_found_whatever_part_is_read(site, verify, sample):
+    blobs = site.write(**{f"n{number:02}": b"data" for number in range(30)})
+    site.close()
+    site.delete(*blobs[:10])
+    for blob in blobs[10:20]:
+        site.replace(blob, b"short")
+    done = verify("--json", "--checksum", "--sample", sample, status=DAMAGED)
+    assert done.found["missing"] == done.found["damaged"] == 10
+    assert done.found["good"] + done.found["unread"] == 10
+    assert {one["path"] for one in done.problems} == {f"/folder/n{number:02}/_blob" for number in range(20)}
+
+
+def test_a_sample_says_what_it_tells(site, verify):
+    site.write(**{f"n{number}": b"data" for number in range(30)})
+    site.close()
+    done = verify("--checksum", "--sample", "4/3")
+    assert done.verdict == "All is well as far as part 1 of 3 tells, which was read."
+    assert "only their sizes are known" in done.meaning("unread")
 
 
 def test_a_sample_counts_dead_objects_all_the_same(site, verify):
     site.write(one=b"data")
     site.put(3)
     for part in 1, 2:
-        assert verify("--json", "--sample", f"{part}/2", status=GARBAGE).found["dead"] == 3
+        assert verify("--json", "--checksum", "--sample", f"{part}/2", status=GARBAGE).found["dead"] == 3
 
 
-@pytest.mark.parametrize("sample", ["0/3", "4/3", "-1/3", "1/0", "0/0", "1", "1/", "/3", "1/3/5", "a/b", "1.5/3", ""])
+def test_a_sample_of_what_is_not_read_is_refused(s3, site, verify):
+    s3.forget()
+    assert "--checksum" in verify("--sample", "1/2", status=FAILED).sentence
+    assert requests(s3) == []
+
+
+@pytest.mark.parametrize("sample", ["0/3", "-1/3", "1/0", "0/0", "1", "1/", "/3", "1/3/5", "a/b", "1.5/3", ""])
 def test_a_sample_that_is_none_is_refused(site, verify, sample):
     done = verify("--sample", sample, status=USAGE)
     assert done.stdout == "" and "--sample" in done.stderr
@@ -641,7 +838,7 @@ def test_a_bucket_that_is_not_there(site, verify):
     site.write(one=b"data")
     site.close()
     site.configure(endpoint="http://{}:{}".format(*free_address()), s3_max_attempts=1)
-    assert "Could not list bucket" in verify(status=FAILED).sentence
+    assert f"of bucket {site.bucket}: EndpointConnectionError" in verify(status=FAILED).sentence
 
 
 def test_an_outage_in_the_middle_of_the_listing_is_no_missing_blob(s3, site, verify):
@@ -826,11 +1023,11 @@ def test_nothing_is_written(s3, site, verify, files, contents):
     assert any(name.startswith("cache/blobs/") for name in before) and "Data.fs" in before
     assert "1/gc-marks.jsonl" in {key for key, *_ in bucket}
     s3.forget()
-    for options in [], ["--checksum", "--json"], ["--sample", "1/2"]:
+    for options in [], ["--checksum", "--json"], ["--checksum", "--sample", "1/2"]:
         assert verify(*options, status=DAMAGED).stdout
     assert files() == before
     assert contents() == bucket
-    assert set(requests(s3)) == {"ListObjects", "GetObject"}
+    assert set(requests(s3)) == {"ListObjects", "GetObject", "OwnerGetObject"}
 
 
 def test_nothing_is_written_without_an_index_either(site, verify, files):
@@ -869,7 +1066,7 @@ def test_the_bucket_is_listed_once_and_no_blob_asked_for(s3, site, verify):
     site.put(450)
     s3.forget()
     assert verify("--json", status=GARBAGE).found == {"good": 50, "dead": 450}
-    assert requests(s3) == ["ListObjects"] * 3  # pages of 200
+    assert requests(s3) == ["ListObjects"] * 3 + ["OwnerGetObject"]  # pages of 200
 
 
 def test_with_checksums_every_blob_is_asked_for_once(s3, site, verify):
@@ -877,4 +1074,4 @@ def test_with_checksums_every_blob_is_asked_for_once(s3, site, verify):
     site.put(50)
     s3.forget()
     assert verify("--json", "--checksum", status=GARBAGE).found == {"good": 50, "dead": 50}
-    assert sorted(requests(s3)) == ["GetObject"] * 50 + ["ListObjects"]
+    assert sorted(requests(s3)) == ["GetObject"] * 50 + ["ListObjects", "OwnerGetObject"]

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import transaction
 from persistent import Persistent
 from persistent.mapping import PersistentMapping
 from ZEO.Exceptions import ClientDisconnected
-from zeoserver import SECTION, ZEOServer
+from zeoserver import FILESTORAGE, SECTION, ZEOServer
 from ZODB.blob import Blob
 from ZODB.Connection import TransactionMetaData
 from ZODB.POSException import ConflictError, POSKeyError, StorageError
@@ -661,3 +662,80 @@ def test_threads_of_the_server_are_bounded(server, background):
         for answer in [background(commit_blob, server.client(), os.urandom(1000)) for _ in range(20)]:
             answer.result(60)
     assert len(os.listdir(f"/proc/{server.pid}/task")) < 80
+
+
+# Wrappers that hide the storage
+
+
+DEMO = """
+<demostorage 1>
+  {base}
+  <filestorage changes>
+    path {dir}/changes.fs
+    blob-dir {dir}/changes
+  </filestorage>
+</demostorage>
+"""
+READ_ONLY = FILESTORAGE.replace("</filestorage>", " read-only true\n</filestorage>")
+
+
+def test_a_demostorage_reads_blobs_of_its_base_off_the_loop_and_keeps_its_own(
+    s3, bucket_name, start, tmp_path, background
+):
+    production = start()
+    old = commit_blob(production.client(), b"of production")
+    production.stop()
+    shutil.rmtree(production.cache_dir)
+
+    def demo(settings):
+        return DEMO.format(dir=tmp_path, base=SECTION.format(**settings))
+
+    server = start(base=READ_ONLY, storages=demo)
+    client, other = (server.client(blob_dir=str(tmp_path / name)) for name in ("reader", "other"))
+    s3.forget()
+    s3.misbehave(operation="GetObject", hang=True)
+    reading = background(blob, client, *old)
+    s3.wait_for("GetObject")
+    load(other)
+    commit_object(other)
+    new = commit_blob(other, b"of staging")
+    assert blob(server.client(), *new) == b"of staging"
+    assert not reading.done()
+    s3.behave()
+    assert reading.result(60) == b"of production"
+    s3.misbehave(operation="GetObject", status=403, code="AccessDenied")
+    shutil.rmtree(server.cache_dir / "blobs")
+    with pytest.raises(StorageError, match="AccessDenied"):
+        blob(server.client(blob_dir=str(tmp_path / "third")), *old)
+    assert {request.operation for request in s3.requests()} == {"GetObject"}
+
+
+HIDDEN = {
+    "as changes": """
+        <demostorage 1>
+          <mappingstorage base/>
+          {ours}
+        </demostorage>
+        """,
+    "below two": """
+        <demostorage 1>
+          <demostorage base>
+            {ours}
+          </demostorage>
+        </demostorage>
+        """,
+}
+
+
+@pytest.mark.parametrize("wrapped", HIDDEN.values(), ids=HIDDEN)
+def test_a_wrapper_that_hides_the_storage_is_refused_at_the_start(s3, bucket_name, tmp_path, wrapped):
+    def storages(settings):
+        name = "changes" if "mappingstorage base" in wrapped else "base"
+        return wrapped.format(ours=SECTION.format(**{**settings, "name": name, "base": "<mappingstorage/>"}))
+
+    server = ZEOServer(tmp_path, s3, bucket_name, storages=storages)
+    with contextlib.suppress(AssertionError):  # it listens before it knows what it serves
+        server.start()
+    wait_for(lambda: "Put the s3blobstorage around it instead" in server.output())
+    assert server.stop() < 30
+    assert "Traceback" not in server.output()

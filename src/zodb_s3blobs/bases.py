@@ -4,17 +4,29 @@ The key of a blob ends with the tid of its transaction, and the blob must be in 
 the base has to tell the tid before it finishes the transaction.
 """
 
+import os
 from base64 import decodebytes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import ZODB.blob
 from ZODB.BaseStorage import BaseStorage
 from ZODB.DemoStorage import DemoStorage
+from ZODB.FileStorage import FileStorage
+from ZODB.FileStorage.format import DATA_HDR_LEN, DataHeaderFromString
 from ZODB.interfaces import IBlobStorage, IMVCCStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import POSKeyError
+from ZODB.utils import load_current
+
+from .identity import Identity
+
+#: The modules of wrappers that have exactly the revisions of their ``base``. All others are asked themselves.
+_TRANSPARENT = {"zc.zlibstorage"}
+
+#: After how many revisions to pause.
+_PAUSE_EVERY = 100
 
 
 class UnsuitableBase(ValueError):
@@ -37,6 +49,16 @@ class Revisions(Protocol):
     def loadSerial(self, oid: bytes, tid: bytes) -> bytes:
         """The record of that revision. Raises POSKeyError if there is none."""
 
+    def loadable(self, oid: bytes, tids: Iterable[bytes], pause: Callable[[], None] = lambda: None) -> set[bytes]:
+        """Return at least those of ``tids`` at which `loadSerial` finds a record of the object.
+
+        For many of them, this takes as long as for a few. ``pause`` is called now and then, and may sleep: other
+        threads wait for nothing meanwhile.
+        """
+
+    def has_object(self, oid: bytes) -> bool:
+        """Return whether the object has a current record."""
+
     def no_restores(self) -> AbstractContextManager[None]:
         """While it lasts no other process restores transactions, with tids from before. Raises Busy."""
 
@@ -56,6 +78,8 @@ class Kind:
     def __init__(self, storage: Any, holder: Callable[[], Any]) -> None:
         self._storage = storage
         self._holder = holder
+        #: That of the database's own files; of one in memory or behind a server, what is kept here ends with it.
+        self.own_identity = Identity(_file_of(_innermost(storage)))
 
     def committing_tid(self) -> bytes | None:
         """The tid of the transaction that is being committed; None as long as it has none."""
@@ -99,12 +123,28 @@ class Kind:
         finally:
             instance.release()
 
-    def database(self) -> str | None:
-        """What all processes on this database have in common and a copy of it has not, as of now; None: only this one.
+    # As `lease.Database`
 
-        May wait for a database server; any thread may call.
-        """
-        return None
+    def identity(self) -> str:
+        """Return what tells the database from all others and from its copies; one that has none yet is given one."""
+        return self.own_identity.make()
+
+    def was(self, identity: str) -> bool:
+        """Return whether the database can have had that ``identity`` before a restart."""
+        return False
+
+    def last_transaction(self) -> bytes:
+        """Return the tid of the last transaction."""
+        return self._storage.lastTransaction()
+
+    def has_transaction(self, tid: bytes) -> bool:
+        """Return whether the database has the transaction with exactly that tid."""
+        transactions = _innermost(self._storage).iterator(tid, tid)
+        try:
+            return any(transaction.tid == tid for transaction in transactions)
+        finally:
+            if hasattr(transactions, "close"):
+                transactions.close()
 
 
 class _Current:
@@ -123,8 +163,90 @@ class _Current:
     def loadSerial(self, oid: bytes, tid: bytes) -> bytes:
         return self._storage.loadSerial(oid, tid)
 
+    def loadable(self, oid: bytes, tids: Iterable[bytes], pause: Callable[[], None] = lambda: None) -> set[bytes]:
+        return _loadable(self._storage, oid, set(tids), pause)
+
+    def has_object(self, oid: bytes) -> bool:
+        try:
+            load_current(self._storage, oid)
+        except POSKeyError:
+            return False
+        return True
+
     def no_restores(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+
+def revisions_of(storage: Any) -> Revisions:
+    """Return what a ``storage`` holds of which this process sees all changes, such as one opened read-only."""
+    return _Current(storage)
+
+
+def is_live(revisions: Any, oid: bytes, tid: bytes) -> bool:
+    """Return whether the storage, or `Revisions`, can load that revision."""
+    try:
+        revisions.loadSerial(oid, tid)
+    except POSKeyError:
+        return False
+    return True
+
+
+def loadable_one_by_one(revisions: Any, oid: bytes, tids: Iterable[bytes], pause: Callable[[], None]) -> set[bytes]:
+    """Return as `Revisions.loadable`, but exactly; by a `loadSerial` for each of ``tids``."""
+    live = set()
+    for number, tid in enumerate(tids, 1):
+        if is_live(revisions, oid, tid):
+            live.add(tid)
+        if number % _PAUSE_EVERY == 0:
+            pause()
+    return live
+
+
+def _loadable(storage: Any, oid: bytes, tids: set[bytes], pause: Callable[[], None]) -> set[bytes]:
+    """As `Revisions.loadable`; where one walk through the history of the object can answer for all, that does."""
+    inside = storage
+    while type(inside).__module__ in _TRANSPARENT:
+        inside = inside.base
+    stock = getattr(type(inside), "loadSerial", None)
+    if stock is DemoStorage.loadSerial:
+        live = _loadable(inside.changes, oid, tids, pause)
+        return live | _loadable(inside.base, oid, tids - live, pause)
+    if stock is FileStorage.loadSerial and len(tids) > 1:
+        return _loadable_in_file(inside, oid, tids, pause)
+    return loadable_one_by_one(storage, oid, tids, pause)
+
+
+def _loadable_in_file(storage: Any, oid: bytes, tids: set[bytes], pause: Callable[[], None]) -> set[bytes]:
+    """As `_loadable`, of a FileStorage.
+
+    Its `loadSerial` and `history` walk from the newest revision on, and hold the storage's lock as long. This walk
+    does not: the file as it is now only grows, and one that a pack replaces can be read until it is closed.
+    """
+    with storage._lock:
+        try:
+            position = storage._lookup_pos(oid)
+        except POSKeyError:
+            return set()
+        file = os.dup(storage._file.fileno())
+    live: set[bytes] = set()
+    undone: set[bytes] = set()
+    number = 0
+    try:
+        while position and len(live) < len(tids):
+            header = os.pread(file, DATA_HDR_LEN, position)
+            record = DataHeaderFromString(header) if len(header) == DATA_HDR_LEN else None
+            if record is None or record.oid != oid or record.prev >= position:
+                return loadable_one_by_one(storage, oid, tids, pause)  # which says what is wrong
+            if record.tid in tids:
+                (live if record.plen else undone).add(record.tid)
+            position = record.prev
+            number += 1
+            if number % _PAUSE_EVERY == 0:
+                pause()
+    finally:
+        os.close(file)
+    # What an undo wrote has no data of its own: it goes back to that of another revision, or to none.
+    return live | loadable_one_by_one(storage, oid, undone - live, pause)
 
 
 def kind_of(base: Any) -> Kind:
@@ -170,6 +292,13 @@ def _innermost(storage: Any) -> Any:
             break
         storage = base
     return storage
+
+
+def _file_of(storage: Any) -> str | None:
+    """Return the file of the database; of a demostorage, that of what is stored into. None if it has none."""
+    if isinstance(storage, DemoStorage):
+        return _file_of(_innermost(storage.changes))
+    return os.path.abspath(storage.getName()) if isinstance(storage, FileStorage) else None
 
 
 def _tid_holder(storage: Any) -> Callable[[], Any] | None:

@@ -4,9 +4,11 @@ The layouts are ZODB's (`ZODB.blob.FilesystemHelper`). Any thread may call.
 """
 
 import contextlib
+import fcntl
 import os
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,9 +19,14 @@ from ZODB.blob import BLOB_SUFFIX, LAYOUT_MARKER, FilesystemHelper
 _LAYOUTS = ("bushy", "lawn")
 _READ = 1 << 20
 
-#: What the names of our temporary files begin with, and when they are nobody's, in seconds.
+#: What the names of our temporary files begin with; and how old, in seconds, one must be to be deleted where locks do
+#: not tell.
 _NEW = "s3blobs-"
 _ABANDONED_AFTER = 86400
+
+#: What may be in a directory that becomes a blob directory: of its file system, and of a run that was killed.
+_TEMPORARY = "tmp"
+_OF_FILE_SYSTEM = "lost+found"
 
 
 class Target(Protocol):
@@ -51,15 +58,19 @@ class BlobDirectory:
         self.path = path
         self._helper = FilesystemHelper(path, _layout(path))
         self._identity = self._look()
+        self._lock = threading.Lock()
+        self._new: set[NewBlobFile] | None = set()
 
     @classmethod
     def create(cls, path: str) -> "BlobDirectory":
-        """The same; if there is nothing at ``path``, or an empty directory, it becomes a blob directory.
+        """Return the blob directory ``path``; nothing at ``path``, or an empty directory, is made one.
 
-        It has all that a FileStorage needs to find the blobs: one takes any directory without a marker for a lawn.
+        It has all that a FileStorage needs to find the blobs: one takes any directory without a marker for a lawn. A
+        new file system, and what a killed run has left of a new blob directory, count as empty. The files of blobs
+        that killed runs had not finished are deleted.
         """
         try:
-            if not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path)):
+            if not os.path.lexists(path) or (os.path.isdir(path) and _is_empty(path)):
                 FilesystemHelper(path, "bushy").create()
             directory = cls(path)
             directory._helper.create()
@@ -69,11 +80,20 @@ class BlobDirectory:
         return directory
 
     def _sweep(self) -> None:
-        """Delete what somebody who was killed left in the folder for temporary files, long enough ago."""
+        """Delete the files of killed runs from the folder for temporary files."""
         with os.scandir(self._helper.temp_dir) as entries:
             for entry in entries:
-                if entry.name.startswith(_NEW) and entry.stat().st_mtime < time.time() - _ABANDONED_AFTER:
-                    os.unlink(entry.path)
+                if entry.name.startswith(_NEW) and entry.is_file(follow_symlinks=False):
+                    with contextlib.suppress(FileNotFoundError, PermissionError):  # finished meanwhile, or of others
+                        if _is_abandoned(entry.path):
+                            os.unlink(entry.path)
+
+    def close(self) -> None:
+        """Delete the files that are not published, and make no more."""
+        with self._lock:
+            files, self._new = self._new or (), None
+        for file in files:
+            file.discard()
 
     def _look(self) -> tuple[int, int]:
         try:
@@ -116,8 +136,10 @@ class BlobDirectory:
     def files(self, foreign: Callable[[str], None]) -> Iterator[BlobFile]:
         """All blobs, in no useful order; ``foreign`` is called with the path of any file that is none.
 
-        What lies in its folder for temporary files, and files that begin with a dot, is passed over.
+        What lies in its folder for temporary files, or the file system's own, and files that begin with a dot, is
+        passed over.
         """
+        passed_over = [os.path.join(self.path, name) for name in (_TEMPORARY, _OF_FILE_SYSTEM)]
         folders = [self.path]
         while folders:
             folder = folders.pop()
@@ -129,7 +151,7 @@ class BlobDirectory:
             except OSError as error:
                 raise BlobDirectoryError(f"the blob directory {folder} cannot be read: {error.strerror}") from None
             for entry in found:
-                if entry.name.startswith(".") or entry.path == os.path.join(self.path, "tmp"):
+                if entry.name.startswith(".") or entry.path in passed_over:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
@@ -153,24 +175,50 @@ class BlobDirectory:
         return (oid, tid) if self._helper.getBlobFilename(oid, tid) == inside else None
 
     def new_file(self) -> "NewBlobFile":
-        """An empty file that can become the file of a blob. Raises BlobDirectoryError."""
-        try:
-            fd, path = tempfile.mkstemp(BLOB_SUFFIX, _NEW, self._helper.temp_dir)
-        except OSError as error:
-            raise BlobDirectoryError(f"cannot write to {self._helper.temp_dir}: {error.strerror}") from None
-        os.close(fd)
-        return NewBlobFile(path, self._helper)
+        """Return an empty file that can become the file of a blob. Raises BlobDirectoryError."""
+        while True:
+            try:
+                fd, path = tempfile.mkstemp(BLOB_SUFFIX, _NEW, self._helper.temp_dir)
+            except OSError as error:
+                raise BlobDirectoryError(f"cannot write to {self._helper.temp_dir}: {error.strerror}") from None
+            file = NewBlobFile(path, fd, self._helper)
+            if file.is_there():
+                break
+            file.discard()  # another process took it for abandoned, before it was locked
+        with self._lock:
+            if self._new is None:
+                file.discard()
+                raise BlobDirectoryError(f"the blob directory {self.path} has been closed")
+            # Those that are finished are left out here, so that none of them needs to know of this.
+            self._new = {one for one in self._new if one.is_open} | {file}
+        return file
 
 
 class NewBlobFile:
     """A file on its way into a blob directory; belongs to whoever made it, until `publish` or `discard`.
 
-    Its methods raise the OSErrors of the disk.
+    It is locked as long as it is open as ``fd``, which tells other processes that it is not abandoned. Its methods
+    raise the OSErrors of the disk.
     """
 
-    def __init__(self, path: str, helper: FilesystemHelper) -> None:
+    def __init__(self, path: str, fd: int, helper: FilesystemHelper) -> None:
         self.path = path
+        self._fd = fd
         self._helper = helper
+        with contextlib.suppress(OSError):  # not every network file system locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is neither published nor discarded."""
+        return self._fd >= 0
+
+    def is_there(self) -> bool:
+        """Return whether the file still has its name."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def write_at(self, data: bytes, position: int) -> None:
         """Write ``data`` at ``position`` bytes from the start. Several threads may write different places."""
@@ -191,11 +239,45 @@ class NewBlobFile:
         os.makedirs(folder, exist_ok=True)
         os.chmod(self.path, stat.S_IRUSR | os.stat(folder).st_mode & (stat.S_IRGRP | stat.S_IROTH))
         os.rename(self.path, self._helper.getBlobFilename(oid, tid))
+        self._close()
 
     def discard(self) -> None:
         """Delete it, if it is still there."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
+        self._close()
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _is_empty(path: str) -> bool:
+    """Return whether nobody has put anything into the directory ``path``."""
+    names = set(os.listdir(path)) - {_OF_FILE_SYSTEM}
+    temporary = os.path.join(path, _TEMPORARY)
+    if names == {_TEMPORARY} and os.path.isdir(temporary):
+        return all(name.startswith(_NEW) for name in os.listdir(temporary))
+    return not names
+
+
+def _is_abandoned(path: str) -> bool:
+    """Return whether no process writes the temporary file at ``path`` any more."""
+    try:
+        fd = os.open(path, os.O_RDWR)  # as NFS has it for this kind of lock
+    except PermissionError:
+        fd = os.open(path, os.O_RDONLY)  # it was whole, and about to be published
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # nothing can be locked here
+        return os.fstat(fd).st_mtime < time.time() - _ABANDONED_AFTER
+    else:
+        return True
+    finally:
+        os.close(fd)
 
 
 def _chunks(path: str) -> Iterator[bytes]:

@@ -1,46 +1,56 @@
-"""The bucket: put, get, copy, list and delete blobs, with checksums. The only file that imports boto3.
+"""The bucket: put, get, copy, list and delete blobs, with checksums.
 
 Every blob carries its SHA-256 in its object's metadata; it is checked on every download. Every method waits for S3
-and so belongs on a worker thread, and may be called from any number of them at once. Errors are `BlobNotFound` for
-what is truly absent and `BucketError` for all else; neither carries a botocore exception, whose text may repeat a
-credential.
+and so belongs on a worker thread, and may be called from any number of them at once. Errors are those of `s3errors`:
+`BlobNotFound` for what is truly absent and `BucketError` for all else. An OSError is one of a local file.
 """
 
 import contextlib
 import datetime
 import functools
 import hashlib
+import io
 import logging
 import os
 import re
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-import boto3
-import botocore.config
 import botocore.exceptions
-import botocore.session
-import botocore.utils
-import urllib3.exceptions
 from boto3.s3.transfer import TransferConfig
 from s3transfer.manager import TransferManager
 from s3transfer.subscribers import BaseSubscriber
+from s3transfer.utils import OSUtils
 
 from .keys import Keys
 from .metrics import Metrics
-from .s3events import S3Events, code_of, got_old_credentials
+from .s3client import BucketSettings, Connection
+from .s3errors import (
+    BlobNotFound,
+    BucketError,
+    Damaged,
+    Different,
+    NotDeleted,
+    TransferCancelled,
+    code_of,
+    local_file,
+    reason_of_answer,
+)
+from .s3events import S3Events
 from .workers import DaemonPool
 
 logger = logging.getLogger(__name__)
 
 #: A blob up to this many bytes is read with one request; larger ones in parallel ranges of this size.
 PART = 8 << 20
+
+#: What is larger is copied in parts of this size, side by side: services write a copy at some 100 MB/s.
+COPY_PART = 64 << 20
 
 _SHA256 = "sha256"  # the name of the metadata entry, and the algorithm
 _DELETE_BATCH = 1000  # the most keys that one DeleteObjects request may name
@@ -52,81 +62,18 @@ _MOST_MARKS = 1 << 30  # bytes of the object of the marks: ten million of them
 _CONDITION_NOT_MET = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 _NOT_UNDERSTOOD = {"InvalidArgument", "InvalidRequest", "400"}
 _NOT_IMPLEMENTED = {"NotImplemented", "501", "MethodNotAllowed", "405"}
-#: What they log at level debug repeats access keys, signatures and the key of SSE-C.
-_TALKATIVE = ("boto3", "botocore", "s3transfer")
+#: Codes of requests that could not be answered otherwise if they named one object.
+_NO_WORD_ON_BATCHES = {"NoSuchBucket", "InvalidBucketName", "RequestTimeTooSkewed"}
 
-_BODY_ERRORS = (
-    ConnectionError,
-    TimeoutError,
-    ssl.SSLError,
-    botocore.exceptions.HTTPClientError,
-    botocore.exceptions.IncompleteReadError,
-    urllib3.exceptions.HTTPError,
-)
-
+#: The storage classes of objects that have to be restored before they can be read.
+_ARCHIVES = {"GLACIER", "DEEP_ARCHIVE"}
 
 Progress = Callable[[int], None]
 T = TypeVar("T")
 
 
-class BucketError(Exception):
-    """S3 did not do what was asked; says what, on which object, and why. ``code``: what S3 called it, or ""."""
-
-    def __init__(self, message: str, code: str = "") -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class NotDeleted(BucketError):
-    """Some objects could not be deleted: ``keys``."""
-
-    def __init__(self, message: str, code: str, keys: frozenset[str]) -> None:
-        super().__init__(message, code)
-        self.keys = keys
-
-
-class Damaged(BucketError):
-    """The object is not what was stored, however often it is read."""
-
-
-class Different(BucketError):
-    """The bucket has another blob where this one should be."""
-
-
-class BlobNotFound(LookupError):
-    """The bucket has no such blob."""
-
-
-class TransferCancelled(Exception):
-    """The caller of a transfer does not want it any more."""
-
-
 class Corrupt(Exception):
     """What arrived is not what was stored."""
-
-
-@dataclass
-class BucketSettings:
-    """How to reach the bucket; the names are those of the configuration keys. Times in seconds, sizes in bytes."""
-
-    bucket_name: str
-    s3_prefix: str = ""
-    s3_endpoint_url: str | None = None
-    s3_region: str | None = None
-    s3_access_key: str | None = field(default=None, repr=False)
-    s3_secret_key: str | None = field(default=None, repr=False)
-    s3_use_ssl: bool = True
-    s3_addressing_style: Literal["auto", "path", "virtual"] = "auto"
-    s3_sse_customer_key: bytes | None = field(default=None, repr=False)
-    s3_sse: str | None = None
-    s3_sse_kms_key_id: str | None = None
-    s3_storage_class: str | None = None
-    s3_checksums: Literal["when_supported", "when_required"] = "when_required"
-    s3_multipart_threshold: int = 8 << 20
-    s3_concurrency: int = 16
-    s3_connect_timeout: float = 5
-    s3_read_timeout: float = 30
-    s3_max_attempts: int = 3
 
 
 class Sink(Protocol):
@@ -150,6 +97,25 @@ class Listed:
     oid: bytes
     tid: bytes
     size: int
+    #: Whether its storage class says that it has to be restored before it can be read.
+    archived: bool = False
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the bucket tells of an object: ``size`` in bytes; ``digest`` in hex by ``algorithm``, "" if unknown."""
+
+    size: int
+    algorithm: str
+    digest: str
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the object carries the SHA-256 of what was stored.
+
+        The MD5 that the service tells is that of the bytes as the service got them, from whomever.
+        """
+        return self.algorithm == _SHA256
 
 
 @dataclass(frozen=True)
@@ -172,11 +138,17 @@ class ListedUpload:
 
 @dataclass(frozen=True)
 class Note:
-    """A small object beside the blobs; ``age``: seconds since it was written, by the clock of the service."""
+    """A small object beside the blobs; ``written`` and ``now``: when that was, and is, by the clock of the service."""
 
     data: bytes
-    age: float
+    written: datetime.datetime
+    now: datetime.datetime
     etag: str
+
+    @property
+    def age(self) -> float:
+        """How many seconds ago it was written."""
+        return (self.now - self.written).total_seconds()
 
 
 class _Key(bytes):
@@ -208,33 +180,41 @@ class Bucket:
             self._write_options["ServerSideEncryption"] = settings.s3_sse
         if settings.s3_sse_kms_key_id:
             self._write_options["SSEKMSKeyId"] = settings.s3_sse_kms_key_id
-        # Of what is written again and again, which other classes than the usual one would make dear.
-        self._note_options = dict(self._write_options)
+        # Of what is written again and again, or deleted soon: classes other than the usual one bill a month at least.
+        self._short_lived_options = dict(self._write_options)
         if settings.s3_storage_class:
             self._write_options["StorageClass"] = settings.s3_storage_class
         #: What `ask` needs besides to read and to write as the other methods do.
         self.read_options, self.write_options = self._key_options, {**self._write_options, **self._key_options}
-        self._client = _client(settings)
+        self._connection = Connection(settings)
+        self._client = self._connection.client
         self._metrics = metrics
-        self._events = S3Events(self._client, metrics, TransferCancelled)
-        #: Where requests go; without s3-endpoint-url, boto3 may have found another than Amazon's.
-        self.endpoint_url: str = self._client.meta.endpoint_url
+        self._events = S3Events(self._client, metrics)
+        self.endpoint_url: str = self._connection.endpoint_url
         pool_name = f"s3blobs {settings.bucket_name}"
         # Of its own: a part of a download must never wait for the download that waits for it.
         self._parts = DaemonPool(settings.s3_concurrency, f"{pool_name} part")
-        self._transfers = TransferManager(
-            self._client,
-            TransferConfig(
-                multipart_threshold=settings.s3_multipart_threshold,
-                multipart_chunksize=PART,
-                max_concurrency=settings.s3_concurrency,
-                preferred_transfer_client="classic",
-            ),
-            executor_cls=functools.partial(DaemonPool, name=f"{pool_name} transfer"),  # type: ignore[arg-type]
-        )
+        transfers = functools.partial(self._transfer_manager, settings.s3_concurrency, f"{pool_name} transfer")
+        self._uploads = transfers(settings.s3_multipart_threshold, PART)
+        self._copies = transfers(COPY_PART, COPY_PART)
         self._batch_delete = True
         #: Whether, as far as is known, the service can copy.
         self.can_copy = True
+        self._can_copy_parts = True
+        self._etag_is_md5 = True  # of what is stored in one request
+
+    def _transfer_manager(self, concurrency: int, pool_name: str, threshold: int, part: int) -> TransferManager:
+        return TransferManager(
+            self._client,
+            TransferConfig(
+                multipart_threshold=threshold,
+                multipart_chunksize=part,
+                max_concurrency=concurrency,
+                preferred_transfer_client="classic",
+            ),
+            osutil=_LocalFiles(),
+            executor_cls=functools.partial(DaemonPool, name=pool_name),  # type: ignore[arg-type]
+        )
 
     def close(self) -> None:
         """Take no more requests; those under way are left to their daemon threads."""
@@ -242,8 +222,9 @@ class Bucket:
         # It waits for the transfers that it cancels, which a silent service can make a long time.
         # As a context manager: `shutdown` with cancel fails in some versions.
         closed = TransferCancelled("The bucket has been closed")
-        threading.Thread(target=self._transfers.__exit__, args=(type(closed), closed, None), daemon=True).start()
-        self._client.close()
+        for transfers in self._uploads, self._copies:
+            threading.Thread(target=transfers.__exit__, args=(type(closed), closed, None), daemon=True).start()
+        self._connection.close()
 
     @property
     def last_answer(self) -> tuple[str | None, float]:
@@ -252,7 +233,7 @@ class Bucket:
 
     def probe(self) -> None:
         """Ask for one key: BucketError if bucket, credentials, permission to list or connection are not right."""
-        _ask(
+        self._ask(
             f"list bucket {self.name}",
             lambda: self._client.list_objects_v2(Bucket=self.name, Prefix=self.keys.blobs, MaxKeys=1),
         )
@@ -270,7 +251,8 @@ class Bucket:
                     answer["Body"] = body.read(_READ)
             return answer
 
-        return _ask(f"{operation.replace('_', ' ')} {options.get('Key', '')}".rstrip() + f" in bucket {self.name}", ask)
+        what = f"{operation.replace('_', ' ')} {options.get('Key', '')}".rstrip()
+        return self._ask(f"{what} in bucket {self.name}", ask)
 
     # Writing
 
@@ -280,46 +262,100 @@ class Bucket:
         ``progress`` is called with the number of bytes of each step, from several threads; the `TransferCancelled`
         that it may raise ends the upload and is raised here.
         """
-        self._upload(self.keys.key(oid, tid), filename, progress)
+        self._upload(self.keys.key(oid, tid), filename, self._write_options, progress)
 
-    def put_staged(self, name: str, filename: str, progress: Progress | None = None) -> None:
-        """The same to the staging key ``name``."""
-        self._upload(self.keys.staged_key(name), filename, progress)
+    def put_staged(self, name: str, filename: str, progress: Progress | None = None) -> str:
+        """Store the bytes of ``filename`` at the staging key ``name``, as `put`; return their SHA-256 in hex."""
+        return self._upload(self.keys.staged_key(name), filename, self._short_lived_options, progress)
 
-    def _upload(self, key: str, filename: str, progress: Progress | None) -> None:
+    def _upload(self, key: str, filename: str, write_options: dict[str, Any], progress: Progress | None) -> str:
         started = time.monotonic()
-        self._put(key, filename, self._write_options, progress)
+        digest = self._put(key, filename, write_options, progress)
         self._metrics.upload_duration.observe(time.monotonic() - started)
         self._metrics.upload_size.observe(os.path.getsize(filename))
         self._metrics.upload_last_success.set_to_current_time()
+        return digest
 
-    def _put(self, key: str, filename: str, write_options: dict[str, Any], progress: Progress | None = None) -> None:
-        options = {"Metadata": self._metadata(filename), **write_options, **self._key_options}
+    def _put(self, key: str, filename: str, write_options: dict[str, Any], progress: Progress | None = None) -> str:
+        digest = _digest(_SHA256, filename)
+        options = {"Metadata": {_SHA256: digest}, **write_options, **self._key_options}
         small = os.path.getsize(filename) < min(self._multipart_threshold, PART)
         put = self._put_small if small else self._put_large
-        _ask(f"store {key} in bucket {self.name}", lambda: put(key, filename, options, progress))
+        put(f"store {key} in bucket {self.name}", key, filename, options, progress)
+        return digest
 
-    def _put_small(self, key: str, filename: str, options: dict[str, Any], progress: Progress | None) -> None:
+    def _put_small(
+        self, what: str, key: str, filename: str, options: dict[str, Any], progress: Progress | None
+    ) -> None:
         # From memory: a body with a read method, which botocore also makes of bytes, would make it send
         # `Expect: 100-continue` and wait one more round trip for the answer.
         with open(filename, "rb") as file:
             body = bytearray(file.read())
         if progress is not None:
             progress(0)
-        answer = self._client.put_object(Bucket=self.name, Key=key, Body=body, **options)
-        self._check_customer_key_used(answer)
+        answer = self._ask(what, lambda: self._client.put_object(Bucket=self.name, Key=key, Body=body, **options))
+        self._check_customer_key_used(answer, key)
+        self._check_arrived(what, key, body, answer)
 
-    def _put_large(self, key: str, filename: str, options: dict[str, Any], progress: Progress | None) -> None:
+    def _check_arrived(self, what: str, key: str, body: bytearray, answer: dict[str, Any]) -> None:
+        """Raise BucketError if the ETag that the service answers is an MD5, and not that of ``body``."""
+        etag = _md5_of(answer)
+        if not (self._etag_is_md5 and etag) or etag == hashlib.md5(body, usedforsecurity=False).hexdigest():
+            return
+        try:
+            self._read_back(key)
+        except Damaged:
+            raise BucketError(
+                f"Could not {what}: the service has stored other bytes than were sent; something between damages them",
+                reason="damaged",
+            ) from None
+        logger.info("The service behind bucket %s does not make ETags of MD5: they are not compared", self.name)
+        self._etag_is_md5 = False
+
+    def _put_large(
+        self, what: str, key: str, filename: str, options: dict[str, Any], progress: Progress | None
+    ) -> None:
         subscribers = [_Progress(progress)] if progress is not None else []
-        self._transfers.upload(filename, self.name, key, options, subscribers).result()
+        size = os.path.getsize(filename)
+        self._transfer(
+            what,
+            key,
+            size,
+            options["Metadata"],
+            lambda: self._uploads.upload(filename, self.name, key, options, subscribers),
+        )
+
+    def _transfer(self, what: str, key: str, size: int, metadata: dict[str, str], begin: Callable[[], Any]) -> None:
+        """Wait for the transfer in parts that ``begin`` begins, of ``size`` bytes with ``metadata`` to ``key``."""
+        try:
+            self._ask(what, lambda: begin().result())
+        except BucketError as error:
+            # The answer to its completion was lost, perhaps, and the completion asked for again.
+            if error.code != "NoSuchUpload" or not self._is_there(key, size, metadata):
+                raise
         if self._key_options:
-            self._check_customer_key_used(self._head(key))
+            self._check_customer_key_used({}, key)
 
-    def _metadata(self, filename: str) -> dict[str, str]:
-        return {_SHA256: _digest("sha256", filename)}
+    def _is_there(self, key: str, size: int, metadata: dict[str, str]) -> bool:
+        try:
+            head = self._head(key)
+        except BlobNotFound:
+            return False
+        return head["ContentLength"] == size and _sha256_in(head["Metadata"]) == _sha256_in(metadata) != ""
 
-    def _check_customer_key_used(self, answer: dict[str, Any]) -> None:
-        if self._key_options and not answer.get("SSECustomerAlgorithm"):
+    def _check_customer_key_used(self, answer: dict[str, Any], key: str) -> None:
+        if not self._key_options or answer.get("SSECustomerAlgorithm"):
+            return
+        # Some services do not say so when they copy, and some say so of what is not encrypted. What is encrypted, none
+        # of them tells anything of without the key.
+        # (Not by HEAD, to whose refusal boto3 answers with requests for the region of the bucket.)
+        look = functools.partial(self._client.get_object, Bucket=self.name, Key=key, Range="bytes=0-0")
+        try:
+            self._ask(f"read {key} of bucket {self.name} without its key", lambda: look()["Body"].close())
+        except BucketError as error:
+            if error.reason != "request":
+                raise
+        else:
             # The blob is in the bucket in the clear; the abort of its transaction deletes it.
             raise BucketError(
                 f"The service behind bucket {self.name} ignores s3-sse-customer-key and stores blobs unencrypted; "
@@ -329,110 +365,145 @@ class Bucket:
     def copy(self, oid: bytes, source_tid: bytes, tid: bytes) -> None:
         """Copy blob (oid, source_tid) to (oid, tid) inside the bucket, with its metadata.
 
-        Raises BlobNotFound if there is no such source.
+        Raises BlobNotFound if there is no such source. After a BucketError whose reason is "timeout" the service may
+        still be copying.
         """
         source = self.keys.key(oid, source_tid)
         head = self._head(source)
-        self._copy(source, self.keys.key(oid, tid), head["ContentLength"], lambda: head["Metadata"])
+        self._copy(source, self.keys.key(oid, tid), head["ContentLength"], head["Metadata"], head.get("ContentType"))
 
-    def publish_staged(self, name: str, oid: bytes, tid: bytes, filename: str) -> None:
-        """Copy what `put_staged` stored at ``name`` from ``filename`` to blob (oid, tid): one request up to 5 GiB."""
-        self._copy(
-            self.keys.staged_key(name),
-            self.keys.key(oid, tid),
-            os.path.getsize(filename),
-            lambda: self._metadata(filename),
-        )
+    def publish_staged(self, name: str, oid: bytes, tid: bytes, size: int, digest: str) -> None:
+        """Copy what `put_staged` stored at ``name`` to blob (oid, tid). The errors are those of `copy`.
 
-    def _copy(self, source: str, key: str, size: int, metadata: Callable[[], dict[str, str]]) -> None:
+        ``size``: its bytes; ``digest``: what `put_staged` returned.
+        """
+        self._copy(self.keys.staged_key(name), self.keys.key(oid, tid), size, {_SHA256: digest})
+
+    def _copy(
+        self, source: str, key: str, size: int, metadata: dict[str, str], content_type: str | None = None
+    ) -> None:
+        what = f"copy {source} to {key} in bucket {self.name}"
         place = {"Bucket": self.name, "Key": source}
-        options = {**self._write_options, **self._key_options, **self._copy_source_key_options}
-
-        def copy() -> None:
-            if size <= _COPY_LIMIT:
-                answer = self._client.copy_object(Bucket=self.name, Key=key, CopySource=place, **options)
-                self._check_customer_key_used(answer)
-            else:
-                # s3transfer copies in parts, where older versions lose the metadata unless it is given again.
-                self._transfers.copy(place, self.name, key, {**options, "Metadata": metadata()}).result()
-
+        # Some services lose the metadata of a copy, and with it the checksum, unless it is given again.
+        options = {"Metadata": metadata, "MetadataDirective": "REPLACE"}
+        options |= {"ContentType": content_type} if content_type else {}
+        options |= {**self._write_options, **self._key_options, **self._copy_source_key_options}
         try:
-            _ask(f"copy {source} to {key} in bucket {self.name}", copy)
+            if size > COPY_PART and self._can_copy_parts:
+                try:
+                    begin = functools.partial(self._copies.copy, place, self.name, key, options)
+                    self._transfer(what, key, size, metadata, begin)
+                    return
+                except BucketError as error:
+                    if error.code not in _NOT_IMPLEMENTED or size > _COPY_LIMIT:
+                        raise
+                    self._can_copy_parts = False
+            answer = self._ask(
+                what, lambda: self._client.copy_object(Bucket=self.name, Key=key, CopySource=place, **options)
+            )
+            self._check_customer_key_used(answer, key)
         except BucketError as error:
             if error.code in _NOT_IMPLEMENTED:
                 self.can_copy = False
-            raise
+            # It may have been done, and the answer lost.
+            if error.reason != "connection" or not self._is_there(key, size, metadata):
+                raise
 
     # Reading
 
-    def has(self, oid: bytes, tid: bytes, filename: str) -> bool:
-        """Whether blob (oid, tid) is in the bucket already; Different if it is there, but not as in ``filename``.
+    def find(self, oid: bytes, tid: bytes, filename: str) -> Stored | None:
+        """Return what the bucket tells of blob (oid, tid), None if it is not there.
 
-        Size and checksum tell, the size alone if the object carries no checksum.
+        Raises Different if it is not the blob in ``filename``: size and checksum tell, the size alone if the object
+        carries no checksum.
         """
         key = self.keys.key(oid, tid)
         try:
-            head = self._head(key)
+            stored = _stored(self._head(key))
         except BlobNotFound:
-            return False
-        name, expected = _checksum(head)
-        if head["ContentLength"] != os.path.getsize(filename) or (expected and expected != _digest(name, filename)):
-            raise Different(
-                f"{key} in bucket {self.name} exists already and is another blob: "
-                f"does another database use this s3-prefix? It was left as it is"
-            )
-        return True
+            return None
+        same = stored.size == os.path.getsize(filename)
+        if not same or (stored.digest and stored.digest != _digest(stored.algorithm, filename)):
+            raise self._different(key)
+        return stored
+
+    def prove(self, oid: bytes, tid: bytes, filename: str) -> None:
+        """Give blob (oid, tid), which carries no SHA-256, that of ``filename``, by storing it again.
+
+        Raises Different, and leaves it as it is, if its bytes are others.
+        """
+        key = self.keys.key(oid, tid)
+        digest = _digest(_SHA256, filename)
+        # Read twice before it is said: without a checksum, nothing else tells what was damaged on its way.
+        if digest not in (self._read_back(key, _SHA256)[1] for _ in range(2)):
+            raise self._different(key)
+        self.put(oid, tid, filename)
+
+    def _different(self, key: str) -> Different:
+        return Different(
+            f"{key} in bucket {self.name} exists already and is another blob: "
+            f"does another database use this s3-prefix? It was left as it is"
+        )
 
     def _head(self, key: str) -> dict[str, Any]:
-        return _ask(
+        return self._ask(
             f"look up {key} in bucket {self.name}",
             lambda: self._client.head_object(Bucket=self.name, Key=key, **self._key_options),
         )
 
-    def verify(self, oid: bytes, tid: bytes) -> int:
-        """Read blob (oid, tid) and check it, without keeping it; return its size in bytes.
+    def verify(self, oid: bytes, tid: bytes) -> Stored:
+        """Read blob (oid, tid) and check it, without keeping it; return what it was checked by.
 
         Raises BlobNotFound, Damaged, or BucketError if S3 fails.
         """
-        key = self.keys.key(oid, tid)
-        return self._verified(key, lambda: self._digest(key))
+        return self._read_back(self.keys.key(oid, tid))[0]
 
-    def get(self, oid: bytes, tid: bytes, file: Target) -> int:
+    def open(self, oid: bytes, tid: bytes) -> "Opened":
+        """Ask for the first part of blob (oid, tid), for `get` to read. The caller closes what is returned.
+
+        Raises BlobNotFound and BucketError.
+        """
+        return self._open_range(self.keys.key(oid, tid), 0, PART)
+
+    def get(self, oid: bytes, tid: bytes, file: Target, opened: "Opened | None" = None) -> int:
         """Write blob (oid, tid) into the empty ``file``; return its size in bytes.
 
-        One request for up to `PART` bytes, else parallel ranges. When it returns, size and checksum are right.
-        Raises BlobNotFound, BucketError, or the OSError of a full disk.
+        ``opened``: what `open` returned, if it was called. One request for up to `PART` bytes, else parallel ranges.
+        When it returns, size and checksum are right. Raises BlobNotFound, BucketError, or the OSError of a full disk.
         """
-        started = time.monotonic()
-        size = self._get_verified(self.keys.key(oid, tid), file)
+        started = opened.asked if opened is not None else time.monotonic()
+        stored = self._get_verified(self.keys.key(oid, tid), file, opened=opened)
         self._metrics.download_duration.observe(time.monotonic() - started)
-        self._metrics.download_size.observe(size)
-        return size
+        self._metrics.download_size.observe(stored.size)
+        if not stored.is_proven:
+            self._metrics.download_unproven.inc()
+        return stored.size
 
-    def _get_verified(self, key: str, file: Target, most: int | None = None) -> int:
-        def get() -> int:
+    def _get_verified(self, key: str, file: Target, most: int | None = None, opened: "Opened | None" = None) -> Stored:
+        answers = [opened] if opened is not None else []
+
+        def get() -> Stored:
             file.clear()
-            return self._get(key, file, most)
+            return self._get(key, file, most, answers.pop() if answers else self._open_range(key, 0, PART))
 
         return self._verified(key, get)
 
-    def _verified(self, key: str, read: Callable[[], int]) -> int:
-        """What ``read`` returns, which raises Corrupt if what it read is not right; then it is called again."""
+    def _verified(self, key: str, read: Callable[[], Any]) -> Any:
+        """Return what ``read`` returns, which raises Corrupt if what it read is not right; then it is called again."""
         what = f"read {key} of bucket {self.name}"
         for attempt in range(1, self._attempts + 1):
             try:
-                return _ask(what, read)
+                return read()
             except Corrupt as error:
                 self._metrics.download_checksum_failures.inc()
                 logger.error("Could not %s: %s (attempt %d of %d)", what, error, attempt, self._attempts)
                 damage = str(error)
         raise Damaged(f"Could not {what}: {damage}. The object is damaged or was changed; restore it from a backup")
 
-    def _get(self, key: str, file: Target, most: int | None) -> int:
-        first = self._open_range(key, 0, PART)
-        size = first.total
+    def _get(self, key: str, file: Target, most: int | None, first: "Opened") -> Stored:
+        size = first.stored.size
         if most is not None and size > most:
-            first.body.close()
+            first.close()
             raise BucketError(f"{key} of bucket {self.name} is larger than {most} bytes: it is not ours; delete it")
         parts: list[Future] = []
         try:
@@ -450,48 +521,65 @@ class Bucket:
                 if not part.cancelled():
                     part.exception()
             raise
-        name, expected = first.checksum
-        _check(first, os.path.getsize(file.path), _digest(name, file.path) if expected else "")
-        return size
+        algorithm, expected = first.stored.algorithm, first.stored.digest
+        _check(first.stored, os.path.getsize(file.path), _digest(algorithm, file.path) if expected else "")
+        return first.stored
 
-    def _digest(self, key: str) -> int:
-        first = self._open_range(key, 0, PART)
-        digest = _Digest(first.checksum[0])
-        self._get_range(key, 0, first.length, first.etag, digest, opened=first)
-        for start in range(first.length, first.total, PART):
-            self._get_range(key, start, min(start + PART, first.total), first.etag, digest)
-        _check(first, digest.size, digest.hexdigest())
-        return digest.size
+    def _read_back(self, key: str, algorithm: str = "") -> tuple[Stored, str]:
+        """Read an object, check it, and keep nothing of it; return what it was checked by, and its digest in hex.
 
-    def _get_range(self, key: str, start: int, end: int, etag: str, file: Sink, opened: "_Range | None" = None) -> None:
+        ``algorithm``: of the digest, by default the one that it is checked by. The errors are those of `verify`.
+        """
+
+        def read() -> tuple[Stored, str]:
+            first = self._open_range(key, 0, PART)
+            stored = first.stored
+            checked, wanted = _Digest(stored.algorithm), _Digest(algorithm or stored.algorithm)
+            both = _Both(checked, wanted)
+            self._get_range(key, 0, first.length, first.etag, both, opened=first)
+            for start in range(first.length, stored.size, PART):
+                self._get_range(key, start, min(start + PART, stored.size), first.etag, both)
+            _check(stored, checked.size, checked.hexdigest())
+            return stored, wanted.hexdigest()
+
+        return self._verified(key, read)
+
+    def _get_range(self, key: str, start: int, end: int, etag: str, file: Sink, opened: "Opened | None" = None) -> None:
         """Write bytes start to end of the object to their place in the file; a broken body is asked for again.
 
-        Here, because botocore's own retries end with the headers. What is wrong with the whole object is `get`'s.
+        Here, because the repetitions of a request end with the headers. What is wrong with the whole object is
+        `_verified`'s.
         """
         for attempt in range(1, self._attempts + 1):
             answer = opened or self._open_range(key, start, end)
             opened = None
-            if answer.etag != etag:
-                answer.body.close()
-                raise Corrupt("it was replaced while it was being read")
             try:
-                position = start
-                for chunk in iter(lambda: answer.body.read(_READ), b""):  # noqa: B023 (used up before the next one)
-                    file.write_at(chunk, position)
-                    position += len(chunk)
-                if position != end:
-                    raise Corrupt(f"{position - start} bytes of {end - start} arrived")
-                return
-            except botocore.exceptions.FlexibleChecksumError:
-                raise Corrupt("it does not have the checksum that the service sent with it") from None
-            except (*_BODY_ERRORS, Corrupt) as error:
-                logger.warning("The answer for %s broke off (attempt %d): %s", key, attempt, type(error).__name__)
-                if attempt == self._attempts:
-                    raise
+                if answer.etag != etag:
+                    raise Corrupt("it was replaced while it was being read")
+                failure = self._write(answer, start, end, file)
             finally:
-                answer.body.close()
+                answer.close()
+            if failure is None:
+                return
+            code = failure.code if isinstance(failure, BucketError) else type(failure).__name__
+            logger.warning("The answer for %s broke off (attempt %d): %s", key, attempt, code)
+            if attempt == self._attempts:
+                raise failure
 
-    def _open_range(self, key: str, start: int, end: int) -> "_Range":
+    def _write(self, answer: "Opened", start: int, end: int, file: Sink) -> BucketError | Corrupt | None:
+        """Write the body of ``answer`` to its place in ``file``; return why it broke off, None if it did not."""
+        position = start
+        try:
+            while chunk := self._ask(f"read {answer.key} of bucket {self.name}", lambda: answer.body.read(_READ)):
+                file.write_at(chunk, position)
+                position += len(chunk)
+        except BucketError as error:
+            if error.reason == "damaged":
+                raise Corrupt("it does not have the checksum that the service sent with it") from None
+            return error
+        return None if position == end else Corrupt(f"{position - start} bytes of {end - start} arrived")
+
+    def _open_range(self, key: str, start: int, end: int) -> "Opened":
         options = {"Bucket": self.name, "Key": key, **self._key_options}
 
         def get() -> dict[str, Any]:
@@ -502,24 +590,17 @@ class Bucket:
                     raise
             return self._client.get_object(**options)  # an empty object has no first byte to ask for
 
-        answer = _ask(f"read {key} of bucket {self.name}", get)
-        try:
-            return self._range(answer, start)
-        except BaseException:
-            answer["Body"].close()
-            raise
-
-    @staticmethod
-    def _range(answer: dict[str, Any], start: int) -> "_Range":
-        length = answer["ContentLength"]
-        total = length
+        asked = time.monotonic()
+        answer = self._ask(f"read {key} of bucket {self.name}", get)
+        stored, length = _stored(answer), answer["ContentLength"]
         match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange") or "")
         if match:
-            total = int(match[3])
+            stored = replace(stored, size=int(match[3]))
         elif start:
             # The service ignores ranges and would send everything: only the first request may be answered so.
+            answer["Body"].close()
             raise Corrupt("the service answered one range with the whole object and another with a part")
-        return _Range(answer["Body"], length, total, answer["ETag"], _checksum(answer))
+        return Opened(key, answer["Body"], length, stored, answer.get("ETag", ""), asked)
 
     # Beside the blobs
 
@@ -532,10 +613,10 @@ class Bucket:
             now = parsedate_to_datetime(date) if date else datetime.datetime.now(datetime.timezone.utc)
             with contextlib.closing(answer["Body"]) as body:
                 data = body.read(_READ)
-            return Note(data, (now - answer["LastModified"]).total_seconds(), answer["ETag"])
+            return Note(data, answer["LastModified"], now, answer.get("ETag", ""))
 
         try:
-            return _ask(f"read {self.keys.owner} of bucket {self.name}", read)
+            return self._ask(f"read {self.keys.owner} of bucket {self.name}", read)
         except BlobNotFound:
             return None
 
@@ -546,8 +627,8 @@ class Bucket:
         """
 
         def write(**condition: str) -> None:
-            options = {"Body": bytearray(data), **condition, **self._note_options, **self._key_options}
-            _ask(
+            options = {"Body": bytearray(data), **condition, **self._short_lived_options, **self._key_options}
+            self._ask(
                 f"write {self.keys.owner} to bucket {self.name}",
                 lambda: self._client.put_object(Bucket=self.name, Key=self.keys.owner, **options),
             )
@@ -572,13 +653,9 @@ class Bucket:
     def delete_owner(self) -> None:
         """Delete it; it is no error if it is not there."""
         # Not by the pool: this is done while all is being closed.
-        try:
-            _ask(
-                f"delete {self.keys.owner} of bucket {self.name}",
-                lambda: self._client.delete_object(Bucket=self.name, Key=self.keys.owner),
-            )
-        except BlobNotFound:
-            pass
+        error = self._delete_one(self.keys.owner)
+        if error is not None:
+            raise error
 
     def get_marks(self, file: Target) -> bool:
         """Write the object of the marks into the empty ``file``, verified; False if there is none.
@@ -593,7 +670,7 @@ class Bucket:
 
     def put_marks(self, filename: str) -> None:
         """Store the bytes of ``filename`` as that object."""
-        self._put(self.keys.marks, filename, self._note_options)
+        self._put(self.keys.marks, filename, self._short_lived_options)
 
     def delete_marks(self) -> None:
         """Delete it; it is no error if it is not there."""
@@ -609,7 +686,7 @@ class Bucket:
         for found in self._list(self.keys.blobs):
             name = self.keys.parse(found["Key"])
             if name is not None:
-                yield Listed(*name, found["Size"])
+                yield Listed(*name, found["Size"], found.get("StorageClass") in _ARCHIVES)
             else:
                 unknown(found["Size"])
 
@@ -635,7 +712,7 @@ class Bucket:
             )
         )
         while True:
-            page = _ask(f"list bucket {self.name}", lambda: next(pages, None))
+            page = self._ask(f"list bucket {self.name}", lambda: next(pages, None))
             if page is None:
                 return
             yield from page.get(result, ())
@@ -643,7 +720,7 @@ class Bucket:
     def abort_upload(self, upload: ListedUpload) -> None:
         """Delete the parts of ``upload``; it is no error if it is over."""
         try:
-            _ask(
+            self._ask(
                 f"abort an upload to {upload.key} of bucket {self.name}",
                 lambda: self._client.abort_multipart_upload(
                     Bucket=self.name, Key=upload.key, UploadId=upload.upload_id
@@ -672,52 +749,83 @@ class Bucket:
         if errors:
             first = next(iter(errors.values()))
             raise NotDeleted(
-                f"{first}; {len(errors)} of {len(keys)} objects were not deleted", first.code, frozenset(errors)
+                f"{first}; {len(errors)} of {len(keys)} objects were not deleted", first, frozenset(errors)
             )
 
     def _delete_batch(self, keys: list[str]) -> dict[str, BucketError]:
+        options = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
         try:
-            answer = self._client.delete_objects(
-                Bucket=self.name, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True}
+            answer = self._ask(
+                f"delete objects of bucket {self.name}",
+                lambda: self._client.delete_objects(Bucket=self.name, Delete=options),
             )
-        except botocore.exceptions.ClientError as error:
-            failure = _bucket_error(error, f"delete objects of bucket {self.name}")
-            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            if isinstance(failure, BlobNotFound) or status not in (400, 405, 411, 501):
-                return dict.fromkeys(keys, failure) if isinstance(failure, BucketError) else {}
-            # Some services have no DeleteObjects, or want another checksum with it.
+        except BucketError as error:
+            # Some services have no DeleteObjects, or want another checksum with it. That it is not allowed, or not
+            # now, says nothing about that.
+            if error.reason != "request" or error.code in _NO_WORD_ON_BATCHES:
+                return dict.fromkeys(keys, error)
             logger.info("The service behind bucket %s has no batch delete: deleting one by one", self.name)
             self._batch_delete = False
             return self._delete_each(keys)
-        except Exception as error:
-            return dict.fromkeys(keys, _bucket_error(error, f"delete objects of bucket {self.name}"))
         refused = {e["Key"]: code_of(e) for e in answer.get("Errors", ()) if e.get("Code") != "NoSuchKey"}
         return {
-            key: BucketError(f"Could not delete {key!r} of bucket {self.name}: {code or 'no reason is given'}", code)
+            key: BucketError(
+                f"Could not delete {key!r} of bucket {self.name}: {code or 'no reason is given'}",
+                code,
+                reason_of_answer("DeleteObject", 400, code) or "request",
+            )
             for key, code in refused.items()
         }
 
     def _delete_each(self, keys: list[str]) -> dict[str, BucketError]:
-        futures = {key: self._parts.submit(self._client.delete_object, Bucket=self.name, Key=key) for key in keys}
-        errors = {}
-        for key, future in futures.items():
-            error = future.exception()
-            if error is not None:
-                failure = _bucket_error(error, f"delete {key} of bucket {self.name}")
-                if isinstance(failure, BucketError):
-                    errors[key] = failure
-        return errors
+        futures = {key: self._parts.submit(self._delete_one, key) for key in keys}
+        return {key: error for key, future in futures.items() if (error := future.result()) is not None}
+
+    def _delete_one(self, key: str) -> BucketError | None:
+        try:
+            self._ask(
+                f"delete {key} of bucket {self.name}",
+                lambda: self._client.delete_object(Bucket=self.name, Key=key),
+            )
+        except BlobNotFound:
+            pass
+        except BucketError as error:
+            return error
+        return None
+
+    def _ask(self, what: str, call: Callable[[], T]) -> T:
+        return self._connection.ask(what, call)
 
 
-@dataclass
-class _Range:
-    """An answer whose body is still to be read."""
+class Opened:
+    """An answer whose body is still to be read. ``asked``: a reading of `time.monotonic`; ``length``: of the body."""
 
-    body: Any
-    length: int
-    total: int
-    etag: str
-    checksum: tuple[str, str]
+    def __init__(self, key: str, body: Any, length: int, stored: Stored, etag: str, asked: float) -> None:
+        self.key = key
+        self.body = body
+        self.length = length
+        #: What the answer tells of the whole object.
+        self.stored = stored
+        self.etag = etag
+        self.asked = asked
+
+    def close(self) -> None:
+        """Give up what has not been read; a second call does nothing."""
+        self.body.close()
+
+
+class _LocalFiles(OSUtils):
+    """The files that s3transfer sends: what goes wrong with them is no error of S3."""
+
+    def open(self, filename: str, mode: str) -> Any:
+        with local_file():
+            return _LocalFile(filename, mode)
+
+
+class _LocalFile(io.FileIO):
+    def read(self, size: int | None = -1) -> bytes:
+        with local_file():
+            return super().read(-1 if size is None else size)
 
 
 class _Progress(BaseSubscriber):
@@ -726,64 +834,6 @@ class _Progress(BaseSubscriber):
 
     def on_progress(self, future: Any, bytes_transferred: int, **kwargs: Any) -> None:
         self._progress(bytes_transferred)
-
-
-def _client(settings: BucketSettings) -> Any:
-    config = botocore.config.Config(
-        connect_timeout=settings.s3_connect_timeout,
-        read_timeout=settings.s3_read_timeout,
-        retries={"mode": "standard", "total_max_attempts": settings.s3_max_attempts},
-        # Uploads, staged uploads, their parts, downloads and the parts of those each have a pool of threads.
-        max_pool_connections=5 * settings.s3_concurrency,
-        tcp_keepalive=True,
-        request_checksum_calculation=settings.s3_checksums,
-        response_checksum_validation=settings.s3_checksums,
-        s3={"addressing_style": settings.s3_addressing_style},
-    )
-    for name in _TALKATIVE:
-        talkative = logging.getLogger(name)
-        talkative.setLevel(max(talkative.level, logging.INFO))
-    session = botocore.session.get_session()
-    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_timestamp)
-    client = _ask(
-        f"set up the connection to bucket {settings.bucket_name}",
-        lambda: boto3.session.Session(botocore_session=session).client(
-            "s3",
-            endpoint_url=settings.s3_endpoint_url,
-            region_name=settings.s3_region,
-            aws_access_key_id=settings.s3_access_key,
-            aws_secret_access_key=settings.s3_secret_key,
-            use_ssl=settings.s3_use_ssl,
-            config=config,
-        ),
-    )
-    client.meta.events.register_first("needs-retry.s3", _give_up_if_cancelled)
-    if settings.s3_checksums == "when_required":
-        # The one checksum that every service understands and refuses a damaged body by.
-        for operation in ("PutObject", "UploadPart", "DeleteObjects"):
-            client.meta.events.register_last(f"before-call.s3.{operation}", _add_content_md5)
-    return client
-
-
-def _parse_timestamp(value: Any) -> datetime.datetime:
-    # As botocore's, which takes two thirds of the time of a listing; in Python 3.10 the time zone may not be Z.
-    with contextlib.suppress(AttributeError, ValueError):
-        parsed = datetime.datetime.fromisoformat(value.replace("Z", "+00:00"))
-        if parsed.tzinfo is not None:
-            return parsed
-    return botocore.utils.parse_timestamp(value)
-
-
-def _give_up_if_cancelled(caught_exception: BaseException | None = None, **kwargs: Any) -> None:
-    # botocore takes what `_Progress` raises while a body is sent for a broken connection, and would try again.
-    cause = caught_exception.__context__ if caught_exception is not None else None
-    if isinstance(cause, TransferCancelled | botocore.exceptions.ClientError):  # the latter of another part
-        raise cause
-
-
-def _add_content_md5(params: dict[str, Any], **kwargs: Any) -> None:
-    if params["body"] is not None:
-        params["headers"].setdefault("Content-MD5", botocore.utils.calculate_md5(params["body"]))
 
 
 class _Digest:
@@ -800,6 +850,17 @@ class _Digest:
         self.size = max(self.size, position + len(data))
 
 
+class _Both:
+    """A `Sink` that passes on what is written to two others."""
+
+    def __init__(self, *sinks: Sink) -> None:
+        self._sinks = sinks
+
+    def write_at(self, data: bytes, position: int) -> None:
+        for sink in self._sinks:
+            sink.write_at(data, position)
+
+
 def _digest(name: str, filename: str) -> str:
     digest = hashlib.new(name, usedforsecurity=False)
     with open(filename, "rb") as file:
@@ -808,126 +869,28 @@ def _digest(name: str, filename: str) -> str:
     return digest.hexdigest()
 
 
-def _checksum(answer: dict[str, Any]) -> tuple[str, str]:
-    """The algorithm and the hex digest of what an object that was got or looked up should hold; "" if unknown."""
-    for name, value in answer["Metadata"].items():
-        if name.lower() == _SHA256:  # some services capitalise it
-            return _SHA256, value
-    # An object that other software put there. Its ETag is its MD5 unless it is encrypted or came in parts.
-    etag = answer["ETag"].strip('"')
+def _stored(answer: dict[str, Any]) -> Stored:
+    """Return what the answer to a GET or HEAD of an object tells of it."""
+    size, sha256 = answer["ContentLength"], _sha256_in(answer["Metadata"])
+    # What other software put there has none.
+    return Stored(size, _SHA256, sha256) if sha256 else Stored(size, "md5", _md5_of(answer))
+
+
+def _sha256_in(metadata: dict[str, str]) -> str:
+    # Some services capitalise the name.
+    return next((value for name, value in metadata.items() if name.lower() == _SHA256), "")
+
+
+def _md5_of(answer: dict[str, Any]) -> str:
+    """Return the MD5 of an object in hex, "" if its ETag is none: it came in parts, or is encrypted."""
+    etag = answer.get("ETag", "").strip('"')
     encrypted = answer.get("ServerSideEncryption") not in (None, "AES256") or answer.get("SSECustomerAlgorithm")
-    return "md5", etag if re.fullmatch("[0-9a-f]{32}", etag) and not encrypted else ""
+    return etag if re.fullmatch("[0-9a-f]{32}", etag) and not encrypted else ""
 
 
-def _check(answer: _Range, size: int, digest: str) -> None:
-    """Corrupt unless what was read has the size and the checksum, if there is one, that the object should have."""
-    if size != answer.total:
-        raise Corrupt(f"{size} bytes of {answer.total} arrived")
-    name, expected = answer.checksum
-    if expected and digest != expected:
-        raise Corrupt(f"its {name} is {digest} and should be {expected[:64]!r}")
-
-
-def _ask(what: str, call: Callable[[], T]) -> T:
-    """What ``call`` returns; boto3's and urllib3's errors become ours, which say that ``what`` could not be done.
-
-    OSErrors of this machine's disk, and errors that are ours already, pass.
-    """
-    try:
-        return call()
-    except _BODY_ERRORS as error:
-        failure = _bucket_error(error, what)
-    except (BucketError, BlobNotFound, Corrupt, TransferCancelled, OSError):
-        raise
-    except Exception as error:
-        failure = _bucket_error(error, what)
-    # Out of the except clauses, so that the original does not hang on it as its context, with all that it tells.
-    raise failure
-
-
-def _bucket_error(error: BaseException, what: str) -> Any:
-    """The error to raise for what boto3 or urllib3 raised while it tried to do ``what``.
-
-    Only S3's code and our own words go into it: S3's messages may repeat access keys and signed strings.
-    """
-    if isinstance(error, botocore.exceptions.ClientError):
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        code = code_of(error.response.get("Error", {})) or str(status)
-        # The answer to HEAD has no body that could name a code. To anything else a bare 404 is no word on the
-        # object: it may come from a proxy, or mean the bucket.
-        if code == "NoSuchKey" or (error.operation_name == "HeadObject" and status == 404):
-            return BlobNotFound(f"Could not {what}: there is no such object")
-        advice = _ADVICE.get(code, "").format(_PERMISSIONS.get(error.operation_name, "it"))
-        return BucketError(f"Could not {what}: the service answered {code} (HTTP {status}){advice}", code)
-    if isinstance(error, botocore.exceptions.NoCredentialsError | botocore.exceptions.PartialCredentialsError):
-        return BucketError(f"Could not {what}: no credentials{_ADVICE['NoCredentials']}", "NoCredentials")
-    name = "ExpiredToken" if got_old_credentials(error) else type(error).__name__
-    return BucketError(f"Could not {what}: {name}{_ADVICE.get(name, '')}", name)
-
-
-_CREDENTIALS = "; check s3-access-key and s3-secret-key, or the credentials that boto3 finds"
-_REGION = "; check s3-region and s3-endpoint-url"
-
-#: What an operation has to be allowed.
-_PERMISSIONS = {
-    "ListObjectsV2": "s3:ListBucket",
-    "ListMultipartUploads": "s3:ListBucketMultipartUploads",
-    "GetObject": "s3:GetObject",
-    "HeadObject": "s3:GetObject",
-    "PutObject": "s3:PutObject",
-    "CreateMultipartUpload": "s3:PutObject",
-    "UploadPart": "s3:PutObject",
-    "CompleteMultipartUpload": "s3:PutObject",
-    "CopyObject": "s3:PutObject, or s3:GetObject of the source",
-    "UploadPartCopy": "s3:PutObject, or s3:GetObject of the source",
-    "DeleteObject": "s3:DeleteObject",
-    "DeleteObjects": "s3:DeleteObject",
-    "AbortMultipartUpload": "s3:AbortMultipartUpload",
-}
-
-#: What to do next, by the code of S3 or the name of what boto3 raised. In the place of {} comes the permission.
-_ADVICE = {
-    "NoSuchBucket": "; check bucket-name and s3-endpoint-url",
-    "InvalidBucketName": "; check bucket-name",
-    "InvalidAccessKeyId": _CREDENTIALS,
-    "SignatureDoesNotMatch": _CREDENTIALS,
-    "AuthFailure": _CREDENTIALS,
-    "InvalidToken": _CREDENTIALS,
-    "ExpiredToken": _CREDENTIALS,
-    "NoCredentials": _CREDENTIALS,
-    "CredentialRetrievalError": _CREDENTIALS,
-    "TokenRetrievalError": _CREDENTIALS,
-    "AccessDenied": "; the policy of the bucket or of the credentials (s3-access-key) forbids {}",
-    "403": "; the policy of the bucket or of the credentials (s3-access-key) forbids {}",
-    "AuthorizationHeaderMalformed": _REGION,
-    "PermanentRedirect": _REGION,
-    "301": _REGION,
-    "InvalidRegionError": "; check s3-region, or AWS_REGION and AWS_DEFAULT_REGION in the environment",
-    "ProfileNotFound": "; check AWS_PROFILE in the environment, or set s3-access-key and s3-secret-key",
-    "EndpointResolutionError": "; check s3-endpoint-url and bucket-name",
-    "ValueError": "; check s3-endpoint-url",
-    "RequestTimeTooSkewed": "; check the clock of this machine",
-    "InvalidStorageClass": "; check s3-storage-class",
-    "MissingContentLength": "; set s3-checksums to when_required",
-}
-
-#: The codes that no waiting will cure, and the key whose value is to be looked at first.
-MISCONFIGURED = {
-    "NoSuchBucket": "bucket-name",
-    "InvalidBucketName": "bucket-name",
-    "ParamValidationError": "bucket-name",
-    "InvalidAccessKeyId": "s3-access-key",
-    "SignatureDoesNotMatch": "s3-secret-key",
-    "AuthFailure": "s3-access-key",
-    "InvalidToken": "s3-access-key",
-    "NoCredentials": "s3-access-key",
-    "AccessDenied": "s3-access-key",
-    "403": "s3-access-key",
-    "AuthorizationHeaderMalformed": "s3-region",
-    "PermanentRedirect": "s3-region",
-    "301": "s3-region",
-    "InvalidRegionError": "s3-region",
-    "ProfileNotFound": "s3-access-key",
-    "EndpointResolutionError": "s3-endpoint-url",
-    "ValueError": "s3-endpoint-url",
-}
+def _check(stored: Stored, size: int, digest: str) -> None:
+    """Raise Corrupt unless what was read has the size and the checksum, if there is one, of the object."""
+    if size != stored.size:
+        raise Corrupt(f"{size} bytes of {stored.size} arrived")
+    if stored.digest and digest != stored.digest:
+        raise Corrupt(f"its {stored.algorithm} is {digest} and should be {stored.digest[:64]!r}")

@@ -19,7 +19,6 @@ import stat
 import tempfile
 import threading
 import time
-import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ import zc.lockfile
 from ZODB.blob import rename_or_copy_blob
 
 from .metrics import Metrics
+from .openfiles import RAISE_THEIR_NUMBER, TOO_MANY_FILES
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +44,11 @@ LEASE = 10.0
 _EVICTED_AT_ONCE = 50
 
 _LOCK_FILE = ".zodb-s3blobs.lock"
-_IDENTITY_FILE = ".zodb-s3blobs.id"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 #: What to do about a file that cannot be written.
 _ADVICE = {
     **dict.fromkeys(_FULL, "free space on its disk or lower cache-size"),
+    **dict.fromkeys(TOO_MANY_FILES, RAISE_THEIR_NUMBER),
     errno.EROFS: "look why its file system is read-only, and mount it for writing",
     errno.ENOENT: "it is gone, or a part of it: mount its disk, or restart the server, which makes it again",
 }
@@ -225,8 +225,6 @@ class Cache:
                     shutil.rmtree(directory)
             for directory in (self.temporary, self._incoming, self._blobs):
                 directory.mkdir(mode=self._mode, exist_ok=True)
-            #: What tells this directory from all others, over restarts.
-            self.identity = self._read_identity()
             # Readable for those who may read the directory, writable for nobody.
             self._file_mode = stat.S_IMODE(self._blobs.stat().st_mode) & 0o444
             if self._mode & 0o007:
@@ -236,13 +234,6 @@ class Cache:
         except OSError as error:
             self._lock_file.close()
             raise CacheDirectoryError(f"{self.directory} cannot be used: {error}") from error
-
-    def _read_identity(self) -> str:
-        path = self.directory / _IDENTITY_FILE
-        if not path.exists() or not path.read_bytes():  # a crash may leave it empty
-            path.write_text(uuid.uuid4().hex)
-        status = path.stat()  # a copy on the same machine has another inode, or that of another device
-        return f"{path.read_bytes().decode(errors='replace')} {status.st_dev:x}:{status.st_ino:x}"
 
     def _read_directory(self) -> None:
         """Find the files of earlier runs; those used since the start are newer than all of them."""

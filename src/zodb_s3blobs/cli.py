@@ -8,12 +8,13 @@ A subcommand is a module that has
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from . import check, demo, export, gc, migrate, verify
+from . import adopt, check, demo, export, gc, migrate, verify
 
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
@@ -22,11 +23,15 @@ COMMANDS: dict[str, ModuleType] = {
     "verify": verify,
     "export": export,
     "gc": gc,
+    "adopt": adopt,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``, by default the process's own; returns the exit status."""
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # the terminal may know nothing but ASCII
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)

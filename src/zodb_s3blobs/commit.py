@@ -17,10 +17,11 @@ from typing import Any
 
 from prometheus_client import Counter
 
-from .bucket import BlobNotFound, Bucket, BucketError, NotDeleted, TransferCancelled
+from .bucket import Bucket
 from .cache import Cache, Incoming, Pin
 from .inflight import InFlight, Name
 from .metrics import Metrics
+from .s3errors import BlobNotFound, BucketError, NotDeleted, TransferCancelled
 from .staging import TOO_LATE, Staged, Staging
 from .workers import DaemonPool, Waiting
 
@@ -233,6 +234,9 @@ class Commit:
         if before is not None:
             # Stored twice by one transaction: the later one must win, so it must not overtake.
             before.future.exception()
+        # A base in memory may give a tid again after an abort, if the clock was set back: what the abort deletes in the
+        # background has to be gone first. Where a tid is restored, it may be that of blobs that a pack deletes.
+        self._uploads.in_flight.wait_until_judged(blob.name, self)
         self._check_wanted()
         work(blob, *args)
 
@@ -249,21 +253,21 @@ class Commit:
     def _publish_staged(self, blob: "_Blob") -> None:
         assert blob.file is not None and blob.staged is not None
         try:
-            blob.staged.uploaded.result()
+            digest = blob.staged.uploaded.result()
             blob.attempted = True
-            self._uploads.bucket.publish_staged(blob.staged.name, *blob.name, blob.file.path)
+            self._uploads.bucket.publish_staged(blob.staged.name, *blob.name, blob.size, digest)
         except (BlobNotFound, BucketError) as error:
+            _raise_timeout(error)
             logger.warning("%s; uploading it again instead", error)
             self._upload(blob)
         self._uploads.staging.discard(blob.staged)
 
     def _upload_if_missing(self, blob: "_Blob") -> None:
         assert blob.file is not None
-        self._uploads.in_flight.wait_until_judged(blob.name, self)
-        if self._uploads.bucket.has(*blob.name, blob.file.path):
-            blob.file.sync()
-        else:
+        if self._uploads.bucket.find(*blob.name, blob.file.path) is None:
             self._upload(blob)
+        else:
+            blob.file.sync()
 
     def _copy(self, blob: "_Blob", source: bytes) -> None:
         oid, tid = blob.name
@@ -273,6 +277,7 @@ class Commit:
                 self._uploads.bucket.copy(oid, source, tid)
             except (BlobNotFound, BucketError) as error:
                 # Some services cannot copy, or not what is encrypted. Or it is only in fallback-blob-dir.
+                _raise_timeout(error)
                 logger.warning("%s; uploading it again instead", error)
                 self._check_wanted()
                 with self._uploads.fetch(oid, source) as path:
@@ -300,6 +305,12 @@ class Commit:
             logger.warning("After an aborted transaction: %s. The next pack deletes them", error)
         finally:
             self._uploads.in_flight.discard(self._latest, self)
+
+
+def _raise_timeout(error: Exception) -> None:
+    """Raise ``error`` if it is the silence of the service: another request under the commit lock would not help."""
+    if isinstance(error, BucketError) and error.reason == "timeout":
+        raise error
 
 
 class _Blob:

@@ -8,7 +8,9 @@ import base64
 import binascii
 import contextlib
 import logging
+import os
 import re
+import ssl
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
@@ -21,7 +23,7 @@ from ZODB.config import BaseConfig
 from . import endpoint, zeo
 from .bases import UnsuitableBase, kind_of
 from .blobdir import BlobDirectory, BlobDirectoryError
-from .bucket import MISCONFIGURED, Bucket, BucketError, BucketSettings
+from .bucket import Bucket
 from .cache import Cache, CacheDirectoryError
 from .commit import Uploads
 from .fetch import Fetcher
@@ -29,6 +31,9 @@ from .garbage import Collector
 from .health import Health
 from .lease import Lease
 from .metrics import Metrics
+from .places import Places, PlaceTaken, place_of
+from .s3client import BucketSettings
+from .s3errors import MISCONFIGURED, BucketError
 from .storage import Parts, S3BlobStorage
 from .workers import DaemonPool
 
@@ -37,21 +42,39 @@ logger = logging.getLogger(__name__)
 #: How long, in seconds, the start waits for the bucket before it goes on without.
 _PROBE_TIMEOUT = 10.0
 
+#: How long, in seconds, the service may take to copy 64 MiB inside the bucket, unless upload-timeout is less.
+_COPY_TIMEOUT = 120.0
+
+#: What S3 allows for a key is 1024 bytes; of them the names below the prefix, and those of a check, need some.
+_LONGEST_PREFIX = 900
+
 _MB = 1 << 20
+
+_places = Places()
 
 
 def _datatype(
-    key: str, kind: str, form: str, least: float | None = None, most: float | None = None
+    key: str, kind: str, form: str, least: float | None = None, most: float | None = None, zero: bool = False
 ) -> Callable[[str], Any]:
-    """ZConfig's datatype ``kind``, from ``least`` to ``most``, with an error that names the key and not the value."""
+    """Return ZConfig's datatype ``kind``, from ``least`` to ``most``; ``zero``: or 0. A time other than 0 has a unit.
+
+    The error names the key and not the value.
+    """
     convert = ZConfig.datatypes.Registry().get(kind)
+
+    def is_meant(text: str, value: Any) -> bool:
+        if zero and value == 0:
+            return True
+        if kind == "time-interval" and text[-1:].isdigit():
+            return False
+        return (least is None or value >= least) and (most is None or value <= most)
 
     def datatype(text: str) -> Any:
         try:
             value = convert(text)
         except ValueError:
             value = None
-        if value is None or (least is not None and value < least) or (most is not None and value > most):
+        if value is None or not is_meant(text, value):
             raise ValueError(f"{key} must be {form}")
         return value
 
@@ -59,9 +82,10 @@ def _datatype(
 
 
 # The datatypes of component.xml
-_SIZE, _TIME = "a number of bytes such as 500MB or 20GB", "a time of at least 1s, such as 30s or 10m"
+_BYTES, _SECONDS = "a number alone would be bytes", "a number alone would be seconds"
+_TIME = f"a time with its unit, at least 1s, such as 30s or 10m: {_SECONDS}"
 s3_use_ssl = _datatype("s3-use-ssl", "boolean", "true or false")
-cache_size = _datatype("cache-size", "byte-size", _SIZE, 0)
+cache_size = _datatype("cache-size", "byte-size", f"0 or at least 1MB, such as 500MB or 20GB: {_BYTES}", _MB, zero=True)
 s3_multipart_threshold = _datatype(
     "s3-multipart-threshold", "byte-size", "a number of bytes from 5MB to 5GB", 5 * _MB, 5 << 30
 )
@@ -69,8 +93,12 @@ s3_concurrency = _datatype("s3-concurrency", "integer", "a whole number of at le
 s3_connect_timeout = _datatype("s3-connect-timeout", "time-interval", _TIME, 1)
 s3_read_timeout = _datatype("s3-read-timeout", "time-interval", _TIME, 1)
 s3_max_attempts = _datatype("s3-max-attempts", "integer", "a whole number of at least 1", 1)
-s3_stage_threshold = _datatype("s3-stage-threshold", "byte-size", f"{_SIZE}, or 0", 0)
-gc_retention = _datatype("gc-retention", "time-interval", "0 or a time such as 30d", 0)
+s3_stage_threshold = _datatype(
+    "s3-stage-threshold", "byte-size", f"0 or at least 1KB, such as 4MB: {_BYTES}", 1 << 10, zero=True
+)
+gc_retention = _datatype(
+    "gc-retention", "time-interval", f"0 or a time with its unit, such as 30d: {_SECONDS}", 1, zero=True
+)
 gc_max_delete_percent = _datatype("gc-max-delete-percent", "integer", "a whole number from 0 to 100", 0, 100)
 upload_timeout = _datatype("upload-timeout", "time-interval", _TIME, 1)
 
@@ -109,6 +137,9 @@ class S3BlobStorageFactory(BaseConfig):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        _check_texts(config)
+        for key in _PATHS:
+            _make_absolute(config, key)
         self.settings = bucket_settings(config)
         if not config.cache_dir:
             raise ZConfig.ConfigurationError("cache-dir must name a directory")
@@ -136,9 +167,13 @@ class S3BlobStorageFactory(BaseConfig):
             base = self.config.base.open()
             undo.callback(base.close)
             try:
-                storage = _assemble(self.config, base, bucket, fallback, metrics)
+                leave_place = _places.take(place_of(bucket), self._label, kind_of(base))
+                undo.callback(leave_place)
+                storage = _assemble(self.config, base, bucket, fallback, metrics, leave_place)
             except UnsuitableBase as error:
                 raise _refuse(f"s3blobstorage: {error}") from None
+            except PlaceTaken as error:
+                raise _refuse(f"s3-prefix: {error}") from None
             except CacheDirectoryError as error:
                 raise _refuse(f"cache-dir: {error}") from None
             undo.pop_all()
@@ -156,6 +191,8 @@ class S3BlobStorageFactory(BaseConfig):
 
     def open_bucket(self, metrics: Metrics) -> Bucket:
         """The bucket alone, without any request. Raises `StartRefused`."""
+        if self.settings.s3_ca_file:
+            _check_ca_file(self.settings.s3_ca_file)
         try:
             bucket = Bucket(self.settings, metrics)
         except BucketError as error:
@@ -172,7 +209,57 @@ class S3BlobStorageFactory(BaseConfig):
     def _describe(self, bucket: Bucket, metrics: Metrics) -> None:
         url = urlsplit(bucket.endpoint_url)
         address = url.netloc.rpartition("@")[2]  # boto3 may have found one with a password
-        metrics.storage_info.labels(bucket.name, self.settings.s3_prefix, f"{url.scheme}://{address}{url.path}").set(1)
+        endpoint_url, prefix = f"{url.scheme}://{address}{url.path}", self.settings.s3_prefix
+        metrics.storage_info.labels(bucket.name, prefix, endpoint_url).set(1)
+        logger.info("%s: bucket %s, prefix %s, endpoint %s", self._label, bucket.name, prefix or "none", endpoint_url)
+
+    @property
+    def _label(self) -> str:
+        """What tells the section from others of the process; inside a wrapper it has no name."""
+        return f"s3blobstorage {self.name or ''}".rstrip() + f" (cache-dir {self.config.cache_dir})"
+
+
+#: The keys that name a file or a directory.
+_PATHS = ("s3-ca-file", "cache-dir", "fallback-blob-dir")
+
+_SECRETS = ("s3-access-key", "s3-secret-key", "s3-sse-customer-key")
+
+
+def _check_texts(config: Any) -> None:
+    """Refuse what ZConfig takes for a part of a value, and nobody means so."""
+    for attribute in config.getSectionAttributes():
+        key, value = attribute.replace("_", "-"), getattr(config, attribute)
+        if not isinstance(value, str) or not value:
+            continue
+        if not value.isprintable() or value != value.strip():
+            raise ZConfig.ConfigurationError(
+                f"{key} begins or ends with a blank, or has a line break or another character that cannot be seen in "
+                f"it: look at the environment variable or the file that it comes from"
+            )
+        if key in _SECRETS:
+            continue  # what else is in them is for the service to judge
+        if re.search(r"(^|\s)#", value):
+            raise ZConfig.ConfigurationError(
+                f"{key} has a comment behind its value, which ZConfig takes for a part of it: a comment needs a line "
+                f"of its own"
+            )
+        if value[0] in "\"'" or value[-1] in "\"'":
+            raise ZConfig.ConfigurationError(
+                f"{key} must be written without quotes: ZConfig takes them for a part of the value"
+            )
+
+
+def _make_absolute(config: Any, key: str) -> None:
+    """Have the path ``key`` mean the same for whoever reads it later, in whatever directory."""
+    attribute = key.replace("-", "_")
+    path = getattr(config, attribute)
+    if path and (path.startswith("~") or re.search(r"(^|/)\$[\w({]", path)):
+        raise ZConfig.ConfigurationError(
+            f"{key} must be the whole path: nobody replaces ~ or $NAME in it. What ZConfig replaces is $(NAME), by the "
+            f"environment variable, such as $(HOME)/cache"
+        )
+    if path and not os.path.isabs(path):
+        setattr(config, attribute, os.path.join(os.getcwd(), path))
 
 
 def bucket_settings(config: Any) -> BucketSettings:
@@ -180,12 +267,15 @@ def bucket_settings(config: Any) -> BucketSettings:
     endpoint = config.s3_endpoint_url
     if endpoint and not _is_endpoint(endpoint):
         raise ZConfig.ConfigurationError("s3-endpoint-url must be http(s)://host[:port][/path]")
-    if not re.fullmatch(r"[a-zA-Z0-9.\-_]{1,255}", config.bucket_name) and not config.bucket_name.startswith("arn:"):
+    if not re.fullmatch(r"[a-zA-Z0-9.\-_]{1,255}|arn:[\w.:/-]+", config.bucket_name):
         raise ZConfig.ConfigurationError(
             "bucket-name is not the name of a bucket: letters, digits, dots, hyphens and underscores"
         )
-    if any(part in ("", ".", "..") for part in config.s3_prefix.strip("/").split("/")) and config.s3_prefix.strip("/"):
-        raise ZConfig.ConfigurationError("s3-prefix must not contain empty, '.' or '..' parts")
+    prefix = _prefix(config.s3_prefix)
+    if config.s3_region and not re.fullmatch(r"[a-zA-Z0-9-]+", config.s3_region):
+        raise ZConfig.ConfigurationError(
+            "s3-region is not the name of a region: letters, digits and hyphens, such as eu-central-1"
+        )
     if bool(config.s3_access_key) != bool(config.s3_secret_key):
         given, missing = ("access", "secret") if config.s3_access_key else ("secret", "access")
         raise ZConfig.ConfigurationError(f"s3-{given}-key is set, but s3-{missing}-key is not: set both or neither")
@@ -194,6 +284,8 @@ def bucket_settings(config: Any) -> BucketSettings:
         _one_of("s3-sse", config.s3_sse, ("AES256", "aws:kms"))
     if config.s3_sse_kms_key_id and config.s3_sse != "aws:kms":
         raise ZConfig.ConfigurationError("s3-sse-kms-key-id needs s3-sse aws:kms")
+    if " " in (config.s3_sse_kms_key_id or ""):
+        raise ZConfig.ConfigurationError("s3-sse-kms-key-id must be the id, alias or ARN of a key, without blanks")
     checksums: Any = config.s3_checksums or ("when_required" if endpoint else "when_supported")
     _one_of("s3-checksums", checksums, ("when_supported", "when_required"))
     if config.s3_storage_class and not re.fullmatch("[A-Z0-9_]+", config.s3_storage_class):
@@ -201,12 +293,13 @@ def bucket_settings(config: Any) -> BucketSettings:
     tls = endpoint.startswith("https:") if endpoint else config.s3_use_ssl
     return BucketSettings(
         bucket_name=config.bucket_name,
-        s3_prefix=config.s3_prefix.strip("/"),
+        s3_prefix=prefix,
         s3_endpoint_url=endpoint or None,
         s3_region=config.s3_region or None,
         s3_access_key=config.s3_access_key or None,
         s3_secret_key=config.s3_secret_key or None,
         s3_use_ssl=config.s3_use_ssl,
+        s3_ca_file=config.s3_ca_file or None,
         s3_addressing_style=config.s3_addressing_style,
         s3_sse_customer_key=_customer_key(config.s3_sse_customer_key, tls, config.s3_sse),
         s3_sse=config.s3_sse or None,
@@ -218,7 +311,28 @@ def bucket_settings(config: Any) -> BucketSettings:
         s3_connect_timeout=config.s3_connect_timeout,
         s3_read_timeout=config.s3_read_timeout,
         s3_max_attempts=config.s3_max_attempts,
+        copy_timeout=min(max(_COPY_TIMEOUT, config.s3_read_timeout), config.upload_timeout),
     )
+
+
+def _prefix(text: str) -> str:
+    prefix = text.rstrip("/")
+    if prefix.startswith("/"):
+        raise ZConfig.ConfigurationError(
+            "s3-prefix must not begin with a slash, as no key does that is read or written here. zodb-s3blobs 1.2.1 "
+            "wrote such keys: copy those objects to keys without the slash, such as with "
+            "`aws s3 cp --recursive s3://BUCKET//PREFIX/ s3://BUCKET/PREFIX/`, and set s3-prefix to PREFIX"
+        )
+    if prefix and any(part in ("", ".", "..") for part in prefix.split("/")):
+        raise ZConfig.ConfigurationError("s3-prefix must not contain empty, '.' or '..' parts")
+    # What S3 advises against, what services, proxies and policies take for something else, and blanks.
+    if not re.fullmatch(r"[\w./=@+:,~!()-]*", prefix):
+        raise ZConfig.ConfigurationError(
+            "s3-prefix must consist of letters, digits and the characters . _ - / = @ + : , ~ ! ( )"
+        )
+    if len(prefix.encode()) > _LONGEST_PREFIX:
+        raise ZConfig.ConfigurationError(f"s3-prefix must not be longer than {_LONGEST_PREFIX} bytes")
+    return prefix
 
 
 def _customer_key(encoded: str | None, tls: bool, sse: str | None) -> bytes | None:
@@ -256,6 +370,15 @@ def _is_endpoint(url: str) -> bool:
         return False
 
 
+def _check_ca_file(path: str) -> None:
+    try:
+        ssl.create_default_context(cafile=path)
+    except ssl.SSLError:
+        raise _refuse(f"s3-ca-file: {path} holds no certificates in PEM format") from None
+    except OSError as error:
+        raise _refuse(f"s3-ca-file: {path} cannot be read: {error.strerror}") from None
+
+
 def _misconfigured(error: BucketError) -> StartRefused:
     return _refuse(f"{MISCONFIGURED.get(error.code, 's3blobstorage')}: {error}")
 
@@ -270,6 +393,7 @@ def _probe(bucket: Bucket) -> None:
     worker = DaemonPool(1, "s3blobs probe")
     try:
         worker.submit(bucket.probe).result(_PROBE_TIMEOUT)
+        logger.info("Bucket %s answered", bucket.name)
     except BucketError as error:
         if error.code in MISCONFIGURED:
             raise _misconfigured(error) from None
@@ -286,7 +410,12 @@ def _probe(bucket: Bucket) -> None:
 
 
 def _assemble(
-    config: Any, base: Any, bucket: Bucket, fallback: BlobDirectory | None, metrics: Metrics
+    config: Any,
+    base: Any,
+    bucket: Bucket,
+    fallback: BlobDirectory | None,
+    metrics: Metrics,
+    leave_place: Callable[[], None],
 ) -> S3BlobStorage:
     cache = Cache(config.cache_dir, config.cache_size, metrics)
     try:
@@ -300,7 +429,8 @@ def _assemble(
             config.upload_timeout,
             config.s3_stage_threshold,
         )
-        lease = Lease(bucket, cache.identity, metrics, kind_of(base).database)
+        kind = kind_of(base)
+        lease = Lease(bucket, kind, metrics)
         collector = Collector(
             bucket,
             cache,
@@ -310,11 +440,13 @@ def _assemble(
             metrics,
             config.gc_retention,
             config.gc_max_delete_percent,
+            kind.own_identity,
         )
         health = Health(bucket)
 
         def close_watch() -> None:
             endpoint.leave(metrics)
+            leave_place()
             health.close()
 
         storage = S3BlobStorage(base, Parts(bucket, cache, fetcher, uploads, lease, collector, metrics, close_watch))

@@ -1,10 +1,12 @@
 """The HTTP endpoint of ``metrics-address``: one a process, for all its storages.
 
 ``/metrics`` for Prometheus; ``/-/healthy``: the process answers; ``/-/ready``: the storages are open and their buckets
-answer. Every request has a thread of its own and ends after some seconds of silence, so that nobody holds up anybody.
+answer; ``/`` links these three. HEAD is answered as GET without the body: load balancers and monitors ask so. Every
+request has a thread of its own and ends after some seconds of silence, so that nobody holds up anybody.
 """
 
 import contextlib
+import io
 import itertools
 import logging
 import socket
@@ -26,6 +28,30 @@ _PATIENCE = 10.0
 
 #: How many connections there may be: each takes a file and a thread from the server, which needs them for others.
 _MOST = 64
+
+#: What the endpoint answers, by path.
+_PATHS = {
+    "/metrics": "The metrics of this process and of its storages, in the format that Prometheus reads.",
+    "/-/healthy": "200 as long as the process answers, whatever S3 does: a sign of life to decide on a restart by.",
+    "/-/ready": "200 while all storages are open and their buckets answer, else 503 and the reasons.",
+}
+_INDEX = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>zodb-s3blobs</title>
+</head>
+<body>
+<h1>zodb-s3blobs</h1>
+<p>This process stores ZODB blobs in S3. It answers:</p>
+<ul>
+{items}
+</ul>
+</body>
+</html>""".format(
+    # Relative links, which hold behind a proxy that serves the page below a path of its own.
+    items="\n".join(f'<li><a href="{path[1:]}">{path}</a>: {answer}</li>' for path, answer in _PATHS.items())
+)
 
 _lock = threading.Lock()
 _endpoint: "_Endpoint | None" = None
@@ -136,7 +162,33 @@ class _Handler(MetricsHandler):
     storages: Callable[[], list[tuple[str, Metrics]]]
 
     def do_GET(self) -> None:
-        """Answer one of the three paths."""
+        """Answer one of the paths, with Content-Length: a client notices by it that an answer was cut off."""
+        connection, self.wfile = self.wfile, io.BytesIO()
+        try:
+            self._answer()
+            body = self.wfile.getvalue()
+        finally:
+            self.wfile = connection
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def do_OPTIONS(self) -> None:
+        """Name the methods, as prometheus_client's own server does."""
+        self.send_response(200)
+        self.send_header("Allow", "OPTIONS,GET,HEAD")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def end_headers(self) -> None:
+        """Send the headers; keep them back while `do_GET` collects the body, whose length is not known yet."""
+        if not isinstance(self.wfile, io.BytesIO):
+            super().end_headers()
+
+    def _answer(self) -> None:
         path = urlsplit(self.path).path
         if path == "/metrics":
             self.path = path  # prometheus_client would leave out all of ours if single metrics are asked for
@@ -147,16 +199,16 @@ class _Handler(MetricsHandler):
             troubles = [(label, metrics.trouble()) for label, metrics in self.storages()]
             reasons = [f"Storage {label}: {trouble}." for label, trouble in troubles if trouble is not None]
             self._say(503 if reasons else 200, "\n".join(reasons) or "All storages are open, and their buckets answer.")
+        elif path == "/":
+            self._say(200, _INDEX, "html")
         else:
-            self._say(404, "There are /metrics, /-/healthy and /-/ready.")
+            self._say(404, f"No such path. The page / describes what there is: {', '.join(_PATHS)}.")
 
-    def _say(self, status: int, text: str) -> None:
-        body = f"{text}\n".encode()
+    def _say(self, status: int, text: str, kind: str = "plain") -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "text/plain; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", f"text/{kind}; charset=utf-8")
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(f"{text}\n".encode())
 
 
 def _named(address: tuple[str, int]) -> str:

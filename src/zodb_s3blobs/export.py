@@ -3,6 +3,9 @@
 A filestorage with the same Data.fs and that directory as its blob-dir has every revision of every blob again. What is
 in the directory already, and is the same as in the bucket, is skipped. The server may run; what it commits meanwhile,
 the same command fetches later, best when the server has been stopped.
+
+Exit status: 0 every blob of the database is in the directory; 1 the work could not be done, or ended early; 3 some
+blobs are not.
 """
 
 import argparse
@@ -11,32 +14,42 @@ import os
 from contextlib import closing
 
 from . import command, fetch, zeoconf
-from .blobdir import BlobDirectory, BlobDirectoryError
-from .bucket import BlobNotFound, Bucket, BucketError, Different
+from .blobdir import BlobDirectory, BlobDirectoryError, NewBlobFile
+from .bucket import Bucket
 from .inventory import Named
 from .metrics import Metrics
-from .survey import Outcome, Survey
+from .s3errors import BlobNotFound, BucketError, Different
+from .survey import Outcome, Report, Survey, failure
 
 logger = logging.getLogger(__name__)
 
 _MEANINGS = {
-    "copied": "blobs of the database that were copied and checked",
-    "there": "blobs that were in the directory already",
-    "missing": "blobs of the database that neither the bucket nor fallback-blob-dir has",
-    "failed": "blobs that could not be read",
+    "copied": "blobs of the database that were copied, and have the right SHA-256 unless fallback-blob-dir had them",
+    "unproven": "were copied, but carry no SHA-256 in the bucket: compared by their size or MD5 alone",
+    "there": "were in the directory already",
+    "missing": "neither in the bucket nor in fallback-blob-dir",
+    "archived": "in an archive: restore them, and run it again",
+    "failed": "could not be read, or are damaged in the bucket",
 }
+
+#: The words of what keeps the directory from having everything.
+_TROUBLES = ("missing", "archived", "failed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``export``."""
     command.add_arguments(parser)
     parser.add_argument(
-        "--to-blob-dir", metavar="DIR", required=True, help="the blob directory; made if there is nothing yet"
+        "--to-blob-dir",
+        metavar="DIR",
+        type=command.directory,
+        required=True,
+        help="the blob directory; made if there is nothing yet, or nothing but lost+found or tmp",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run it: 0 if every blob of the database is in the directory now."""
+    """Run the command; return the exit status that is described above."""
     return command.run("export", lambda: _export(arguments))
 
 
@@ -45,11 +58,26 @@ def _export(arguments: argparse.Namespace) -> int:
     config = served.section.config
     fallback = served.section.open_fallback()
     with closing(served.section.open_bucket(Metrics())) as bucket, Survey(served) as survey:
+        command.check_owner(bucket, survey.storage)
         directory = BlobDirectory.create(arguments.to_blob_dir)
-        report = survey.run("Exporting", lambda blob: _copy(blob, bucket, fallback, directory), config.s3_concurrency)
-    report.show(_MEANINGS, arguments.json)
-    report.check_complete()
+        with closing(directory):
+            report = survey.run(
+                "Exporting", lambda blob: _copy(blob, bucket, fallback, directory), bucket, config.s3_concurrency
+            )
+    report.show(_MEANINGS, _verdict(report, directory), arguments.json)
+    if report.early_end:
+        command.complain("export", report.early_end)
+        return command.FAILED
     return command.DAMAGED if report.troubles else command.WELL
+
+
+def _verdict(report: Report, directory: BlobDirectory) -> str:
+    counts = report.counts(_TROUBLES, ": ")
+    if report.early_end:
+        return f"Not finished{counts}."
+    if report.troubles:
+        return f"Not all blobs of the database are in {directory.path}{counts}."
+    return f"All blobs of the database are in {directory.path}."
 
 
 def _copy(blob: Named, bucket: Bucket, fallback: BlobDirectory | None, directory: BlobDirectory) -> Outcome:
@@ -60,7 +88,7 @@ def _copy(blob: Named, bucket: Bucket, fallback: BlobDirectory | None, directory
             return Outcome(oid, tid, "there", os.path.getsize(path))
         file = directory.new_file()
         try:
-            fetch.get(bucket, fallback, oid, tid, file)
+            word, reason = _fetch(oid, tid, bucket, fallback, file)
             size = os.path.getsize(file.path)
             file.publish(oid, tid)
         finally:
@@ -68,19 +96,38 @@ def _copy(blob: Named, bucket: Bucket, fallback: BlobDirectory | None, directory
     except BlobNotFound as error:
         return Outcome(oid, tid, "missing", trouble=str(error))
     except BucketError as error:
-        return Outcome(oid, tid, "failed", trouble=str(error))
+        return failure(oid, tid, 0, error)
     except OSError as error:
         raise BlobDirectoryError(
             f"cannot write to the blob directory {directory.path}: {error.strerror}. Afterwards, run it again"
         ) from None
-    return Outcome(oid, tid, "copied", size)
+    return Outcome(oid, tid, word, size, reason=reason)
 
 
 def _is_right(blob: Named, path: str, bucket: Bucket) -> bool:
-    """Whether the file is the blob, as far as the bucket can tell."""
+    """Return whether the file at ``path`` is the blob, as far as the bucket can tell."""
     try:
-        bucket.has(blob.oid, blob.tid, path)  # where it has none, the directory is the only one to have it
+        bucket.find(blob.oid, blob.tid, path)  # where it has none, the directory is the only one to have it
     except Different:
         logger.warning("%s is not what the bucket has, and is replaced", path)
         return False
+    except OSError as error:
+        logger.warning("%s cannot be read (%s), and is replaced", path, error.strerror)
+        return False
     return True
+
+
+def _fetch(
+    oid: bytes, tid: bytes, bucket: Bucket, fallback: BlobDirectory | None, file: NewBlobFile
+) -> tuple[str, str]:
+    """Write the blob into ``file``; return the word for it, and the reason of the bucket's failure if it failed.
+
+    The errors are those of `fetch.get`: none where the fallback has what the bucket did not give.
+    """
+    try:
+        opened = bucket.open(oid, tid)
+    except (BlobNotFound, BucketError) as error:
+        fetch.get(bucket, fallback, oid, tid, file, error)
+        return "copied", getattr(error, "reason", "")
+    is_from_bucket = fetch.get(bucket, fallback, oid, tid, file, opened)
+    return "copied" if opened.stored.is_proven or not is_from_bucket else "unproven", ""

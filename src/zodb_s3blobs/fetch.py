@@ -6,16 +6,21 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 from .blobdir import BlobDirectory
-from .bucket import BlobNotFound, Bucket, BucketError, Target
+from .bucket import Bucket, Opened, Target
 from .cache import Cache, Pin
 from .metrics import Metrics
+from .s3errors import BlobNotFound, BucketError
 from .workers import DaemonPool
+
+#: A blob up to this many bytes is read at once. Larger ones wait for each other, and no small one waits for them.
+_SMALL = 1 << 20
 
 
 class Fetcher:
-    """Reads blobs through the cache; ``concurrency`` downloads go on at once. Any thread may call.
+    """Reads blobs through the cache. Any thread may call.
 
-    ``fallback``: where blobs are that the bucket does not have yet, if anywhere.
+    ``concurrency``: how many downloads of small blobs, and how many of large ones, go on at once; ``fallback``: where
+    blobs are that the bucket does not have yet, if anywhere.
     """
 
     def __init__(
@@ -32,6 +37,7 @@ class Fetcher:
         self._fallback = fallback
         # Not those of the uploads: slow reads must not hold up whoever holds the commit lock.
         self._workers = DaemonPool(concurrency, "s3blobs download")
+        self._large = DaemonPool(concurrency, "s3blobs large download")
         self._lock = threading.Lock()
         self._waiting: dict[tuple[bytes, bytes], list[_Reader]] = {}
 
@@ -55,7 +61,7 @@ class Fetcher:
                 self._metrics.download_waits.inc()
                 self._waiting[name].append(reader)
             else:
-                self._workers.submit(self._run, name)
+                self._workers.submit(self._begin, name)
                 self._waiting[name] = [reader]
         return reader.future
 
@@ -71,10 +77,26 @@ class Fetcher:
     def close(self) -> None:
         """Start no more downloads."""
         self._workers.shutdown(wait=False)
+        self._large.shutdown(wait=False)
 
-    def _run(self, name: tuple[bytes, bytes]) -> None:
+    def _begin(self, name: tuple[bytes, bytes]) -> None:
+        """Ask for the blob, which tells its size; leave a large one to another thread."""
         try:
-            pin = self._download(*name)
+            opened = self._bucket.open(*name)
+        except Exception as error:
+            self._finish(name, error)
+            return
+        if opened.stored.size <= _SMALL:
+            self._finish(name, opened)
+        elif self._large.has_free_thread:
+            self._large.submit(self._finish, name, opened)
+        else:
+            opened.close()  # rather than to keep the service waiting until there is one
+            self._large.submit(self._finish, name, None)
+
+    def _finish(self, name: tuple[bytes, bytes], begun: "Opened | Exception | None") -> None:
+        try:
+            pin = self._download(*name, begun)
         except BaseException as error:
             for reader in self._end(name):
                 self._metrics.load_duration.labels("error").observe(time.monotonic() - reader.asked)
@@ -92,25 +114,40 @@ class Fetcher:
         with self._lock:  # from here on nobody joins
             return self._waiting.pop(name)
 
-    def _download(self, oid: bytes, tid: bytes) -> Pin:
-        file = self._cache.new_file()
+    def _download(self, oid: bytes, tid: bytes, begun: "Opened | Exception | None") -> Pin:
+        file = None
         try:
-            if not get(self._bucket, self._fallback, oid, tid, file):
+            file = self._cache.new_file()
+            if not get(self._bucket, self._fallback, oid, tid, file, begun):
                 self._metrics.fallback_reads.inc()
             file.sync()
             return file.publish(oid, tid)
         except BaseException:
-            file.discard()
+            if file is not None:
+                file.discard()
             raise
+        finally:
+            if isinstance(begun, Opened):
+                begun.close()
 
 
-def get(bucket: Bucket, fallback: BlobDirectory | None, oid: bytes, tid: bytes, file: Target) -> bool:
+def get(
+    bucket: Bucket,
+    fallback: BlobDirectory | None,
+    oid: bytes,
+    tid: bytes,
+    file: Target,
+    begun: Opened | Exception | None = None,
+) -> bool:
     """Write blob (oid, tid) into the empty ``file``; return whether it came from the bucket, or else the fallback.
 
-    The errors are those of `Bucket.get` and `BlobDirectory.copy`.
+    ``begun``: what `Bucket.open` returned or raised, if it was called. The errors are those of `Bucket.get` and
+    `BlobDirectory.copy`.
     """
     try:
-        bucket.get(oid, tid, file)
+        if isinstance(begun, Exception):
+            raise begun
+        bucket.get(oid, tid, file, begun)
     except (BlobNotFound, BucketError):
         # It is the same blob, wherever it comes from: an outage need not keep anybody from it either.
         if fallback is None or not fallback.copy(oid, tid, file):

@@ -13,7 +13,6 @@ from typing import Any
 import zc.lockfile
 
 from . import command, zeoconf
-from .config import S3BlobStorageFactory
 from .garbage import abandoned_uploads, scan_beside_a_server
 from .metrics import Metrics
 from .staging import abandoned, abandoned_after
@@ -35,15 +34,17 @@ def _gc(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         _show(_dry_run(served), arguments.json)
     else:
-        deleted = _collect(served.section)
+        deleted = _collect(served)
         print(json.dumps({"deleted_objects": deleted}) if arguments.json else f"{deleted} dead blobs were deleted.")
     return command.WELL
 
 
-def _collect(section: S3BlobStorageFactory) -> int:
-    section.config.metrics_address = None  # nobody scrapes a command
+def _collect(served: zeoconf.Served) -> int:
+    served.check_database_exists()
+    served.section.config.metrics_address = None  # nobody scrapes a command
+    logging.getLogger("zodb_s3blobs.config").setLevel(logging.WARNING)  # nor asks it where the blobs are
     try:
-        storage = section.open()
+        storage = served.section.open()
     except zc.lockfile.LockError:
         raise zeoconf.ConfigurationError(
             "the database is in use. Stop the server, or let it pack; --dry-run works beside it"
@@ -60,6 +61,7 @@ def _dry_run(served: zeoconf.Served) -> dict[str, Any]:
     """What would go, and what there is."""
     config = served.section.config
     with closing(served.open_read_only()) as storage, closing(served.section.open_bucket(Metrics())) as bucket:
+        is_ours = command.check_owner(bucket, storage)
         scan = scan_beside_a_server(storage, bucket, config.gc_retention)
         goes = [
             {"key": bucket.keys.key(blob.oid, blob.tid), "bytes": blob.size, "reason": "dead"}
@@ -72,7 +74,8 @@ def _dry_run(served: zeoconf.Served) -> dict[str, Any]:
         for upload in abandoned_uploads(bucket, age):
             goes.append({"key": upload.key, "bytes": 0, "reason": "unfinished"})
     found = {state: {"objects": found.objects, "bytes": found.bytes} for state, found in scan.found.items()}
-    return {"would_delete": goes, "found": found, "refused": scan.refusal(config.gc_max_delete_percent)}
+    refused = scan.refusal(config.gc_max_delete_percent) if is_ours else "the prefix belongs to another database"
+    return {"would_delete": goes, "found": found, "refused": refused}
 
 
 _MEANINGS = {
@@ -95,5 +98,11 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     print(f"{'':<10} {'objects':>14} {'bytes':>20}")
     for state, found in result["found"].items():
         print(f"{state:<10} {found['objects']:>14,} {found['bytes']:>20,}  {_MEANINGS[state]}")
+    print(f"\n{_verdict(result)}")
+
+
+def _verdict(result: dict[str, Any]) -> str:
     if result["refused"]:
-        print(f"\nA pack would delete none of them: {result['refused']}")
+        return f"A pack would delete none of them: {result['refused']}"
+    number = len(result["would_delete"])
+    return f"A pack would delete what is listed, {number:,} in all." if number else "All is well: nothing is dead."

@@ -3,7 +3,8 @@
 import threading
 import time
 
-from .bucket import Bucket, BucketError
+from .bucket import Bucket
+from .s3errors import BucketError
 from .workers import DaemonPool
 
 #: How old, in seconds, an answer may be before a probe is sent: while all is well, and while it is not.

@@ -5,37 +5,44 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from .bucket import Listed
+
 _BATCH = 10_000
 
 
 class Named(NamedTuple):
-    """A blob that the database names; ``size`` in bytes at the bucket, None if it is not there."""
+    """A blob that the database names, and what a listing of the bucket tells of its object.
+
+    ``size``: in bytes, None if there is no object; ``archived``: whether its storage class is one of archives.
+    """
 
     oid: bytes
     tid: bytes
     size: int | None
+    archived: bool
 
 
 class Inventory:
-    """Belongs to one thread, until `close`."""
+    """The blobs of a database and of a bucket. Belongs to one thread, until `close`."""
 
     def __init__(self) -> None:
         # SQLite keeps such a database in memory as long as it is small, then in a file that nobody else can open.
         self._tables = sqlite3.connect("")
-        for table in "named (oid BLOB, tid BLOB", "held (oid BLOB, tid BLOB, size INTEGER":
+        for table in "named (oid BLOB, tid BLOB", "held (oid BLOB, tid BLOB, size INTEGER, archived INTEGER":
             self._tables.execute(f"CREATE TABLE {table}, PRIMARY KEY (oid, tid)) WITHOUT ROWID")
 
     def close(self) -> None:
-        """Delete it."""
+        """Delete the temporary file."""
         self._tables.close()
 
     def add_named(self, blobs: Iterable[tuple[bytes, bytes]]) -> None:
-        """The blobs (oid, tid) that the database names; one that it names twice counts once."""
+        """Add blobs (oid, tid) that the database names; a blob that it names twice counts once."""
         self._add("INSERT OR IGNORE INTO named VALUES (?, ?)", blobs)
 
-    def add_held(self, blobs: Iterable[tuple[bytes, bytes, int]]) -> None:
-        """The blobs (oid, tid, size) that the bucket holds."""
-        self._add("INSERT OR REPLACE INTO held VALUES (?, ?, ?)", blobs)
+    def add_held(self, blobs: Iterable[Listed]) -> None:
+        """Add blobs that the bucket holds."""
+        rows = ((blob.oid, blob.tid, blob.size, blob.archived) for blob in blobs)
+        self._add("INSERT OR REPLACE INTO held VALUES (?, ?, ?, ?)", rows)
 
     def _add(self, statement: str, rows: Iterable[tuple]) -> None:
         iterator = iter(rows)
@@ -44,15 +51,15 @@ class Inventory:
                 self._tables.executemany(statement, batch)
 
     def __len__(self) -> int:
-        """How many blobs the database names."""
+        """Return how many blobs the database names."""
         return self._tables.execute("SELECT count(*) FROM named").fetchone()[0]
 
     def named(self) -> Iterator[Named]:
-        """All blobs that the database names, by oid and tid."""
-        rows = self._tables.execute("SELECT oid, tid, size FROM named LEFT JOIN held USING (oid, tid)")
-        return (Named(*row) for row in rows)
+        """Yield all blobs that the database names, by oid and tid."""
+        rows = self._tables.execute("SELECT oid, tid, size, archived FROM named LEFT JOIN held USING (oid, tid)")
+        return (Named(oid, tid, size, bool(archived)) for oid, tid, size, archived in rows)
 
     def is_named(self, oid: bytes, tid: bytes) -> bool:
-        """Whether the database names that blob."""
+        """Return whether the database names that blob."""
         found = self._tables.execute("SELECT 1 FROM named WHERE oid = ? AND tid = ?", (oid, tid))
         return found.fetchone() is not None

@@ -24,7 +24,9 @@ S3_OPERATIONS = (
     "put", "get", "head", "copy", "list", "delete",
     "create_multipart", "put_part", "copy_part", "complete_multipart", "abort_multipart",
 )  # fmt: skip
-S3_FAILURES = ("auth", "throttled", "timeout", "connection", "server", "request", "damaged")
+S3_FAILURES = (
+    "auth", "quota", "archived", "throttled", "timeout", "connection", "server", "foreign", "request", "damaged",
+)  # fmt: skip
 S3_CODES = ("403", "429", "500", "503", "timeout", "connection", "damaged")
 CACHE_OPERATIONS = ("read", "write", "delete")
 LOAD_RESULTS = ("hit", "miss", "error")
@@ -139,6 +141,10 @@ class Metrics:
         self.download_checksum_failures = self._counter(
             "s3blobs_download_checksum_failures_total", "Downloads that did not have the blob's size and checksum."
         )
+        self.download_unproven = self._counter(
+            "s3blobs_download_unproven_total",
+            "Downloads of objects without SHA-256, which were compared by their size, or by the ETag of the service.",
+        )
         self.load_duration = self._histogram(
             "s3blobs_load_duration_seconds", "How long a reader waited for a blob.", LATENCIES, result=LOAD_RESULTS
         )
@@ -203,7 +209,11 @@ class Metrics:
             "s3blobs_gc_bytes", "What the last garbage collection found: bytes.", state=GC_STATES
         )
         self.bucket_owner_conflict = self._gauge(
-            "s3blobs_bucket_owner_conflict", "1 while another server holds the prefix."
+            "s3blobs_bucket_owner_conflict", "1 while the prefix belongs to another database, and nothing is deleted."
+        )
+        self.bucket_owner_changed = self._gauge(
+            "s3blobs_bucket_owner_changed_timestamp_seconds",
+            "When this database took the prefix over from another one; 0 if it did not.",
         )
 
     def count_vote(self, seconds: float | None, failure: str | None = None) -> None:

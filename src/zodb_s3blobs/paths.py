@@ -7,6 +7,7 @@ import functools
 import io
 import itertools
 import pickle
+import re
 import sqlite3
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -28,6 +29,21 @@ _LOOKED_AT = 10_000
 
 _LONGEST_NAME = 100
 
+#: What a step to an object costs. A way costs as much as its steps, and of those that cost the same the shortest is
+#: taken. One through an index is taken where no other leads to the object, however long the others are.
+_AN_ITEM = 0
+_BY_THE_WAY = 1  # by an attribute that is the object's own business, a number, or one that cannot be told
+_AN_INDEX = 1_000_000
+
+#: Names of what refers to objects that are elsewhere: Zope's component registries, catalogs, and the way back up.
+_INDEXES = re.compile(
+    r"_components|(.*_)?registrations|(.*_)?intids?|.*catalog|__parent__|aq_parent",
+    re.IGNORECASE,
+)
+
+#: Names of the attributes in which containers keep their items; they are no part of a path that a person follows.
+_OF_CONTAINERS = re.compile(r"_tree|_container|_data|_SampleContainer__data|_BTreeContainer__data")
+
 
 def find(storage: Any, oids: Collection[bytes]) -> dict[bytes, str]:
     """oid -> its path from the root object, such as ``/app/folder/file/_blob``, for each of the ``oids`` that has one.
@@ -35,6 +51,9 @@ def find(storage: Any, oids: Collection[bytes]) -> dict[bytes, str]:
     The names are attributes and the keys of mappings and BTrees; what has no name, as an object whose holder cannot be
     read, is there with its oid. What the root does not lead to has a path from the topmost object that leads to it:
     ``[app.models.Folder 0x2a]/file/_blob``, and none if nothing leads to it. Only current revisions count.
+
+    Of several ways to an object, that through the items of containers is taken, and not one through a catalog or
+    another index (`_cost`); then the shortest.
 
     The database is read once, from one end to the other, if there are any ``oids``; what that brings is in a temporary
     file. Takes as long as that. Errors are the storage's own, but not for a record that makes no sense.
@@ -48,7 +67,7 @@ def find(storage: Any, oids: Collection[bytes]) -> dict[bytes, str]:
             closing(storage.iterator(None, storage.lastTransaction())) as transactions,
         ):
             graph.add(
-                (record.oid, record.tid, _references(record.data))
+                (record.oid, record.tid, _costs(record.data))
                 for transaction in progress.over(transactions)
                 for record in transaction
             )
@@ -76,19 +95,48 @@ def _references(data: bytes | None) -> list[bytes]:
         return []
 
 
+def _costs(data: bytes | None) -> dict[bytes, int]:
+    """The oids of what the record ``data`` refers to, and what the steps there cost."""
+    references = _references(data)
+    if not data or not references:
+        return {}
+    costs: dict[bytes, int] = {}
+    try:
+        for way, oid in _ways(_read(data)[1]):
+            cost = sum(map(_cost, _keys_on(way)))
+            costs[oid] = min(cost, costs.get(oid, cost))
+    except Exception:  # as in `_Steps`
+        costs = {}
+    return {oid: costs.get(oid, _BY_THE_WAY) for oid in references}
+
+
+def _cost(key: Any) -> int:
+    """What it costs to go by an attribute or item of that name."""
+    if key is None or isinstance(key, bytes):
+        return _AN_ITEM
+    if not isinstance(key, str):
+        return _BY_THE_WAY
+    if _INDEXES.fullmatch(key):
+        return _AN_INDEX
+    return _BY_THE_WAY if key.startswith("_") and not _OF_CONTAINERS.fullmatch(key) else _AN_ITEM
+
+
 class _Graph:
     """Which object refers to which, in a temporary file. Belongs to one thread, until `close`."""
 
     def __init__(self) -> None:
         # Each record has a number, which says which one of an object is the last; older ones are just not asked for.
-        # So nothing is written but at the end of a table, and nothing is deleted.
+        # So nothing of it is written but at the end of a table, and nothing is deleted.
         self._tables = sqlite3.connect("")
         self._tables.executescript(
             """
             PRAGMA journal_mode = OFF;
             CREATE TABLE current (oid BLOB PRIMARY KEY, tid BLOB, record INTEGER) WITHOUT ROWID;
-            CREATE TABLE refs (record INTEGER, oid BLOB, PRIMARY KEY (record, oid)) WITHOUT ROWID;
+            CREATE TABLE refs (record INTEGER, oid BLOB, cost INTEGER, PRIMARY KEY (record, oid)) WITHOUT ROWID;
             CREATE TABLE reached (number INTEGER PRIMARY KEY, oid BLOB UNIQUE, holder BLOB);
+            CREATE TABLE waiting (
+                cost INTEGER, number INTEGER, oid BLOB, holder BLOB, PRIMARY KEY (cost, number, oid)
+            ) WITHOUT ROWID;
             """
         )
         self._has_holders = False
@@ -97,8 +145,8 @@ class _Graph:
         """Delete it."""
         self._tables.close()
 
-    def add(self, records: Iterable[tuple[bytes, bytes, list[bytes]]]) -> None:
-        """The records of the database: oid, tid and the oids that it refers to; of those of one oid the last holds."""
+    def add(self, records: Iterable[tuple[bytes, bytes, dict[bytes, int]]]) -> None:
+        """The records of the database: oid, tid and `_costs`; of those of one oid the last holds."""
         numbered = enumerate(records)
         while batch := list(itertools.islice(numbered, _BATCH)):
             with self._tables:
@@ -107,8 +155,8 @@ class _Graph:
                     ((oid, tid, number) for number, (oid, tid, _) in batch),
                 )
                 self._tables.executemany(
-                    "INSERT OR IGNORE INTO refs VALUES (?, ?)",
-                    ((number, reference) for number, (_, _, references) in batch for reference in references),
+                    "INSERT INTO refs VALUES (?, ?, ?)",
+                    ((number, oid, cost) for number, (_, _, costs) in batch for oid, cost in costs.items()),
                 )
 
     def tid(self, oid: bytes) -> bytes:
@@ -116,23 +164,47 @@ class _Graph:
         return self._ask("SELECT tid FROM current WHERE oid = ?", oid)[0][0]
 
     def reach(self) -> None:
-        """Go everywhere from the root, breadth first, so that whatever else refers to an object is further away."""
-        first, last = 1, 0
+        """Go everywhere from the root: to what costs least first, and of that to the nearest."""
         with self._tables:
             self._tables.execute("INSERT INTO reached (oid) VALUES (?)", (z64,))
+            cost, first = 0, 1
             while True:
-                first, last = last + 1, self._ask("SELECT max(number) FROM reached")[0][0]
-                if first > last:
-                    return
+                last = self._reach_items(first)
+                # What is reached by now is not reached cheaper any more.
                 self._tables.execute(
-                    "INSERT OR IGNORE INTO reached (oid, holder) SELECT refs.oid, reached.oid"
+                    "INSERT OR IGNORE INTO waiting SELECT ? + refs.cost, reached.number, refs.oid, reached.oid"
                     " FROM reached CROSS JOIN current USING (oid) CROSS JOIN refs USING (record)"
-                    " WHERE number BETWEEN ? AND ?",
-                    (first, last),
+                    " WHERE reached.number BETWEEN ? AND ? AND refs.cost > 0"
+                    " AND NOT EXISTS (SELECT 1 FROM reached AS before WHERE before.oid = refs.oid)",
+                    (cost, first, last),
                 )
+                (cost,) = self._ask("SELECT min(cost) FROM waiting")[0]
+                if cost is None:
+                    return
+                first = last + 1
+                self._tables.execute(
+                    "INSERT OR IGNORE INTO reached (oid, holder) SELECT oid, holder FROM waiting"
+                    " WHERE cost = ? ORDER BY number",
+                    (cost,),
+                )
+                self._tables.execute("DELETE FROM waiting WHERE cost = ?", (cost,))
+
+    def _reach_items(self, first: int) -> int:
+        """Go on, breadth first, from what was reached as number ``first`` and later; return the last number."""
+        last = first - 1
+        while True:
+            first, last = last + 1, self._ask("SELECT max(number) FROM reached")[0][0]
+            if first > last:
+                return last
+            self._tables.execute(
+                "INSERT OR IGNORE INTO reached (oid, holder) SELECT refs.oid, reached.oid"
+                " FROM reached CROSS JOIN current USING (oid) CROSS JOIN refs USING (record)"
+                " WHERE number BETWEEN ? AND ? AND refs.cost = 0",
+                (first, last),
+            )
 
     def chain(self, oid: bytes) -> list[bytes]:
-        """After `reach`: the oids on the shortest way from the root to ``oid``; just this one if there is no way."""
+        """After `reach`: the oids on the best way from the root to ``oid``; just this one if there is no way."""
         chain = [oid]
         while (found := self._ask("SELECT holder FROM reached WHERE oid = ?", chain[-1])) and found[0][0]:
             chain.append(found[0][0])
@@ -180,7 +252,11 @@ class _Steps:
             found = _search(self._read(holder)[1], oid)
         except Exception:  # whatever is wrong with it, and it may be anything: the rest of the path is right
             found = None
-        return (oid_repr(oid),) if found is None else found
+        if found is None:
+            return (oid_repr(oid),)
+        if len(found) == 1 and _OF_CONTAINERS.fullmatch(found[0]) and self.class_of(oid).startswith("BTrees."):
+            return ()
+        return found
 
     def class_of(self, oid: bytes) -> str:
         """The name of the class of ``oid``."""
@@ -267,27 +343,36 @@ def _read(data: bytes) -> tuple[str, Any]:
 
 
 def _search(state: Any, oid: bytes) -> tuple[str, ...] | None:
-    """The names on the shortest way from ``state`` to a reference to ``oid``; None if there is none."""
+    """The names on the best way from ``state`` to a reference to ``oid``; None if there is none."""
+    ways = [_keys_on(way) for way, found in _ways(state) if found == oid]
+    if not ways:
+        return None
+    best = min(ways, key=lambda keys: sum(map(_cost, keys)))  # the first of those that cost the same
+    return tuple(map(_text, best))
+
+
+def _ways(state: Any) -> Iterator[tuple[tuple, bytes]]:
+    """Each reference in ``state``, the nearest first: the way to it, for `_keys_on`, and its oid."""
     waiting: deque[tuple[Any, Any]] = deque((((), key), part) for key, part in _parts_of_state(state))
     seen: set[int] = set()
     while waiting:
         way, part = waiting.popleft()
         if isinstance(part, _Reference):
-            if part.oid == oid:
-                return tuple(_names_on(way))
+            if part.oid is not None:
+                yield way, part.oid
         elif id(part) not in seen:
             seen.add(id(part))
             waiting.extend(((way, key), inner) for key, inner in _parts(part))
-    return None
 
 
-def _names_on(way: tuple) -> Iterator[str]:
-    names = []
+def _keys_on(way: tuple) -> list[Any]:
+    """The attributes and keys on a way of `_ways`, without what has no name."""
+    keys = []
     while way:
         way, key = way
         if key is not None:
-            names.append(_text(key))
-    return reversed(names)
+            keys.append(key)
+    return keys[::-1]
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, Any]]:

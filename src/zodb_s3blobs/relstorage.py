@@ -11,7 +11,7 @@ No class or module of RelStorage is changed. `TESTED` are the versions whose ins
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -25,7 +25,7 @@ from relstorage.storage.copy import Copy
 from ZODB.POSException import POSKeyError, StorageTransactionError
 from ZODB.utils import p64, u64
 
-from .bases import Busy, Kind, Revisions, UnsuitableBase
+from .bases import Busy, Kind, Revisions, UnsuitableBase, loadable_one_by_one
 from .machine import boot_id
 
 #: The least version of RelStorage, and the first one that has not been tested.
@@ -107,8 +107,27 @@ class RelStorageKind(Kind):
             connection.drop()
             adapter.release()
 
-    def database(self) -> str | None:
+    def identity(self) -> str:
         return self._database.identity()
+
+    def was(self, identity: str) -> bool:
+        return _lasting(identity) == _lasting(self.identity())
+
+    def last_transaction(self) -> bytes:
+        with self.revisions() as revisions:
+            return revisions.lastTransaction()
+
+    def has_transaction(self, tid: bytes) -> bool:
+        instance = self._relstorage.new_instance()
+        try:
+            return any(transaction.tid == tid for transaction in instance.iterator(tid, tid))
+        finally:
+            instance.release()
+
+
+def _lasting(identity: str) -> str:
+    """Return what a restart, of PostgreSQL or of the machine of SQLite, leaves as it is."""
+    return re.sub(r"(?<=PostgreSQL )started [^,]+, |(?<=SQLite )on [^,]+, ", "", identity)
 
 
 class _TidTeller(NoBlobHelper):
@@ -161,6 +180,13 @@ class _Stored:
         if not record:
             raise POSKeyError(oid, tid)
         return record
+
+    def loadable(self, oid: bytes, tids: Iterable[bytes], pause: Callable[[], None] = lambda: None) -> set[bytes]:
+        return loadable_one_by_one(self, oid, tids, pause)  # the database has an index
+
+    def has_object(self, oid: bytes) -> bool:
+        state, _ = self._adapter.mover.load_current(self._cursor(), u64(oid))
+        return bool(state)
 
     def no_restores(self) -> AbstractContextManager[None]:
         return _excluding(

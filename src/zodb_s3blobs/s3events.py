@@ -5,16 +5,13 @@ ends with its answer, or where the answer has a body to be read, with the body. 
 make the calls.
 """
 
-import re
 import time
-from collections.abc import Mapping
-from concurrent.futures import CancelledError
 from typing import Any
 
-import botocore.exceptions
 from botocore.utils import determine_content_length
 
 from .metrics import Metrics
+from .s3errors import code_and_reason, code_of, interruption, reason_of_answer
 
 #: Names of S3's operations -> the values of the label ``operation``.
 _OPERATIONS = {
@@ -36,28 +33,15 @@ _OPERATIONS = {
 
 _KEY = "zodb-s3blobs"  # of ours in boto3's context of a call
 
-#: Codes that S3 gives with another status than 401 or 403.
-_AUTH = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
-#: What boto3 raises when there are no credentials to ask S3 with.
-_NO_CREDENTIALS = (
-    botocore.exceptions.NoCredentialsError,
-    botocore.exceptions.PartialCredentialsError,
-    botocore.exceptions.CredentialRetrievalError,
-    botocore.exceptions.TokenRetrievalError,
-    botocore.exceptions.SSOError,
-)
-_THROTTLED = {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests"}
-
 #: The reasons that mean: the service is not there, or not for us.
-_UNANSWERED = {"timeout", "connection", "server", "throttled"}
+_UNANSWERED = {"timeout", "connection", "server", "throttled", "foreign"}
 
 
 class S3Events:
-    """Counts for one client. ``cancelled`` is what the caller of an operation raises to end it: no failure."""
+    """Counts for one client. What the caller of an operation raises to end it is no failure."""
 
-    def __init__(self, client: Any, metrics: Metrics, cancelled: type[Exception]) -> None:
+    def __init__(self, client: Any, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._cancelled = cancelled
         #: Why the last operation had no proper answer, None if it had one; and the reading of `time.monotonic` then.
         self.last_answer: tuple[str | None, float] = "the bucket has not answered yet", time.monotonic()
         events = client.meta.events
@@ -70,7 +54,7 @@ class S3Events:
         operation = request.context.get(_KEY)
         if operation is None:
             name = _OPERATIONS.get(operation_name, operation_name)
-            operation = request.context[_KEY] = _Operation(name)
+            operation = request.context[_KEY] = _Operation(name, operation_name)
             self._metrics.s3_inflight.labels(name).inc()
         self._metrics.s3_attempts.labels(operation.name).inc()
         self._metrics.s3_sent_bytes.inc(
@@ -82,17 +66,17 @@ class S3Events:
     ) -> None:
         operation = context[_KEY]
         if exception is not None:
-            if not self._is_cancelled(exception):
-                self._attempt_failed(operation, _reason_of(exception))
+            if interruption(exception) is None:
+                self._attempt_failed(operation, code_and_reason(exception)[1])
             return
         if isinstance(response_dict["body"], bytes):  # or it has not come yet
             self._metrics.s3_received_bytes.inc(len(response_dict["body"]))
-        if _reason(operation.name, parsed_response) is not None:
+        if _reason(operation, parsed_response) is not None:
             self._attempt_failed(operation, str(_status(parsed_response)))
 
     def _after_call(self, parsed: dict[str, Any], context: dict, **kwargs: Any) -> None:
         operation = context[_KEY]
-        reason = _reason(operation.name, parsed)
+        reason = _reason(operation, parsed)
         if reason is None and hasattr(parsed.get("Body"), "read"):
             parsed["Body"] = _Body(parsed["Body"], self, operation)
         else:
@@ -102,16 +86,11 @@ class S3Events:
         operation = context.get(_KEY)
         if operation is None:
             pass  # nothing has been sent, nor can be
-        elif self._is_cancelled(exception):
+        elif interruption(exception) is not None:
             self._over(operation)
         else:
-            self._ended(operation, _reason_of(exception), type(exception).__name__, answered=False)
-
-    def _is_cancelled(self, exception: BaseException) -> bool:
-        # A transfer of several parts that fails ends the others: what it failed with is raised where they read the
-        # bodies that they send. No call raises a ClientError of its own before it has ended.
-        ends = self._cancelled, CancelledError, botocore.exceptions.ClientError
-        return isinstance(exception, ends) or isinstance(exception.__context__, ends)
+            code, reason = code_and_reason(exception)
+            self._ended(operation, reason, code, answered=False)
 
     def received(self, count: int) -> None:
         """Bytes of a body have been read."""
@@ -122,9 +101,9 @@ class S3Events:
         if error is None:
             self._ended(operation, None)
         else:
-            reason = _reason_of(error)
+            code, reason = code_and_reason(error)
             self._attempt_failed(operation, reason)
-            self._ended(operation, reason, type(error).__name__)
+            self._ended(operation, reason, code)
 
     def _attempt_failed(self, operation: "_Operation", code: str) -> None:
         self._metrics.s3_attempt_failures.labels(operation.name, code).inc()
@@ -145,8 +124,11 @@ class S3Events:
 
 
 class _Operation:
-    def __init__(self, name: str) -> None:
+    """One call of the client. ``name``: the value of the label ``operation``; ``s3_name``: its name in S3."""
+
+    def __init__(self, name: str, s3_name: str) -> None:
         self.name = name
+        self.s3_name = s3_name
         self.started = time.monotonic()
 
 
@@ -179,41 +161,9 @@ class _Body:
             self._events.body_ended(operation, error)
 
 
-def code_of(error: Mapping[str, Any]) -> str:
-    """S3's code in the part of an answer that tells an error; "" if there is none, or it is no code.
-
-    It goes into logs and to terminals, where other text could pass for lines of ours.
-    """
-    code = str(error.get("Code") or "")
-    return code if re.fullmatch(r"[A-Za-z0-9._-]{1,100}", code) else ""
-
-
 def _status(parsed: dict[str, Any]) -> int:
     return parsed["ResponseMetadata"]["HTTPStatusCode"]
 
 
-def _reason(operation: str, parsed: dict[str, Any]) -> str | None:
-    """Why an answer is a failure, one of `metrics.S3_FAILURES`; None if it is none."""
-    status, code = _status(parsed), parsed.get("Error", {}).get("Code", "")
-    if status < 300 or status in (412, 416) or code == "NoSuchKey" or (operation == "head" and status == 404):
-        return None
-    if status in (401, 403) or code in _AUTH:
-        return "auth"
-    if status in (429, 503) or code in _THROTTLED:
-        return "throttled"
-    return "server" if status >= 500 and status != 501 else "request"
-
-
-def got_old_credentials(error: BaseException) -> bool:
-    """Whether boto3 has asked for new credentials, and those were over as well. It has no error of its own for that."""
-    return isinstance(error, RuntimeError) and "refreshed credentials" in str(error)
-
-
-def _reason_of(error: BaseException) -> str:
-    """The same for what was raised instead of an answer."""
-    if isinstance(error, _NO_CREDENTIALS) or got_old_credentials(error):
-        return "auth"
-    if isinstance(error, botocore.exceptions.FlexibleChecksumError):
-        return "damaged"
-    timeouts = botocore.exceptions.ConnectTimeoutError, botocore.exceptions.ReadTimeoutError, TimeoutError
-    return "timeout" if isinstance(error, timeouts) else "connection"
+def _reason(operation: _Operation, parsed: dict[str, Any]) -> str | None:
+    return reason_of_answer(operation.s3_name, _status(parsed), code_of(parsed.get("Error", {})))

@@ -14,8 +14,9 @@ import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 
-from .bucket import Bucket, BucketError, ListedStaged, TransferCancelled
+from .bucket import Bucket, ListedStaged
 from .metrics import Metrics
+from .s3errors import BucketError, TransferCancelled
 from .workers import DaemonPool, Waiting
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ _ABANDONED = 24 * 3600.0
 class Staged:
     """A file that is on its way to, or at, its staging key ``name``."""
 
-    uploaded: Future[None]
+    uploaded: Future[str]  # the SHA-256
 
     def __init__(self, filename: str, size: int, timeout: float) -> None:
         self.filename = filename
@@ -141,7 +142,7 @@ class Staging:
 
     # In a worker
 
-    def _upload(self, staged: Staged) -> None:
+    def _upload(self, staged: Staged) -> str:
         def check_wanted(transferred: int = 0) -> None:
             if staged.unwanted.is_set():
                 raise TransferCancelled()
@@ -150,7 +151,7 @@ class Staging:
         with open(staged.filename, "rb") as file:
             # It is to become a file of the cache: see `cache.Incoming.sync`. Here nobody waits for it.
             os.fsync(file.fileno())
-        self._bucket.put_staged(staged.name, staged.filename, check_wanted)
+        return self._bucket.put_staged(staged.name, staged.filename, check_wanted)
 
     def _delete_later(self, staged: Staged) -> None:
         try:

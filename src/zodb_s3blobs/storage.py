@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -20,13 +20,14 @@ from ZODB.POSException import POSKeyError, ReadOnlyError, StorageError, StorageT
 
 from .bases import Busy, kind_of
 from .blobdir import BlobDirectoryError
-from .bucket import BlobNotFound, Bucket, BucketError
+from .bucket import Bucket
 from .cache import Cache, CacheError, Pin
 from .commit import Commit, Uploads
 from .fetch import Fetcher
 from .garbage import Collector, Refused, is_live
 from .lease import Lease, NotOwner
 from .metrics import Metrics
+from .s3errors import BlobNotFound, BucketError
 from .staging import TOO_LATE, Staging
 from .workers import Waiting
 
@@ -50,7 +51,6 @@ class Parts:
     def close(self) -> None:
         """Give up threads, connections and the cache directory."""
         self.close_watch()
-        self.lease.close()
         self.fetcher.close()
         self.uploads.close()
         self.bucket.close()
@@ -95,11 +95,12 @@ class S3BlobStorage:
 
     def close(self) -> None:
         """Close the base, and the parts unless they are another instance's. Waits at most seconds for S3."""
-        try:
-            self.base.close()
-        finally:
+        with ExitStack() as last_to_first:
             if self._owns_parts:
-                self._parts.close()
+                last_to_first.callback(self._parts.close)
+            last_to_first.callback(self.base.close)
+            if self._owns_parts:
+                last_to_first.callback(self._parts.lease.close)  # it asks the base for its last transaction
 
     # Set up
 
@@ -371,6 +372,11 @@ class S3BlobStorage:
         """Where large blobs can be uploaded to before they are stored."""
         return self._parts.uploads.staging
 
+    @property
+    def upload_timeout(self) -> float:
+        """How long, in seconds, the uploads of one transaction may take."""
+        return self._parts.uploads.timeout
+
     # Pack
 
     def pack(self, pack_time: float, referencesf: Any, gc: bool | None = None, **options: Any) -> Any:
@@ -379,13 +385,14 @@ class S3BlobStorage:
         ``options``: what else the pack of the base takes.
 
         Raises what the base's pack raises, and StorageError if the garbage collection fails; then the base is packed
-        all the same, and the next pack collects what this one left.
+        all the same, and the next pack collects what this one left. With a retention, it is not packed if the marks of
+        dead blobs cannot be read.
         """
         if self.base.isReadOnly():
             raise ReadOnlyError()  # RelStorage would pack all the same
         if gc is not None:
             options["gc"] = gc
-        with self._kind.revisions() as revisions:
+        with _plain_errors("The database was not packed. "), self._kind.revisions() as revisions:
             self._parts.collector.before_pack(revisions)
         result = self.base.pack(pack_time, referencesf, **options)
         with (

@@ -43,6 +43,12 @@ class DaemonPool(Executor):
             self._changed.notify()
         return future
 
+    @property
+    def has_free_thread(self) -> bool:
+        """Whether what is submitted now would be begun at once."""
+        with self._changed:
+            return self._idle > len(self._tasks) or self._threads < self._max_workers
+
     def _work(self) -> None:
         while True:
             with self._changed:

@@ -12,6 +12,7 @@ go to worker threads. Everything here runs on the loop thread unless it says oth
 import asyncio
 import functools
 import logging
+import math
 import os
 import sys
 import time
@@ -23,9 +24,11 @@ import zope.event
 from ZEO.asyncio.server import Delay
 from ZEO.StorageServer import Serving
 from ZODB.blob import link_or_copy
-from ZODB.POSException import StorageError, StorageTransactionError
+from ZODB.DemoStorage import DemoStorage
+from ZODB.interfaces import IStorage
+from ZODB.POSException import POSKeyError, StorageError, StorageTransactionError
 
-from . import zeostats
+from . import startlog, zeoerrors, zeostats, zeostop
 from .storage import S3BlobStorage
 from .workers import Waiting
 
@@ -51,40 +54,134 @@ def _serving(event: Any) -> None:
     if not isinstance(event, Serving):
         return
     server = event.server
-    # A wrapper around ours, such as zlibstorage, passes on attributes that it does not know.
-    found = {name: getattr(storage, "s3blobstorage", None) for name, storage in server.storages.items()}
-    ours = {name: blobs for name, blobs in found.items() if blobs is not None}
+    ours = {name: found for name, storage in server.storages.items() if (found := _find(name, storage)) is not None}
     if not ours:
         return
-    for name, blobs in ours.items():
+    for name, (blobs, _) in ours.items():
         if blobs.not_for_zeo is not None:
-            sentence = f"s3blobstorage {name!r}: {blobs.not_for_zeo}"
-            logger.critical("%s", sentence)
-            raise SystemExit(sentence)
+            raise _refused(name, blobs.not_for_zeo)
         zeostats.attach(server, name, blobs.metrics)
+        startlog.check_timeouts(server, name, blobs.upload_timeout)
+    stop = zeostop.Stop(server, ours)
+    stop.on_signals()
     stock = server.create_client_handler
 
     def create_client_handler() -> Any:
         handler = stock()
-        register = handler.register
-
-        def register_and_take_over(storage_id: str, read_only: bool) -> Any:
-            result = register(storage_id, read_only)
-            if storage_id in ours:
-                stock_class: type = type(handler)
-                handler.__class__ = _handler_class(stock_class)
-                handler.take_over(ours[storage_id])
-            return result
-
-        handler.register = register_and_take_over
+        handler.register = functools.partial(_register, handler, handler.register, ours, stop)
         return handler
 
     server.create_client_handler = create_client_handler
 
 
+def _find(name: str, storage: Any) -> "tuple[S3BlobStorage, type] | None":
+    """Return the storage of ours that the server serves as ``storage``, and what its handlers get mixed in.
+
+    Raises SystemExit if it is where its waits for S3 cannot be kept off the event loop.
+    """
+    # A wrapper around ours, such as zlibstorage, passes on attributes that it does not know.
+    blobs = getattr(storage, "s3blobstorage", None)
+    if blobs is not None:
+        return blobs, BlobHandler
+    if isinstance(storage, DemoStorage):
+        below = getattr(storage.base, "s3blobstorage", None)
+        if below is not None and not _hides_ours(storage.changes):
+            return below, DemoHandler
+    if _hides_ours(storage):
+        raise _refused(
+            name,
+            f"it is inside a {type(storage).__name__}, whose clients would all wait whenever one of them waits for S3. "
+            f"Put the s3blobstorage around it instead; only as the base of a demostorage, which stores into its "
+            f"changes, it may be inside",
+        )
+    return None
+
+
+def _hides_ours(storage: Any) -> bool:
+    """Whether one of our storages is ``storage``, or in one of its attributes, or in theirs."""
+    if isinstance(storage, S3BlobStorage):
+        return True
+    inside = [value for value in getattr(storage, "__dict__", {}).values() if IStorage.providedBy(value)]
+    return any(value is not storage and _hides_ours(value) for value in inside)
+
+
+def _refused(name: str, why: str) -> SystemExit:
+    sentence = f"s3blobstorage {name!r}: {why}"
+    logger.critical("%s", sentence)
+    return SystemExit(sentence)
+
+
+def _register(
+    handler: Any,
+    stock: Callable,
+    ours: dict[str, tuple[S3BlobStorage, type]],
+    stop: zeostop.Stop,
+    storage_id: str,
+    read_only: bool,
+) -> Any:
+    """Do what ``stock``, the handler's own `register`, does, and take the client over if it has chosen one of ours."""
+    if stop.begun:
+        handler.connection.close()
+        return None
+    if storage_id not in ours:
+        return stock(storage_id, read_only)
+    zeoerrors.guard(handler.connection)
+    result = stock(storage_id, read_only)
+    blobs, mixin = ours[storage_id]
+    stock_class: type = type(handler)
+    handler.__class__ = _handler_class(mixin, stock_class)
+    handler.take_over(blobs)
+    return result
+
+
 @functools.cache
-def _handler_class(stock: type) -> type:
-    return type(f"S3Blob{stock.__name__}", (BlobHandler, stock), {})
+def _handler_class(mixin: type, stock: type) -> type:
+    return type(f"S3{mixin.__name__}", (mixin, stock), {})
+
+
+class DemoHandler(_Stock):
+    """What is different in the handler of a client of a demostorage that reads the blobs of one of our storages.
+
+    It stores into its changes, which are none of our business.
+    """
+
+    blobs: S3BlobStorage
+    storage: Any
+    #: For `zeostop.Stop`, which waits for blobs that are being sent.
+    sending = ()
+    blob_written = -math.inf
+
+    def take_over(self, blobs: S3BlobStorage) -> None:
+        """The client has chosen a demostorage around ``blobs``."""
+        self.blobs = blobs
+
+    def sendBlob(self, oid: bytes, serial: bytes) -> Any:
+        """Have a blob of our storage in the cache before the stock method asks for it."""
+        stock = super().sendBlob
+        if self._is_changed(oid, serial):
+            return stock(oid, serial)
+        requested = self.blobs.request_blob(oid, serial)
+        delay = Delay()
+
+        def send() -> None:
+            try:
+                zeoerrors.check(requested)
+                with self.blobs.pinned(requested, oid, serial):
+                    stock(oid, serial)
+            except Exception:
+                delay.error(sys.exc_info())
+            else:
+                delay.reply(None)
+
+        requested.add_done_callback(lambda done: self.call_soon_threadsafe(send))
+        return delay
+
+    def _is_changed(self, oid: bytes, serial: bytes) -> bool:
+        try:
+            self.storage.changes.loadBlob(oid, serial)
+        except (POSKeyError, AttributeError):  # the latter of changes that have no blobs yet
+            return False
+        return True
 
 
 class BlobHandler(_Stock):
@@ -94,6 +191,8 @@ class BlobHandler(_Stock):
     blobs: S3BlobStorage
     #: The blobs on their way to the client: the messages, and the file that they are read from.
     sending: list[tuple[Generator[tuple[str, tuple], None, None], BinaryIO]]
+    #: When the last message of a blob was written to the connection, a reading of `time.monotonic`.
+    blob_written = -math.inf
     #: The call of vote that waits for uploads: staged ones before it has the commit lock, others with it.
     pending: "_Pending | None" = None
     #: Why the transaction cannot be committed, found out where ZEO lets nobody tell the client: one of
@@ -141,7 +240,7 @@ class BlobHandler(_Stock):
     def sendBlob(self, oid: bytes, serial: bytes) -> Any:
         """Send a cached blob at once, another when it has been fetched, whole and verified."""
         if not (_is_id(oid) and _is_id(serial)):
-            raise ValueError("The oid and the tid of a blob are 8 bytes each")
+            raise StorageError("The oid and the tid of a blob are 8 bytes each")
         pin = self.blobs.request_blob(oid, serial)
         if pin.done():
             return self._send(oid, serial, pin)
@@ -158,14 +257,32 @@ class BlobHandler(_Stock):
             delay.reply(None)
 
     def _send(self, oid: bytes, serial: bytes, requested: Future) -> None:
+        zeoerrors.check(requested)
         with self.blobs.pinned(requested, oid, serial) as path:
             file = open(path, "rb")  # noqa: SIM115 (closed when all of it has been sent)
         if self.connected:
-            messages = _messages(oid, serial, file)
+            messages = self._messages(oid, serial, file)
             self.sending = [(sent, read) for sent, read in self.sending if not read.closed] + [(messages, file)]
             self.connection.call_async_iter(messages)
         else:
             file.close()
+
+    def _messages(self, oid: bytes, serial: bytes, file: BinaryIO) -> Generator[tuple[str, tuple], None, None]:
+        """What ZEO sends a client that has asked for a blob."""
+        with file:
+            yield "receiveBlobStart", (oid, serial)
+            while chunk := self._read(file):
+                yield "receiveBlobChunk", (oid, serial, chunk)
+            yield "receiveBlobStop", (oid, serial)
+        self.blob_written = time.monotonic()
+
+    def _read(self, file: BinaryIO) -> bytes:
+        try:
+            return file.read(_CHUNK)
+        except OSError:
+            # The answer may be behind this in the queue of the connection, and then never get out of it.
+            self.connection.loop.call_soon(self.connection.close)
+            raise
 
     # Receiving blobs. The client sends these messages without waiting for answers: an exception would cut the
     # connection and tell nobody why, so the reason waits for the vote.
@@ -222,7 +339,7 @@ class BlobHandler(_Stock):
         def go_on() -> Any:
             if not staged.has_succeeded():
                 self.blobs.metrics.transactions_aborted.inc()
-                self.blobs.end_vote(staged, self.vote_began)
+                self._end_vote(staged)
             return vote(tid)
 
         return self._reply_when(staged, go_on)
@@ -248,7 +365,7 @@ class BlobHandler(_Stock):
 
         def end() -> Any:
             try:
-                self.blobs.end_vote(uploads, self.vote_began)
+                self._end_vote(uploads)
             except Exception:
                 self._abort_vote()
                 raise
@@ -264,6 +381,11 @@ class BlobHandler(_Stock):
             link_or_copy(filename, f"{filename}.kept")
             kept.append((oid, serial, data, f"{filename}.kept"))
         return kept
+
+    def _end_vote(self, waiting: Waiting) -> None:
+        if waiting.done.done():
+            zeoerrors.check(waiting.done)
+        self.blobs.end_vote(waiting, self.vote_began)
 
     def _abort_vote(self) -> None:
         """As the stock vote does when it fails."""
@@ -300,6 +422,11 @@ class BlobHandler(_Stock):
             raise StorageTransactionError("tpc_finish called before the vote has been answered")
         return super().tpc_finish(id)
 
+    def _pack_impl(self, time: float) -> None:
+        """As ZEO's, in a thread; the client hears of its end whatever it is."""
+        with zeoerrors.exceptions_only():
+            super()._pack_impl(time)
+
     def _clear_transaction(self) -> None:
         """The common end of finish, abort and disconnect."""
         pending, self.pending = self.pending, None
@@ -320,15 +447,6 @@ class _Pending(NamedTuple):
 
     delay: Delay
     timer: asyncio.TimerHandle
-
-
-def _messages(oid: bytes, serial: bytes, file: BinaryIO) -> Generator[tuple[str, tuple], None, None]:
-    """What ZEO sends a client that has asked for a blob."""
-    with file:
-        yield "receiveBlobStart", (oid, serial)
-        while chunk := file.read(_CHUNK):
-            yield "receiveBlobChunk", (oid, serial, chunk)
-        yield "receiveBlobStop", (oid, serial)
 
 
 def _is_id(value: Any) -> bool:

@@ -1,5 +1,7 @@
 """The server's own zeo.conf, as the commands read it."""
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,12 +28,28 @@ class Served:
 
         ConfigurationError if it cannot be opened so.
         """
-        if not _set_read_only(self.section.config.base):
+        databases = list(_databases(self.section.config.base))
+        if not all(hasattr(database, "read_only") for database in databases):
             raise ConfigurationError(
                 "the storage inside s3blobstorage cannot be opened beside a running server: only a filestorage can, "
-                "by itself or in a wrapper"
+                "by itself, in a wrapper, or as both base and changes of a demostorage"
             )
+        self.check_database_exists()
+        for database in databases:
+            database.read_only = True
         return self._open(self.opener)
+
+    def check_database_exists(self) -> None:
+        """Raise ConfigurationError if a file of the database is not there: no command is to make an empty one."""
+        for database in _databases(self.section.config.base):
+            path = getattr(database, "path", None)
+            if path is None:
+                continue  # not a filestorage
+            if not os.path.exists(path):
+                raise ConfigurationError(
+                    f"there is no database at {path}: correct the path in the filestorage section, or restore the file"
+                )
+            database.create = False  # `create true` would empty it
 
     def _open(self, opener: Any) -> Any:
         if opener is self.section:
@@ -53,7 +71,13 @@ def find(path: Path, name: str | None = None) -> Served:
     if not path.is_file():
         raise ConfigurationError(f"there is no file {path}: name the zeo.conf of the server with -C")
     options = _Options()
-    options.realize(["-C", str(path)], doc="See runzeo --help.")
+    try:
+        options.realize(["-C", str(path)], doc="See runzeo --help.")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigurationError(
+            f"{path}, or a file that it includes, is not in UTF-8 (line {line}): save it in that encoding"
+        ) from None
     found = {storage.name: (storage, _inside(storage)) for storage in options.storages}
     ours = {name: Served(opener, section) for name, (opener, section) in found.items() if section is not None}
     if name is None and len(ours) == 1:
@@ -75,9 +99,17 @@ def _inside(opener: Any) -> S3BlobStorageFactory | None:
     return opener
 
 
-def _set_read_only(opener: Any) -> bool:
+def _databases(opener: Any) -> Iterator[Any]:
+    """Yield the configurations of the storages that hold the records of ``opener``, in whatever they are wrapped.
+
+    None stands for a part of a demostorage that has no section: it is in the server's memory.
+    """
     config = opener.config
-    if hasattr(config, "read_only"):
-        config.read_only = True
-        return True
-    return getattr(config, "base", None) is not None and _set_read_only(config.base)
+    if hasattr(config, "factories"):  # a demostorage
+        for factory in config.factories:
+            yield from _databases(factory)
+        yield from [None] * (2 - len(config.factories))
+    elif getattr(config, "base", None) is not None:
+        yield from _databases(config.base)
+    else:
+        yield config

@@ -1,10 +1,12 @@
-"""What does garbage collection cost? Run by hand; prints two Markdown tables. Endpoint and credentials as for stall.py.
+"""What does garbage collection cost? Run by hand; prints Markdown tables. Endpoint and credentials as for stall.py.
 
-    python tests/benchmarks/garbage.py [--keys N] [--objects N]
+    python tests/benchmarks/garbage.py [--keys N] [--revisions N] [--objects N]
 
 First a million keys, which a bucket in memory lists, and a FileStorage that can load half of them: seconds and memory.
-Then a real runzeo and as many objects as --objects says, half of them dead: how long a pack takes, and whether other
-clients notice. Nothing but the garbage collection is measured: the base has nothing to pack.
+Then the keys of one object with as many unpacked revisions as --revisions says, and of as many dead ones; meanwhile
+another thread asks the FileStorage for its last transaction, as each commit does. Then a real runzeo and as many
+objects as --objects says, half of them dead: how long a pack takes, and whether other clients notice. Nothing but the
+garbage collection is measured: the base has nothing to pack.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,9 +33,11 @@ from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import p64, u64
 
 from zodb_s3blobs import garbage
+from zodb_s3blobs.bases import kind_of
 from zodb_s3blobs.bucket import Listed
 from zodb_s3blobs.cache import Cache
 from zodb_s3blobs.garbage import Collector
+from zodb_s3blobs.identity import Identity
 from zodb_s3blobs.inflight import InFlight
 from zodb_s3blobs.keys import Keys
 from zodb_s3blobs.metrics import Metrics
@@ -69,6 +74,21 @@ def make_base(path, records):
         base.tpc_vote(txn)
         tid = base.tpc_finish(txn)
         names += [(oid, tid) for oid in oids]
+    base.close()
+    return names
+
+
+def make_history(path, revisions):
+    """A FileStorage with one object that has so many revisions; returns their names, in order."""
+    base = FileStorage(str(path))
+    data, oid, tid, names = zodb_pickle(MinPO("x")), base.new_oid(), ZERO, []
+    for _ in range(revisions):
+        txn = TransactionMetaData()
+        base.tpc_begin(txn)
+        base.store(oid, tid, data, "", txn)
+        base.tpc_vote(txn)
+        tid = base.tpc_finish(txn)
+        names.append((oid, tid))
     base.close()
     return names
 
@@ -139,29 +159,37 @@ class Peak:
         self.grown = self.highest - self.before
 
 
+@contextmanager
+def new_collector(directory, names, retention):
+    """Yields a collector, its bucket and the base, without a lease."""
+    base = FileStorage(str(directory / "Data.fs"))
+    cache = Cache(directory / "cache", 0, Metrics())
+    bucket = FakeBucket(names, directory / "marks")
+    lease = SimpleNamespace(confirm=lambda: None, check=lambda: None, look=lambda: None, is_on_probation=False)
+    staging = SimpleNamespace(sweep=lambda: 0, abandoned_after=DAY)
+    parts = bucket, cache, InFlight(), staging, lease, Metrics(), retention, 100, Identity(None)
+    with kind_of(base).revisions() as revisions:
+        yield Collector(*parts), bucket, revisions
+    base.close()
+    cache.close()
+
+
 def collect_from_a_fake_bucket(directory, names, retention, row):
     """In a process of its own, so that it begins small; without pauses, which would be many times as long."""
     garbage._REST = 0
     directory = Path(directory)
-    base = FileStorage(str(directory / "Data.fs"))
-    cache = Cache(directory / "cache", 0, Metrics())
-    bucket = FakeBucket(names, directory / "marks")
-    lease = SimpleNamespace(confirm=lambda: None, check=lambda: None, look=lambda: None)
-    staging = SimpleNamespace(sweep=lambda: 0, abandoned_after=DAY)
-    collector = Collector(bucket, cache, InFlight(), staging, lease, Metrics(), retention, 100)
-    with Peak() as peak:
-        started, cpu = time.perf_counter(), time.process_time()
-        collector.before_pack(base)
-        collector.collect(base)
-        took, cpu = time.perf_counter() - started, time.process_time() - cpu
-    marks = bucket._marks.stat().st_size if bucket._marks.exists() else 0
-    print(
-        f"| {row} | {2 * len(names):,} | {bucket.deleted:,} | {took:.1f} | {cpu:.1f} | {peak.grown / MIB:.0f} "
-        f"| {marks / MIB:.0f} |",
-        flush=True,
-    )
-    base.close()
-    cache.close()
+    with new_collector(directory, names, retention) as (collector, bucket, revisions):
+        with Peak() as peak:
+            started, cpu = time.perf_counter(), time.process_time()
+            collector.before_pack(revisions)
+            collector.collect(revisions)
+            took, cpu = time.perf_counter() - started, time.process_time() - cpu
+        marks = bucket._marks.stat().st_size if bucket._marks.exists() else 0
+        print(
+            f"| {row} | {2 * len(names):,} | {bucket.deleted:,} | {took:.1f} | {cpu:.1f} | {peak.grown / MIB:.0f} "
+            f"| {marks / MIB:.0f} |",
+            flush=True,
+        )
 
 
 def run_fake(keys):
@@ -181,6 +209,50 @@ def _age(marks, seconds):
     moment = json.loads(marks.open().readline())["dead_since"]
     earlier = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(time.time() - seconds))
     marks.write_text(marks.read_text().replace(moment, earlier))
+
+
+# A single object
+
+
+class Asking:
+    """A context manager whose thread asks the base for its last transaction; ``longest`` is in seconds."""
+
+    def __init__(self, base):
+        self._base = base
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+        self.longest = 0
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def _ask(self):
+        while not self._over.wait(0.001):
+            started = time.perf_counter()
+            self._base.lastTransaction()
+            self.longest = max(self.longest, time.perf_counter() - started)
+
+    def __exit__(self, *exc):
+        self._over.set()
+        self._thread.join()
+
+
+def run_history(revisions):
+    print("| revisions | keys | deleted | seconds | of CPU | longest wait for the FileStorage (ms) |")
+    print("|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        directory = Path(directory)
+        names = make_history(directory / "Data.fs", revisions)
+        with new_collector(directory, names, 0) as (collector, bucket, base), Asking(base) as asking:
+            started, cpu = time.perf_counter(), time.thread_time()
+            collector.collect(base, gently=True)
+            took, cpu = time.perf_counter() - started, time.thread_time() - cpu
+            print(
+                f"| {revisions:,} | {2 * revisions:,} | {bucket.deleted:,} | {took:.1f} | {cpu:.2f} "
+                f"| {1000 * asking.longest:.1f} |",
+                flush=True,
+            )
 
 
 # Real objects
@@ -250,10 +322,14 @@ def run_real(service, objects):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--keys", type=int, default=1_000_000, help="listed by a bucket in memory")
+    parser.add_argument("--revisions", type=int, default=4000, help="of a single object")
     parser.add_argument("--objects", type=int, default=100_000, help="in a real bucket")
     arguments = parser.parse_args()
     if arguments.keys:
         run_fake(arguments.keys)
+        print()
+    if arguments.revisions:
+        run_history(arguments.revisions)
         print()
     if arguments.objects:
         with s3() as service:

@@ -1,0 +1,420 @@
+"""A planned stop: stock clients get the blobs that are being sent, nothing begins, and it takes bounded time."""
+
+import hashlib
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import ZEO.tests
+from test_zeo import MB, RECORD, SOON, blob, commit_blob, commit_object, leftovers, wait_for
+from ZEO.asyncio.marshal import decoder, encoder
+from ZEO.Exceptions import ClientDisconnected
+from zeoserver import SECTION
+from ZODB.tests.MinPO import MinPO
+from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
+
+#: Larger than what the kernel takes of it while its client takes nothing.
+LARGE = 20 * MB
+
+#: What the server says when it has waited for too long.
+GAVE_UP = "what is being sent has not arrived at"
+
+
+class SlowClient:
+    """A client that says what it wants in ZEO's protocol, and takes what it is sent when the test wants it to."""
+
+    def __init__(self, address, storage="1"):
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        self._socket.settimeout(60)
+        self._socket.connect(address)
+        self._number = 0
+        protocol = self._frame()
+        self._encode, self._decode = encoder(protocol), decoder(protocol)
+        self._write(protocol)
+        self.answer(self.call("register", storage, False))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._socket.close()
+
+    def call(self, name, *args):
+        """Returns the number of the answer to come."""
+        self._number += 1
+        self._write(self._encode(self._number, False, name, args))
+        return self._number
+
+    def async_(self, name, *args):
+        self._write(self._encode(0, True, name, args))
+
+    def answer(self, number):
+        """Take what comes before this answer, and return it."""
+        while True:
+            received, is_error, name, content = self._decode(self._frame())
+            if name == ".reply" and received == number:
+                assert not is_error, content
+                return content
+
+    def begin_to_read(self, large):
+        """Ask for the blob, and take no more than the beginning. Returns the number of the answer to come."""
+        number = self.call("sendBlob", *large[1])
+        assert self._decode(self._frame())[2] == "receiveBlobStart"
+        return number
+
+    def rest(self):
+        """Take everything there is until the server closes; return the blob in it, and the answers by number."""
+        chunks, answers = [], {}
+        while frame := self._frame():
+            number, _, name, content = self._decode(frame)
+            if name == "receiveBlobChunk":
+                chunks.append(content[2])
+            elif name == ".reply":
+                answers[number] = content
+        return b"".join(chunks), answers
+
+    def _write(self, message):
+        self._socket.sendall(len(message).to_bytes(4, "big") + message)
+
+    def _frame(self):
+        size = self._bytes(4)
+        return self._bytes(int.from_bytes(size, "big")) if size else b""
+
+    def _bytes(self, count):
+        data = b""
+        while len(data) < count:
+            more = self._socket.recv(count - len(data))
+            if not more:
+                assert not data, "the connection ended in the middle of a message"
+                return b""
+            data += more
+        return data
+
+
+@pytest.fixture
+def server(start):
+    return start()
+
+
+@pytest.fixture
+def large(server):
+    """The data of a large blob, and its (oid, tid)."""
+    return store_large(server)
+
+
+def store_large(server, **client):
+    data = os.urandom(LARGE)
+    return data, commit_blob(server.client(**client), data)
+
+
+@pytest.fixture
+def half(server, large):
+    """A client in the middle of receiving it; it is the only one on whom the server waits."""
+    with SlowClient(server.address) as client:
+        client.begin_to_read(large)
+        yield client
+
+
+def interrupt(server, number=signal.SIGTERM):
+    """Send it the signal, and wait until it waits for its clients."""
+    server.signal(number)
+    wait_for(lambda: "Stopping: waiting" in server.output())
+
+
+def end(server):
+    """Wait for its end; return its exit status."""
+    status = server._process.wait(60)
+    assert GAVE_UP not in server.output()
+    return status
+
+
+@pytest.fixture
+def server_with(start, tmp_path, monkeypatch):
+    """Starts a server in which this code runs before it opens its storages."""
+
+    def start_with(code):
+        package = tmp_path / "changed"
+        package.mkdir()
+        (package / "__init__.py").write_text(textwrap.dedent(code))
+        (package / "component.xml").write_text("<component/>")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+        return start(storages=lambda settings: "%import changed\n" + SECTION.format(**settings))
+
+    return start_with
+
+
+# Blobs arrive whole
+
+READER = """
+    import hashlib, os, signal, ssl, sys, threading
+    from ZEO.ClientStorage import ClientStorage
+    from ZEO.Exceptions import ClientDisconnected
+
+    host, port, blob_dir, oid, tid, certificates = sys.argv[1:]
+    name = bytes.fromhex(oid), bytes.fromhex(tid)
+    chunks = 0
+
+    class Reader(ClientStorage):
+        def receiveBlobChunk(self, *args):  # stops in the middle of the blob, like a process that gets no CPU
+            global chunks
+            chunks += 1
+            if chunks == 20:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            super().receiveBlobChunk(*args)
+
+    context = None
+    if certificates:
+        context = ssl.create_default_context(cafile=f"{certificates}/server.pem")
+        context.load_cert_chain(f"{certificates}/client.pem", f"{certificates}/client_key.pem")
+        context.check_hostname = False
+    client = Reader((host, int(port)), blob_dir=blob_dir, wait_timeout=30, min_disconnect_poll=0.1, ssl=context)
+
+    def ask_without_end():
+        try:
+            while True:
+                client._call("ping")
+        except ClientDisconnected:
+            pass
+
+    def read():
+        path = client.loadBlob(*name)
+        with open(path, "rb") as file:
+            print(hashlib.sha256(file.read()).hexdigest(), flush=True)
+        os.unlink(path)
+
+    others = [threading.Thread(target=ask_without_end) for _ in range(5)]
+    for other in others:
+        other.start()
+    read()
+    for other in others:
+        other.join()
+    sys.stdin.readline()
+    read()
+    client.close()
+"""
+
+
+@pytest.mark.parametrize("transport", ["plain", "tls"])
+def test_a_stock_client_gets_the_whole_blob_and_goes_on_after_the_restart(start, tmp_path, transport):
+    """It stands still when the signal comes, and its other threads never stop sending requests."""
+    certificates = os.path.dirname(ZEO.tests.__file__) if transport == "tls" else ""
+    server = start(zeo=tls(certificates))
+    data, name = store_large(server, **({"ssl": context(certificates)} if certificates else {}))
+    script = tmp_path / "reader.py"
+    script.write_text(textwrap.dedent(READER))
+    blob_dir = tmp_path / "blobs-of-the-reader"
+    arguments = [*map(str, server.address), str(blob_dir), *(part.hex() for part in name), certificates]
+    reader = subprocess.Popen(
+        [sys.executable, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        _, status = os.waitpid(reader.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        interrupt(server)
+        reader.send_signal(signal.SIGCONT)
+        expected = hashlib.sha256(data).hexdigest()
+        assert reader.stdout.readline().strip() == expected
+        assert end(server) == 0
+        assert not list(blob_dir.rglob("*.dl"))
+        server.start()
+        reader.stdin.write("\n")
+        reader.stdin.flush()
+        assert reader.stdout.readline().strip() == expected
+        assert reader.wait(60) == 0
+    finally:
+        reader.kill()
+        reader.communicate()
+
+
+def tls(certificates):
+    lines = f"certificate {certificates}/server.pem\nkey {certificates}/server_key.pem\n"
+    return {"<ssl>": f"\n{lines}authenticate {certificates}/client.pem\n</ssl>"} if certificates else {}
+
+
+def context(certificates):
+    context = ssl.create_default_context(cafile=f"{certificates}/server.pem")
+    context.load_cert_chain(f"{certificates}/client.pem", f"{certificates}/client_key.pem")
+    context.check_hostname = False
+    return context
+
+
+def test_the_connection_is_the_clients_to_close(server, large, half):
+    """If the server did, what the client sends meanwhile could make it lose what it has not read yet."""
+    interrupt(server)
+    assert half.rest()[0] == large[0]
+    for _ in range(100):
+        half.call("ping")
+        time.sleep(0.001)
+    assert server._process.poll() is None
+    half.__exit__()
+    assert end(server) == 0
+
+
+@pytest.mark.parametrize("number, status", [("SIGTERM", 0), ("SIGINT", 0), ("SIGHUP", 1)])
+def test_runzeo_ends_as_it_does_on_every_signal(server, large, half, number, status):
+    interrupt(server, getattr(signal, number))
+    data, _ = half.rest()
+    assert data == large[0]
+    half.__exit__()
+    assert end(server) == status
+    assert f"terminated by {number}" in server.output() or f"restarted by {number}" in server.output()
+
+
+def test_a_signal_in_the_middle_of_a_message_does_no_harm(server_with):
+    """It comes while the server prepares a part of the blob; the stock server loses that, and may send what follows."""
+    server = server_with("""
+        import signal
+        from zodb_s3blobs.zeo import BlobHandler
+
+        read, parts = BlobHandler._read, 0
+
+        def read_interrupted(self, file):
+            global parts
+            parts += 1
+            if parts == 100:
+                signal.raise_signal(signal.SIGTERM)
+            return read(self, file)
+
+        BlobHandler._read = read_interrupted
+        """)
+    data, name = store_large(server)
+    with SlowClient(server.address) as client:
+        number = client.call("sendBlob", *name)
+        received, answers = client.rest()
+    assert received == data
+    assert answers == {number: None}
+    assert end(server) == 0
+
+
+def test_all_that_was_answered_arrives_and_what_is_asked_later_is_not_answered(server, large):
+    other = server.client()
+    before = other.lastTransaction()
+    with SlowClient(server.address) as client:
+        client.answer(client.call("tpc_begin", 7, b"", b"", {}, None, " "))
+        client.async_("storea", client.answer(client.call("new_oids", 1))[0], ZERO, zodb_pickle(MinPO(1)), 7)
+        client.answer(client.call("vote", 7))
+        sent = client.begin_to_read(large)
+        finished = client.call("tpc_finish", 7)
+        wait_for(lambda: other._call("lastTransaction") != before)
+        interrupt(server)
+        client.call("lastTransaction")
+        client.call("sendBlob", *large[1])
+        client.async_("storeBlobChunk", bytes(MB))
+        data, answers = client.rest()
+    assert data == large[0]
+    assert answers.keys() == {sent, finished}
+    assert end(server) == 0
+    server.start()
+    assert server.client().lastTransaction() == answers[finished] > before
+
+
+# Nothing begins
+
+
+def test_clients_with_nothing_under_way_are_not_kept(start, tmp_path):
+    def storages(settings):
+        return SECTION.format(**settings) + f"<filestorage 2>\n path {tmp_path}/2.fs\n</filestorage>"
+
+    server = start(storages=storages)
+    large = store_large(server)
+    idle, stock = server.client(wait_timeout=1), server.client(wait_timeout=1, storage="2")
+    with SlowClient(server.address) as client:
+        client.begin_to_read(large)
+        interrupt(server)
+        wait_for(lambda: not (idle.is_connected() or stock.is_connected()))
+        for other in idle, stock:
+            with pytest.raises(ClientDisconnected):
+                other._call("lastTransaction")
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(server.address, 30)
+        assert client.rest()[0] == large[0]
+    assert end(server) == 0
+
+
+def test_transactions_that_have_not_been_finished_never_are(s3, bucket_name, server, half, background):
+    """Neither the one whose upload ends meanwhile, nor the one that waits for the commit lock."""
+    writer, next_writer, watcher = (server.client(wait_timeout=1) for _ in range(3))
+    before = watcher.lastTransaction(), s3.keys(bucket_name)
+    s3.misbehave(operation="PutObject", hang=True)
+    s3.forget()
+    first = background(commit_blob, writer)
+    s3.wait_for("PutObject")
+    second = background(commit_object, next_writer)
+    wait_for(lambda: watcher._call("server_status")["waiting"] == 1)
+    interrupt(server)
+    s3.behave()
+    for commit in first, second:
+        assert isinstance(commit.exception(60), ClientDisconnected)
+    wait_for(lambda: s3.keys(bucket_name) == before[1])
+    half.rest()
+    half.__exit__()
+    assert end(server) == 0
+    server.start()
+    assert (server.client().lastTransaction(), s3.keys(bucket_name)) == before
+    assert leftovers(server) == []
+
+
+def test_a_blob_that_is_still_being_fetched_is_not_begun(s3, server, large, half, background, tmp_path):
+    name = commit_blob(server.client(), b"cold")
+    for path in server.cache_dir.rglob(f"{name[0].hex()}.{name[1].hex()}.blob"):
+        path.unlink()
+    s3.misbehave(operation="GetObject", hang=True)
+    reader = server.client(wait_timeout=1, blob_dir=str(tmp_path / "reader"))
+    read = background(blob, reader, *name)
+    s3.wait_for("GetObject")
+    interrupt(server)
+    s3.behave()
+    assert isinstance(read.exception(60), ClientDisconnected)
+    assert not list((tmp_path / "reader").rglob("*.dl"))
+    half.rest()
+    half.__exit__()
+    assert end(server) == 0
+    server.start()
+    wait_for(reader.is_connected)
+    assert blob(reader, *name) == b"cold"
+
+
+# In bounded time
+
+
+def test_a_client_that_takes_nothing_is_given_up(server_with):
+    server = server_with("""
+        from zodb_s3blobs import zeostop
+
+        zeostop.LONGEST = 1.0
+        """)
+    large = store_large(server)
+    with SlowClient(server.address) as client:
+        client.begin_to_read(large)
+        assert 1 <= server.stop() < 1 + SOON
+    assert server._process.returncode == 0
+    assert f"Stopping: after 1 seconds, {GAVE_UP}" in server.output()
+
+
+def test_the_second_signal_ends_at_once(server, half):
+    interrupt(server)
+    assert server.stop() < SOON
+    assert end(server) == 0
+
+
+def test_a_client_that_has_just_its_connection_is_not_waited_for(server):
+    """It may be a machine that is gone without the server's knowledge."""
+    commit_blob(server.client(), RECORD)
+    with SlowClient(server.address):
+        assert server.stop() < SOON
+    assert end(server) == 0
+
+
+def test_a_client_that_has_gone_is_not_waited_for(server, half):
+    interrupt(server)
+    started = time.monotonic()
+    half.__exit__()
+    assert end(server) == 0
+    assert time.monotonic() - started < SOON
