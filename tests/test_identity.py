@@ -67,6 +67,15 @@ def test_doubt_about_marks_outlives_the_process(database):
         assert not Identity(str(database)).marks_are_doubtful
 
 
+def test_what_a_pack_may_have_taken_away_is_remembered(database):
+    assert Identity(str(database)).packed_away is None
+    for tid in b"\0" * 7 + b"\1", b"\3\xd0" + b"\xff" * 6:
+        Identity(str(database)).packed_away = tid
+        assert Identity(str(database)).packed_away == tid
+    (database.parent / "Data.fs.s3blobs-packed").write_text("nonsense")
+    assert Identity(str(database)).packed_away is None
+
+
 # What the bases have
 
 

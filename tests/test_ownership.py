@@ -199,6 +199,37 @@ def test_a_container_with_a_new_cache_dir_each_night_collects(place, s3, bucket_
         assert read(db, "blob") == b"data %d" % night
 
 
+@pytest.mark.parametrize("outage", [False, True])
+def test_a_pack_that_takes_the_named_transaction_away_does_not_cost_the_prefix(place, s3, bucket_name, claim, outage):
+    """Also if S3 is down during the pack, and the server is killed before it is back."""
+    production = place("production", options={"s3_max_attempts": 1})
+    db = production.start()
+    grow(db, "a")
+    wait_until(lambda: claim()["owner"])
+    for turn in range(3):
+        write(db, "b", b"b%d" % turn)
+    time.sleep(1.1)  # ZODB packs to a whole second
+    if outage:
+        s3.misbehave(operation=".*", status=403, code="AccessDenied")
+        s3.misbehave(operation="Owner.*", status=403, code="AccessDenied")
+        with pytest.raises(StorageError, match="was packed, but not all dead blobs"):
+            db.pack()
+    else:
+        db.pack()
+        for turn in range(3):
+            write(db, "b", b"later %d" % turn)
+        time.sleep(1.1)
+        s3.misbehave(operation="ListObjects", hang=True)
+        db.storage.pack(time.time(), wait=False)
+        s3.wait_for("ListObjects")
+    production.server.kill()
+    s3.behave()
+    db = production.start()
+    db.pack()
+    assert len([key for key in s3.keys(bucket_name) if "/blobs/" in key]) == 2
+    check(db, "a")
+
+
 def test_two_sections_of_one_server_on_one_prefix_stop_the_start(s3, bucket_name, tmp_path):
     def both(settings):
         first = {**settings, "name": "1", "cache": "one", "base": "<mappingstorage/>"}

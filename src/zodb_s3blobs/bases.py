@@ -138,7 +138,9 @@ class Kind:
         return self._storage.lastTransaction()
 
     def has_transaction(self, tid: bytes) -> bool:
-        """Return whether the database has the transaction with exactly that tid."""
+        """Return whether the database has the transaction with exactly that tid, or had it before a pack."""
+        if tid == self.own_identity.packed_away:
+            return True
         transactions = _innermost(self._storage).iterator(tid, tid)
         try:
             return any(transaction.tid == tid for transaction in transactions)

@@ -281,22 +281,30 @@ class Collector:
         """Take their marks from the blobs that ``base`` can load; to be called before ``base`` is packed.
 
         A restored database may have brought dead blobs back to life. They die again in the pack, and afterwards nobody
-        can tell that they have lived meanwhile. Waits for S3 if dead blobs are only marked at first. Raises
+        can tell that they have lived meanwhile. Waits for S3. Raises, if dead blobs are only marked at first,
         BucketError, cache.CacheError, and for a database of several processes lease.NotOwner: then ``base`` must not
         be packed.
         """
-        if not (self._retention or self._lease.is_on_probation):
-            # Those of an earlier setting go at the end of the collection, which may not come to that.
-            self._doubt_marks()
-            return
+        marking = self._retention or self._lease.is_on_probation
         try:
+            # So that owner.json names the last transaction, which the pack leaves, and not one that it takes away.
             self._lease.confirm()
-            with _making_way():
-                self._unmark_live(base)
+            marking = self._retention or self._lease.is_on_probation
+            if marking:
+                with _making_way():
+                    self._unmark_live(base)
+                return
         except NotOwner:
-            if base.shared:
-                raise  # there is no place to keep it that all its processes see
-            self._doubt_marks()  # they are another's, who may not have them for ever
+            if base.shared and marking:
+                raise  # there is no place to keep the doubt that all its processes see
+        except BucketError:
+            if marking:
+                raise
+            if self._lease.claimed is not None:
+                self._identity.packed_away = self._lease.claimed
+        # Marks are another's, who may not have them for ever; or those of an earlier setting, which go at the end of
+        # the collection, if it comes to that.
+        self._doubt_marks()
 
     def _unmark_live(self, base: Revisions) -> None:
         since, pace = self._marks(), Pace(_REST)

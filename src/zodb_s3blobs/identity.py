@@ -6,8 +6,11 @@ cache. A copy of the file is another file, on another file system or with anothe
 
 import contextlib
 import os
+import struct
 import uuid
 from pathlib import Path
+
+from ZODB.utils import p64, u64
 
 
 class Identity:
@@ -19,6 +22,7 @@ class Identity:
     def __init__(self, database: str | None) -> None:
         self._file = Path(f"{database}.s3blobs-id") if database is not None else None
         self._doubt = Path(f"{database}.s3blobs-doubt") if database is not None else None
+        self._packed = Path(f"{database}.s3blobs-packed") if database is not None else None
         self._in_memory = f"in memory {uuid.uuid4().hex}"
         self._doubt_in_memory = False
 
@@ -47,6 +51,22 @@ class Identity:
             return self._file.read_text(encoding="ascii", errors="replace").strip()
         except FileNotFoundError:
             return ""
+
+    @property
+    def packed_away(self) -> bytes | None:
+        """The tid of a transaction that the database had before a pack, which may have taken it away; None of none.
+
+        It outlives the process.
+        """
+        try:
+            return p64(int(self._packed.read_text(encoding="ascii"), 16)) if self._packed is not None else None
+        except (FileNotFoundError, ValueError, struct.error):
+            return None
+
+    @packed_away.setter
+    def packed_away(self, tid: bytes) -> None:
+        if self._packed is not None:
+            self._packed.write_text(f"{u64(tid):x}", encoding="ascii")
 
     @property
     def marks_are_doubtful(self) -> bool:

@@ -49,7 +49,7 @@ _TRUSTED_FOR = 600.0
 #: How often, in seconds, a server without the lease looks whether it can have it.
 _LOOK_EVERY = 60.0
 
-#: How long, in seconds, the end of the server waits for the lease to be given back.
+#: How long, in seconds, the end of the server waits for the lease to be marked as stopped.
 _RELEASE_TIMEOUT = 2.0
 
 #: For how long a database that has taken a prefix over from another one deletes nothing.
@@ -98,6 +98,8 @@ class Lease:
         self._lock = threading.Lock()  # one at a time asks and writes
         self._renewed: tuple[float, float] | None = None  # monotonic and wall clock before the last renewal was sent
         self._predecessor = ""  # whose claim is held without being renewed, in a full bucket
+        #: The last transaction that owner.json names, as far as this server knows.
+        self.claimed: bytes | None = None
         self._taken = ""  # when the database took the prefix over from another one
         self._on_probation = False
         self._refusal: str | None = None  # why it is not ours, as of the last look
@@ -209,6 +211,7 @@ class Lease:
                 raise BucketError(f"Bucket {self._bucket.name} did not take {self._bucket.keys.owner}")
             else:
                 self._renewed = before
+                self.claimed = theirs.tid
                 self._on_probation = self._taken != "" and written.now < _moment(self._taken) + PROBATION
                 self._tell(None)
 
