@@ -283,7 +283,8 @@ def test_head_of_a_compressed_scrape(open_storage, address):
 
 def test_head_tells_that_a_storage_is_not_ready(open_storage, s3, address, monkeypatch):
     monkeypatch.setattr(health, "_ILL", 0.1)
-    s3.misbehave(status=503, code="SlowDown")
+    for operation in ".*", "Owner.*":
+        s3.misbehave(operation=operation, status=503, code="SlowDown")
     open_storage()
     assert ask(address, "/-/ready", "HEAD")[0] == 503
     assert ask(address, "/-/healthy", "HEAD")[0] == 200

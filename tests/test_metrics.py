@@ -628,29 +628,33 @@ def test_a_base_in_trouble_is_a_failure_too(metrics, put, collect_garbage):
     assert nothing_under_way(metrics)
 
 
+#: A blob that lives, or nothing would be deleted.
+LIVE = p64(99), p64(1)
+
+
 def test_what_was_deleted_before_a_failure_is_counted(s3, metrics, put, collect_garbage):
-    put(*((p64(number), p64(1)) for number in range(3)))
+    put(LIVE, *((p64(number), p64(1)) for number in range(3)))
     s3.misbehave(operation="DeleteObjects", status=501, code="NotImplemented")
     s3.misbehave(operation="DeleteObject", status=403, code="AccessDenied", times=1)
     with pytest.raises(BucketError):
-        collect_garbage(Base())
-    assert collected(metrics) == (1, 1, 3, 2, 2, 1)
+        collect_garbage(Base(LIVE))
+    assert collected(metrics) == (1, 1, 4, 2, 2, 1)
 
 
 def test_what_a_refused_batch_named_is_not_deleted(s3, metrics, put, collect_garbage):
-    put(*((p64(number), p64(1)) for number in range(3)))
+    put(LIVE, *((p64(number), p64(1)) for number in range(3)))
     body = "<DeleteResult><Error><Key>blobs/1/1.blob</Key><Code>AccessDenied</Code></Error></DeleteResult>"
     s3.misbehave(operation="DeleteObjects", status=200, body=body)
     with pytest.raises(BucketError):
-        collect_garbage(Base())
-    assert collected(metrics) == (1, 1, 3, 2, 2, 1)
+        collect_garbage(Base(LIVE))
+    assert collected(metrics) == (1, 1, 4, 2, 2, 1)
 
 
 def test_what_a_transaction_wants_is_dead_but_not_deleted(metrics, put, in_flight, collect_garbage):
-    put((p64(1), p64(1)), (p64(2), p64(1)))
+    put(LIVE, (p64(1), p64(1)), (p64(2), p64(1)))
     in_flight.add((p64(1), p64(1)), "a transaction")
-    collect_garbage(Base())
-    assert collected(metrics) == (1, 0, 2, 1, 1, 0)
+    collect_garbage(Base(LIVE))
+    assert collected(metrics) == (1, 0, 3, 1, 1, 0)
 
 
 # A whole server

@@ -86,6 +86,8 @@ class Load:
 
     def damaged_and_missing_blobs(self, name):
         self.misbehave("GetObject", flip=True, times=1)
+        data = blob(self.cold(*name), *name)
+        self.s3.client.put_object(Bucket=self.bucket, Key=Keys("1").key(*name), Body=data)  # as another tool does
         blob(self.cold(*name), *name)
         self.s3.client.delete_object(Bucket=self.bucket, Key=Keys("1").key(*name))
         with pytest.raises(POSKeyError):

@@ -54,7 +54,7 @@ def _adopt(arguments: argparse.Namespace) -> int:
             _show(found)
         if not arguments.yes and not _is_meant():
             return _say(arguments, bucket, "Nothing was changed.", status=command.FAILED)
-        _take(kind, bucket, note, arguments.storage or served.section.name or "1")
+        take_prefix(kind, bucket, note, arguments.storage or served.section.name or "1")
     return _say(arguments, bucket, "The prefix belongs to this database now. Packs delete nothing for a week.", found)
 
 
@@ -94,10 +94,13 @@ def _is_meant() -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _take(kind: Kind, bucket: Bucket, note: Note, storage: str) -> None:
+def take_prefix(kind: Kind, bucket: Bucket, note: Note, storage: str) -> None:
+    """Have owner.json of ``bucket``, which says ``note`` now, say that the prefix belongs to the database of ``kind``.
+
+    ``storage``: its name. Waits for S3; raises BucketError, and NotOwner if somebody else wrote it meanwhile.
+    """
     now = note.now.isoformat(timespec="seconds")
-    # Marked as stopped: it is the server that is to hold it.
-    data = claim_of(kind, kind.identity(), f"adopt {uuid.uuid4().hex}", storage, now, stopped=now, taken=now)
+    data = claim_of(kind, kind.identity(), f"adopt {uuid.uuid4().hex}", storage, now, stopped="", taken=now)
     bucket.write_owner(data, note)
     written = bucket.read_owner()
     if written is None or written.data != data:

@@ -90,16 +90,21 @@ class Found:
 
 
 class Pace:
-    """Of a thread that computes much: it pauses ``rest`` times as long as it used the processor."""
+    """The pace of a thread that computes much: it rests ``rest`` times as long as it uses the processor."""
 
     def __init__(self, rest: float = 0) -> None:
         self._rest = rest
-        self._used = time.thread_time()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._used, self._began = time.thread_time(), time.monotonic()
 
     def pause(self) -> None:
-        """As long as is due. To be called often, by one thread only."""
-        time.sleep((time.thread_time() - self._used) * self._rest)
-        self._used = time.thread_time()
+        """Sleep as long as is due: what the thread has waited for S3 counts. Call it often, in one thread only."""
+        used = time.thread_time() - self._used
+        waited = time.monotonic() - self._began - used
+        time.sleep(max(0, used * self._rest - waited))
+        self._begin()
 
 
 @dataclass
