@@ -563,13 +563,13 @@ def test_a_blob_that_lived_again_is_retained_as_long_as_any_other(model):
     model.start(retention=7 * DAY, staging=False)
     model.change({"a"}, removes=True, packs=True)
     model.no_live_blob_is_lost()
-    model.restore_backup(0, packs=False)  # from here on it is live
+    model.restore_backup(0, packs=False, adopts=True)  # from here on it is live
     model.no_live_blob_is_lost()
     model.wait(8)
     model.back_up()
     model.change({"a"}, removes=True, packs=True)
     model.no_live_blob_is_lost()
-    model.restore_backup(1, packs=False)
+    model.restore_backup(1, packs=False, adopts=True)
     model.the_end()
 
 
