@@ -17,9 +17,10 @@ def check_timeouts(server: Any, name: str, upload_timeout: float) -> None:
 
     ``name``: of the storage. Nothing is said of a server whose time limit cannot be found out.
     """
-    if server.read_only or server.storages[name].isReadOnly():
+    if getattr(server, "read_only", False) or server.storages[name].isReadOnly():
         return  # nobody commits
-    thread = server.lock_managers[name].timeout if hasattr(server, "lock_managers") else None
+    manager = getattr(server, "lock_managers", {}).get(name)
+    thread = getattr(manager, "timeout", None)
     advice = (
         f"set transaction-timeout in the <zeo> section to {math.ceil(_ROOM * upload_timeout)}, or another number of "
         f"seconds above upload-timeout ({upload_timeout:g} s)"
