@@ -20,7 +20,7 @@ from relstorage.blobhelper.interfaces import IAuthoritativeBlobHelper
 from relstorage.options import Options
 from relstorage.storage import RelStorage
 from relstorage.tests import hftestbase, hptestbase, packundo, reltestbase
-from upstream import file_permissions_hold, parametrize, run, s3_storage, section  # noqa: F401
+from upstream import file_permissions_hold, parametrize, run, s3_storage, section, the_last_blob_goes  # noqa: F401
 from ZODB.tests import testblob as zodb_testblob
 from zope.interface import implementer
 

@@ -7,7 +7,17 @@ from concurrent.futures import Future
 
 import pytest
 import zope.testing.setupstack
-from upstream import BUCKET, Published, file_permissions_hold, key_prefix, parametrize, run, s3_server, section  # noqa: F401
+from upstream import (  # noqa: F401
+    BUCKET,
+    Published,
+    file_permissions_hold,
+    key_prefix,
+    parametrize,
+    run,
+    s3_server,
+    section,
+    the_last_blob_goes,
+)
 from ZEO.ClientStorage import ClientStorage
 from ZEO.tests import forker, testZEO
 from ZODB.tests import PackableStorage, testblob

@@ -7,7 +7,7 @@ import zc.zlibstorage
 import ZODB.DemoStorage
 import ZODB.FileStorage
 import ZODB.MappingStorage
-from upstream import Published, file_permissions_hold, parametrize, run, s3_storage  # noqa: F401
+from upstream import Published, file_permissions_hold, parametrize, run, s3_storage, the_last_blob_goes  # noqa: F401
 from ZODB.tests import (
     MVCCMappingStorage,
     PackableStorage,

@@ -5,6 +5,7 @@ the base has to tell the tid before it finishes the transaction.
 """
 
 import os
+import time
 from base64 import decodebytes
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,7 +15,7 @@ import ZODB.blob
 from ZODB.BaseStorage import BaseStorage
 from ZODB.DemoStorage import DemoStorage
 from ZODB.FileStorage import FileStorage
-from ZODB.FileStorage.format import DATA_HDR_LEN, DataHeaderFromString
+from ZODB.FileStorage.format import DATA_HDR_LEN, CorruptedError, DataHeaderFromString
 from ZODB.interfaces import IBlobStorage, IMVCCStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import POSKeyError
@@ -24,6 +25,9 @@ from .identity import Identity
 
 #: The modules of wrappers that have exactly the revisions of their ``base``. All others are asked themselves.
 _TRANSPARENT = {"zc.zlibstorage"}
+
+#: How often to look for a transaction while another one is being written, and how many seconds to wait in between.
+_TRIES, _PAUSE = 5, 0.1
 
 #: After how many revisions to pause.
 _PAUSE_EVERY = 100
@@ -139,14 +143,15 @@ class Kind:
 
     def has_transaction(self, tid: bytes) -> bool:
         """Return whether the database has the transaction with exactly that tid, or had it before a pack."""
-        if tid == self.own_identity.packed_away:
+        if tid in (self.last_transaction(), self.own_identity.packed_away):
             return True
-        transactions = _innermost(self._storage).iterator(tid, tid)
-        try:
-            return any(transaction.tid == tid for transaction in transactions)
-        finally:
-            if hasattr(transactions, "close"):
-                transactions.close()
+        for _ in range(_TRIES):
+            try:
+                return _has_transaction(_innermost(self._storage), tid)
+            except (AttributeError, ValueError, CorruptedError):
+                # FileStorage's iterator stumbles over a transaction that is just being written at the end of the file.
+                time.sleep(_PAUSE)
+        return False
 
 
 class _Current:
@@ -294,6 +299,15 @@ def _innermost(storage: Any) -> Any:
             break
         storage = base
     return storage
+
+
+def _has_transaction(storage: Any, tid: bytes) -> bool:
+    transactions = storage.iterator(tid, tid)
+    try:
+        return any(transaction.tid == tid for transaction in transactions)
+    finally:
+        if hasattr(transactions, "close"):
+            transactions.close()
 
 
 def _file_of(storage: Any) -> str | None:

@@ -394,6 +394,10 @@ class Collector:
             if on_probation or not self._max_delete_percent:
                 self._log_nothing_deleted(scan, on_probation)
                 return 0
+            if refusal is not None and not scan.found["live"].objects:
+                # No error: where the last blob has been removed it is right, and the pack of the base stands.
+                logger.warning("%s", refusal)
+                return 0
             if refusal is not None:
                 raise Refused(refusal)
             dead.seek(0)
