@@ -30,8 +30,9 @@ from zodb_s3blobs.workers import DaemonPool
 _numbers = itertools.count()
 
 
-# Whoever runs the tests in the background has them, and so what they start, ignore Ctrl-C.
+# Whoever runs the tests in the background has them, and so what they start, ignore Ctrl-C and the end of the terminal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
