@@ -3,6 +3,8 @@
 Each on a real server with stock clients. No client waits for ever, and all is well as soon as the outage is over.
 """
 
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -119,6 +121,61 @@ def test_during_an_outage_reads_come_from_the_fallback(start, link, tmp_path, ou
     client = server.client()
     for name, data in list(site.revisions.items())[:2]:  # each of them costs what the bucket costs
         assert soon(blob, client, *name) == data
+
+
+#: A stock client as it is where only ZEO is installed: it tries to read a blob and to commit one, and prints the errors.
+WITHOUT_BOTO3 = """
+import sys
+for name in "boto3", "botocore", "s3transfer", "urllib3", "zodb_s3blobs":
+    sys.modules[name] = None
+import transaction, ZODB
+from ZEO.ClientStorage import ClientStorage
+from ZODB.blob import Blob
+port, directory, oid, tid = sys.argv[1:]
+storage = ClientStorage(("127.0.0.1", int(port)), blob_dir=directory, wait_timeout=30)
+
+def commit():
+    with ZODB.DB(storage).transaction() as connection:
+        connection.root()["blob"] = Blob(b"data")
+
+for work in (lambda: storage.loadBlob(bytes.fromhex(oid), bytes.fromhex(tid)), commit):
+    try:
+        work()
+    except Exception as error:
+        print(type(error).__mro__[-4].__name__, str(error).replace(chr(10), " "))
+"""
+
+
+def errors_without_boto3(server, directory, name):
+    """What such a client says of the blob ``name``, and of a commit."""
+    arguments = [str(server.address[1]), str(directory), *(part.hex() for part in name)]
+    command = [sys.executable, "-c", WITHOUT_BOTO3, *arguments]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120)
+    assert ran.returncode == 0
+    return ran.stdout.splitlines()
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_a_client_without_boto3_gets_an_answer_that_it_can_read(live, link, tmp_path, outage):
+    link.break_down(outage)
+    reading, committing = errors_without_boto3(live.server, tmp_path / "bare", live.names["cold"])
+    assert "Could not read 1/blobs/" in reading and "StorageError" in reading
+    assert "Could not store 1/blobs/" in committing and "StorageError" in committing
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://no-such-host.invalid", "the name of the host is not known"),
+        ("https://{address}", "what listens there does not speak TLS"),
+    ],
+)
+def test_a_client_without_boto3_is_told_what_is_wrong_with_the_way(s3, bucket_name, tmp_path, url, words):
+    there = SimpleNamespace(url=url.format(address=s3.url.removeprefix("http://")))
+    with ZEOServer(tmp_path, there, bucket_name, options={**PATIENCE, "s3_max_attempts": 1}) as server:
+        errors = errors_without_boto3(server, tmp_path / "bare", (b"\0" * 8, b"\0" * 8))
+        assert len(errors) == 2
+        assert all(words in error and "StorageError" in error for error in errors)
 
 
 def test_two_storages_of_which_one_has_an_outage_do_not_share_it(start, s3, link, bucket_name, tmp_path):
