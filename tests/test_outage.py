@@ -123,7 +123,7 @@ def test_during_an_outage_reads_come_from_the_fallback(start, link, tmp_path, ou
         assert soon(blob, client, *name) == data
 
 
-#: A stock client as it is where only ZEO is installed: it tries to read a blob and to commit one, and prints the errors.
+#: A stock client as it is where only ZEO is installed: it tries to read a blob and to commit one, and tells the errors.
 WITHOUT_BOTO3 = """
 import sys
 for name in "boto3", "botocore", "s3transfer", "urllib3", "zodb_s3blobs":
