@@ -372,6 +372,7 @@ class FakeLease:
 
     def __init__(self, is_on_probation=False, owner=True):
         self.is_on_probation = is_on_probation
+        self.claimed = {p64(1)} if owner else set()
         self._owner = owner
 
     def check(self):

@@ -2,14 +2,19 @@
 
 import os
 import shutil
+import time
 
 import pytest
 import ZODB
+from persistent.mapping import PersistentMapping
 from zc.zlibstorage import ZlibStorage
+from ZODB.Connection import TransactionMetaData
 from ZODB.DemoStorage import DemoStorage
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
-from ZODB.utils import z64
+from ZODB.serialize import referencesf
+from ZODB.tests.StorageTestBase import zodb_pickle
+from ZODB.utils import p64, z64
 
 from zodb_s3blobs.bases import kind_of
 from zodb_s3blobs.identity import Identity
@@ -68,12 +73,12 @@ def test_doubt_about_marks_outlives_the_process(database):
 
 
 def test_what_a_pack_may_have_taken_away_is_remembered(database):
-    assert Identity(str(database)).packed_away is None
-    for tid in b"\0" * 7 + b"\1", b"\3\xd0" + b"\xff" * 6:
-        Identity(str(database)).packed_away = tid
-        assert Identity(str(database)).packed_away == tid
+    assert Identity(str(database)).packed_away == set()
+    for tids in {b"\0" * 7 + b"\1"}, {b"\3\xd0" + b"\xff" * 6, b"\0" * 7 + b"\2"}:
+        Identity(str(database)).packed_away = tids
+        assert Identity(str(database)).packed_away == tids
     (database.parent / "Data.fs.s3blobs-packed").write_text("nonsense")
-    assert Identity(str(database)).packed_away is None
+    assert Identity(str(database)).packed_away == set()
 
 
 # What the bases have
@@ -112,3 +117,52 @@ def test_a_base_knows_which_transactions_it_has(tmp_path, make):
     assert not kind.has_transaction(tids[0][:-1] + bytes([tids[0][-1] ^ 1]))
     assert not kind.has_transaction(b"\xff" * 8)
     db.close()
+
+
+def unfinished(path):
+    """What a FileStorage leaves behind that is killed between vote and finish."""
+    storage = FileStorage(str(path))
+    before = kind_of(storage).last_transaction()
+    txn = TransactionMetaData()
+    storage.tpc_begin(txn)
+    storage.store(p64(100), z64, b"data", "", txn)
+    storage.tpc_vote(txn)
+    left = path.read_bytes()
+    storage.tpc_abort(txn)
+    storage.close()
+    path.write_bytes(left)
+    return before
+
+
+def commit(storage, oid, data, serial=z64):
+    txn = TransactionMetaData()
+    storage.tpc_begin(txn)
+    storage.store(oid, serial, data, "", txn)
+    storage.tpc_vote(txn)
+    return storage.tpc_finish(txn)
+
+
+def test_the_last_transaction_is_one_that_the_database_still_has_after_a_crash(tmp_path):
+    path = tmp_path / "Data.fs"
+    storage = FileStorage(str(path))
+    last = commit(storage, z64, b"data")
+    storage.close()
+    assert unfinished(path) == last
+    storage = FileStorage(str(path))
+    assert storage.lastTransaction() > last  # ZODB names what it has just cut off
+    assert kind_of(storage).last_transaction() == last
+    storage.close()
+
+
+def test_the_last_transaction_is_one_that_the_database_still_has_after_a_pack(tmp_path):
+    storage = FileStorage(str(tmp_path / "Data.fs"))
+    with ZODB.DB(storage).transaction() as connection:
+        connection.root()["number"] = 1
+    last = storage.lastTransaction()
+    unreachable = commit(storage, p64(100), zodb_pickle(PersistentMapping()))
+    storage.pack(time.time() + 1, referencesf)
+    assert storage.lastTransaction() == unreachable
+    kind = kind_of(storage)
+    assert kind.last_transaction() == last
+    assert kind.has_transaction(last) and not kind.has_transaction(unreachable)
+    storage.close()

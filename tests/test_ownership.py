@@ -9,7 +9,10 @@ import transaction
 from sites import Site, Tool
 from zeoserver import SECTION, ZEOServer
 from ZODB.blob import Blob
+from ZODB.Connection import TransactionMetaData
+from ZODB.FileStorage import FileStorage
 from ZODB.POSException import StorageError
+from ZODB.utils import p64, z64
 
 OWNER = "1/owner.json"
 
@@ -227,6 +230,46 @@ def test_a_pack_that_takes_the_named_transaction_away_does_not_cost_the_prefix(p
     db = production.start()
     db.pack()
     assert len([key for key in s3.keys(bucket_name) if "/blobs/" in key]) == 2
+    check(db, "a")
+
+
+def test_a_crash_in_the_middle_of_a_commit_does_not_cost_the_prefix(place, claim):
+    """ZODB takes the transaction that it cuts off from Data.fs at the next start for the last one."""
+    production = place("production")
+    db = production.start()
+    grow(db, "a")
+    wait_until(lambda: claim()["owner"])
+    production.server.kill()
+    path = production.directory / "Data.fs"
+    storage = FileStorage(str(path))
+    txn = TransactionMetaData()
+    storage.tpc_begin(txn)
+    storage.store(p64(1000), z64, b"data", "", txn)
+    storage.tpc_vote(txn)
+    left = path.read_bytes()
+    storage.tpc_abort(txn)
+    storage.close()
+    path.write_bytes(left)
+    owner = claim()["owner"]
+    production.start()
+    wait_until(lambda: claim()["owner"] != owner)
+    production.server.kill()
+    db = production.start()
+    db.pack()
+    check(db, "a")
+
+
+def test_a_server_that_never_read_whose_the_prefix_is_does_not_pack(place, s3):
+    """The pack might take away the transaction by which the database is known."""
+    production = place("production", options={"s3_max_attempts": 1})
+    grow(production.start(), "a")
+    production.server.kill()
+    s3.misbehave(operation="Owner.*", status=403, code="AccessDenied")
+    db = production.start()
+    with pytest.raises(StorageError, match="was not packed"):
+        db.pack()
+    s3.behave()
+    db.pack()
     check(db, "a")
 
 

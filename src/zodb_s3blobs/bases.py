@@ -19,7 +19,7 @@ from ZODB.FileStorage.format import DATA_HDR_LEN, CorruptedError, DataHeaderFrom
 from ZODB.interfaces import IBlobStorage, IMVCCStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import POSKeyError
-from ZODB.utils import load_current
+from ZODB.utils import load_current, p64, u64
 
 from .identity import Identity
 
@@ -138,20 +138,33 @@ class Kind:
         return False
 
     def last_transaction(self) -> bytes:
-        """Return the tid of the last transaction."""
-        return self._storage.lastTransaction()
+        """Return the tid of the last transaction that the database has, `z64` of none.
+
+        That is not always what a FileStorage says: one that is started after a crash names the transaction that it has
+        just cut off, and one that is packed a transaction of which the pack has left nothing.
+        """
+        last = self._storage.lastTransaction()
+        for bits in range(0, 64, 4):  # how much is looked through grows
+            tids = self._tids(p64(max(0, u64(last) - (1 << bits) + 1)), last)
+            if tids is None:
+                break
+            if tids:
+                return tids[-1]
+        return last
 
     def has_transaction(self, tid: bytes) -> bool:
         """Return whether the database has the transaction with exactly that tid, or had it before a pack."""
-        if tid in (self.last_transaction(), self.own_identity.packed_away):
-            return True
+        return tid in self.own_identity.packed_away or tid in (self._tids(tid, tid) or ())
+
+    def _tids(self, start: bytes, stop: bytes) -> list[bytes] | None:
+        """Return the tids of the transactions from ``start`` to ``stop``, in order; None if they cannot be read."""
         for _ in range(_TRIES):
             try:
-                return _has_transaction(_innermost(self._storage), tid)
+                return _tids(_innermost(self._storage), start, stop)
             except (AttributeError, ValueError, CorruptedError):
                 # FileStorage's iterator stumbles over a transaction that is just being written at the end of the file.
                 time.sleep(_PAUSE)
-        return False
+        return None
 
 
 class _Current:
@@ -301,10 +314,10 @@ def _innermost(storage: Any) -> Any:
     return storage
 
 
-def _has_transaction(storage: Any, tid: bytes) -> bool:
-    transactions = storage.iterator(tid, tid)
+def _tids(storage: Any, start: bytes, stop: bytes) -> list[bytes]:
+    transactions = storage.iterator(start, stop)
     try:
-        return any(transaction.tid == tid for transaction in transactions)
+        return [transaction.tid for transaction in transactions]
     finally:
         if hasattr(transactions, "close"):
             transactions.close()

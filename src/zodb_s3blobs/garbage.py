@@ -286,14 +286,15 @@ class Collector:
         """Take their marks from the blobs that ``base`` can load; to be called before ``base`` is packed.
 
         A restored database may have brought dead blobs back to life. They die again in the pack, and afterwards nobody
-        can tell that they have lived meanwhile. Waits for S3. Raises, if dead blobs are only marked at first,
-        BucketError, cache.CacheError, and for a database of several processes lease.NotOwner: then ``base`` must not
-        be packed.
+        can tell that they have lived meanwhile. Waits for S3. Then ``base`` must not be packed: BucketError if this
+        server has not read owner.json yet, or if dead blobs are only marked at first. In the latter case also
+        cache.CacheError, and for a database of several processes lease.NotOwner.
         """
         marking = self._retention or self._lease.is_on_probation
         try:
-            # So that owner.json names the last transaction, which the pack leaves, and not one that it takes away.
             self._lease.confirm()
+            # The pack may take the transaction away that owner.json names; it is this database's all the same.
+            self._identity.packed_away = self._lease.claimed
             marking = self._retention or self._lease.is_on_probation
             if marking:
                 with _making_way():
@@ -303,10 +304,9 @@ class Collector:
             if base.shared and marking:
                 raise  # there is no place to keep the doubt that all its processes see
         except BucketError:
-            if marking:
+            if marking or not self._lease.claimed:
                 raise
-            if self._lease.claimed is not None:
-                self._identity.packed_away = self._lease.claimed
+            self._identity.packed_away = self._lease.claimed
         # Marks are another's, who may not have them for ever; or those of an earlier setting, which go at the end of
         # the collection, if it comes to that.
         self._doubt_marks()

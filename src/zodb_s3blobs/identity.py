@@ -8,6 +8,7 @@ import contextlib
 import os
 import struct
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 from ZODB.utils import p64, u64
@@ -53,20 +54,21 @@ class Identity:
             return ""
 
     @property
-    def packed_away(self) -> bytes | None:
-        """The tid of a transaction that the database had before a pack, which may have taken it away; None of none.
+    def packed_away(self) -> set[bytes]:
+        """The tids of transactions that the database had before its last pack, which may have taken them away.
 
         It outlives the process.
         """
         try:
-            return p64(int(self._packed.read_text(encoding="ascii"), 16)) if self._packed is not None else None
+            lines = self._packed.read_text(encoding="ascii").split() if self._packed is not None else []
+            return {p64(int(line, 16)) for line in lines}
         except (FileNotFoundError, ValueError, struct.error):
-            return None
+            return set()
 
     @packed_away.setter
-    def packed_away(self, tid: bytes) -> None:
+    def packed_away(self, tids: Iterable[bytes]) -> None:
         if self._packed is not None:
-            self._packed.write_text(f"{u64(tid):x}", encoding="ascii")
+            self._packed.write_text("\n".join(f"{u64(tid):x}" for tid in tids), encoding="ascii")
 
     @property
     def marks_are_doubtful(self) -> bool:

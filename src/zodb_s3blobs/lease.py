@@ -98,8 +98,8 @@ class Lease:
         self._lock = threading.Lock()  # one at a time asks and writes
         self._renewed: tuple[float, float] | None = None  # monotonic and wall clock before the last renewal was sent
         self._predecessor = ""  # whose claim is held without being renewed, in a full bucket
-        #: The last transaction that owner.json names, as far as this server knows.
-        self.claimed: bytes | None = None
+        #: The transactions of which owner.json may name one as the last; none before it was read as this database's.
+        self.claimed: set[bytes] = set()
         self._taken = ""  # when the database took the prefix over from another one
         self._on_probation = False
         self._refusal: str | None = None  # why it is not ours, as of the last look
@@ -195,6 +195,7 @@ class Lease:
                     same = claim.database == self._identity or self._database.was(claim.database)
                     self._taken = claim.taken if same else note.now.isoformat(timespec="seconds")
             data = self._claim()
+            self.claimed = {claim.tid, Claim.read(data).tid}  # the answer to the write may be lost
             try:
                 self._bucket.write_owner(data, note)  # or somebody else does at the same moment
             except BucketError as error:
@@ -211,7 +212,7 @@ class Lease:
                 raise BucketError(f"Bucket {self._bucket.name} did not take {self._bucket.keys.owner}")
             else:
                 self._renewed = before
-                self.claimed = theirs.tid
+                self.claimed = {theirs.tid}
                 self._on_probation = self._taken != "" and written.now < _moment(self._taken) + PROBATION
                 self._tell(None)
 
@@ -351,10 +352,15 @@ class Claim:
 
     @classmethod
     def of(cls, note: Note | None) -> "Claim":
-        """Return what ``note`` says; what makes no sense claims nothing, and can be taken when it is old."""
+        """Return what ``note`` says; none claims nothing."""
+        return cls.read(note.data if note is not None else b"")
+
+    @classmethod
+    def read(cls, data: bytes) -> "Claim":
+        """Return what ``data`` says; what makes no sense claims nothing, and can be taken when it is old."""
         fields = list(cls.__annotations__)[1:]
         try:
-            said = json.loads(note.data if note is not None else b"")
+            said = json.loads(data)
             # Another format may have other fields.
             return cls(int(said["format"]), *(str(said.get(name, "")) for name in fields))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
