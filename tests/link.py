@@ -4,6 +4,8 @@ import contextlib
 import socket
 import threading
 
+from zeoserver import free_address
+
 #: How the way can be broken.
 OUTAGES = ("refused", "silent to a SYN", "silent after the handshake", "reset", "not what was expected")
 
@@ -18,9 +20,7 @@ class Link:
         self._target = target
         self._outage = None
         self._sockets = []
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._address = free.getsockname()
+        self._address = free_address()
         self.url = "http://{}:{}".format(*self._address)
 
     def __enter__(self):

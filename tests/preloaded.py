@@ -9,10 +9,13 @@ import relstorage.adapters.postgresql
 import relstorage.adapters.sqlite.adapter
 import relstorage.config  # noqa: F401
 import sites  # noqa: F401
+import ZEO.runzeo
+import ZEO.StorageServer  # noqa: F401
+import zodb_s3blobs.relstorage
 
 import zodb_s3blobs.cli
 import zodb_s3blobs.config
-import zodb_s3blobs.relstorage  # noqa: F401
+import zodb_s3blobs.zeo  # noqa: F401
 
 # As the fixture `shared_loader` of conftest.py. The description of S3 is read by the first client.
 botocore.session.create_loader = functools.cache(botocore.session.create_loader)

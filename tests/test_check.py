@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from gate import Answer, Gate, certificate, error, page
+from sites import run
 from zeoserver import CONFIG, FILESTORAGE, SECTION, free_address
 
 SECRET = "test-secret"
@@ -55,8 +57,9 @@ def check(configure):
     """Runs ``zodb-s3blobs check``; returns the process that has ended."""
 
     def check(*arguments, status=0, **options):
-        done = subprocess.run(command(configure(**options), *arguments), capture_output=True, text=True, timeout=120)
-        assert done.returncode == status, done.stdout + done.stderr
+        returned, stdout, stderr = run("check", "-C", str(configure(**options)), *arguments)
+        done = SimpleNamespace(stdout=stdout, stderr=stderr)
+        assert returned == status, done.stdout + done.stderr
         assert SECRET not in done.stdout + done.stderr and "Traceback" not in done.stdout + done.stderr
         return done
 

@@ -102,7 +102,11 @@ def test_a_demostorage_with_changes_in_memory_is_not_the_database_below_it(tmp_p
     base.close()
 
 
-@pytest.mark.parametrize("make", [MappingStorage, lambda: DemoStorage(base=MappingStorage()), None], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [MappingStorage, lambda: DemoStorage(base=MappingStorage()), None],
+    ids=["mappingstorage", "demostorage", "filestorage"],
+)
 def test_a_base_knows_which_transactions_it_has(tmp_path, make):
     storage = make() if make is not None else ZlibStorage(FileStorage(str(tmp_path / "Data.fs")))
     kind = kind_of(storage)

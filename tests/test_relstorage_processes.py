@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import multiprocessing
 import os
 import time
 import traceback
@@ -14,6 +13,7 @@ import transaction
 import ZODB
 from BTrees.Length import Length
 from BTrees.OOBTree import OOBTree
+from forked import CONTEXT
 from postgresql import PostgreSQL
 from relational import IMPORTS, RELSTORAGE, Application, Database, keys, needs, postgresql
 from sites import KEYS, get, put
@@ -38,11 +38,6 @@ OPTIONS = {"s3_stage_threshold": 10000, "gc_max_delete_percent": 100}
 OLD = p64(u64(b"\x03\xd0\xc0\xb0\xa0\x90\x80\x70"))  # a tid of long ago
 
 
-# If no test has begun to fork before, they begin with all that is to be imported.
-_FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["preloaded"])
-
-
 # A process, and what it can be told
 
 
@@ -50,8 +45,8 @@ class Process:
     """A process with the database of ``config``, open; does what it is told, one after the other."""
 
     def __init__(self, config):
-        self._pipe, theirs = _FORKED.Pipe()
-        self._process = _FORKED.Process(target=_serve, args=(config, theirs), daemon=True)
+        self._pipe, theirs = CONTEXT.Pipe()
+        self._process = CONTEXT.Process(target=_serve, args=(config, theirs), daemon=True)
         self._process.start()
         theirs.close()
         self.pid = self._process.pid

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import ZEO.ClientStorage
 import ZODB
+from forked import Forked, runzeo
 from prometheus_client.parser import text_string_to_metric_families
 
 FILESTORAGE = "<filestorage>\n path {dir}/Data.fs\n</filestorage>"
@@ -45,11 +47,22 @@ SECTION = """
 """
 
 
+_random = random.SystemRandom()
+
+#: A test that sets another one has the servers run some code as their interpreter starts.
+_PYTHONPATH = os.environ.get("PYTHONPATH")
+
+
 def free_address():
-    """A host and a port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()
+    """A host and a port that nobody listens at.
+
+    The system gives none of these ports to a connection that goes out: it stays free until the test uses it, also
+    while a test keeps it closed.
+    """
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", _random.randrange(10_000, 32_000)))
+            return probe.getsockname()
 
 
 class Figures:
@@ -82,11 +95,22 @@ class ZEOServer:
 
     ``options`` and ``zeo``: more keys of the s3blobstorage and the zeo section; ``storages``: makes the text of the
     storage sections from the settings of the one that the other arguments describe; ``metrics``: whether the options
-    are to have a metrics-address.
+    are to have a metrics-address; ``stock``: whether to run a new interpreter, and not to fork one that has all
+    imported.
     """
 
     def __init__(
-        self, directory, s3, bucket=None, *, base=FILESTORAGE, options=None, zeo=None, storages=None, metrics=False
+        self,
+        directory,
+        s3,
+        bucket=None,
+        *,
+        base=FILESTORAGE,
+        options=None,
+        zeo=None,
+        storages=None,
+        metrics=False,
+        stock=False,
     ):
         self.directory = Path(directory)
         self.address = free_address()
@@ -96,6 +120,7 @@ class ZEOServer:
         self._clients = []
         self._process = None
         self.cache_name = "cache"
+        self._stock = stock
         self._settings = {
             "name": "1",
             "bucket": bucket,
@@ -136,10 +161,14 @@ class ZEOServer:
                 storages=self._storages({**self._settings, "cache": self.cache_name}),
             )
         )
-        with open(self.directory / "output", "wb") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "ZEO.runzeo", "-C", str(config)], stdout=output, stderr=subprocess.STDOUT
-            )
+        output = self.directory / "output"
+        if self._stock or os.environ.get("PYTHONPATH") != _PYTHONPATH:
+            with open(output, "wb") as file:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "ZEO.runzeo", "-C", str(config)], stdout=file, stderr=subprocess.STDOUT
+                )
+        else:
+            self._process = Forked(runzeo, str(config), stdout=output, stderr=output)
         deadline = time.monotonic() + 60
         while True:
             try:
