@@ -14,6 +14,7 @@ from databases import FakeDatabase
 from relational import KINDS, Application, Database, needs
 from s3server import S3Server
 from sites import Site, Tool
+from speed import slow
 from zeoserver import ZEOServer
 
 from zodb_s3blobs.cache.files import Cache
@@ -33,6 +34,15 @@ _numbers = itertools.count()
 # Whoever runs the tests in the background has them, and so what they start, ignore Ctrl-C and the end of the terminal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the tests that a class with published ones calls slow: the methods themselves are other classes' as well."""
+    for item in items:
+        names = getattr(item.cls, "slow_tests", ()) if isinstance(item, pytest.Function) else ()
+        if names is None or item.name in names:
+            item.add_marker(slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,7 @@ import subprocess
 import promtool
 import pytest
 from alerts import GRAFANA, alert_expressions, alerts, read
+from speed import slow
 
 #: Those who have set up routing or silences know them by these names.
 NAMES = {
@@ -70,15 +71,18 @@ def test_the_error_rate_is_first_a_warning_and_then_critical():
     assert sorted(severities) == ["critical", "warning"]
 
 
+@slow
 def test_promtool_accepts_the_rules():
     promtool.run("check", "rules", "--lint=all", "--lint-fatal", "alerts.yml", directory=GRAFANA)
 
 
+@slow
 @pytest.mark.parametrize("name", UNIT_TESTS)
 def test_the_rules_pass_their_unit_tests(name):
     promtool.run("test", "rules", name, directory=GRAFANA)
 
 
+@slow
 def test_promtool_accepts_the_configuration():
     promtool.run("check", "config", "prometheus.yml", directory=GRAFANA)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from sites import KEYS
+from speed import slow, slow_after
 
 from zodb_s3blobs.cache.files import path_in
 
@@ -70,7 +71,7 @@ def operations(s3):
 
 
 @pytest.mark.parametrize("storage_class", ["GLACIER", "DEEP_ARCHIVE"])
-@pytest.mark.parametrize("options", [[], ["--checksum"]])
+@pytest.mark.parametrize("options", slow_after(1, of=[[], ["--checksum"]]))
 def test_verify_lists_them_and_says_what_to_do(s3, site, content, tool, conf, archived, options, storage_class):
     content.put(archived, site.revisions[archived], storage_class)
     out, _ = tool("verify", conf, "--json", *options, status=DAMAGED)
@@ -123,6 +124,7 @@ def test_what_only_reading_tells_is_found_with_checksums(s3, site, content, tool
     assert counts(out) == {"good": len(site.revisions) - 1, "archived": 1}
 
 
+@slow
 @pytest.mark.parametrize("command", ["verify", "export"])
 def test_many_archived_blobs_are_no_outage(s3, bucket_name, site, content, tool, tmp_path, command):
     site.grow(more=30)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 from gate import Answer, Gate, certificate, error, page
 from sites import run
+from speed import slow, slow_after
 from zeoserver import CONFIG, FILESTORAGE, SECTION, free_address
 
 SECRET = "test-secret"
@@ -176,11 +177,13 @@ def test_all_works_on_a_good_service_and_no_other_key_is_touched(
     assert not {"Data.fs", "cache"} & set(os.listdir(tmp_path))
 
 
+@slow
 def test_a_high_threshold_does_not_keep_multipart_from_being_tried(s3, good, check, left_as_it_was):
     check(s3_multipart_threshold="1GB")
     assert len(s3.requests("UploadPart")) == 3
 
 
+@slow
 def test_nothing_stays_in_a_bucket_that_keeps_versions(s3, good, bucket_name, odd, everything):
     s3.client.put_bucket_versioning(Bucket=bucket_name, VersioningConfiguration={"Status": "Enabled"})
     s3.client.put_object(Bucket=bucket_name, Key=OTHERS[0])
@@ -199,41 +202,45 @@ NOT_IMPLEMENTED, ACCESS_DENIED = {"status": 501, "code": "NotImplemented"}, {"st
 
 @pytest.mark.parametrize(
     ("faults", "expected"),
-    [
-        (
-            {
-                "GetObject": {"ignore_range": True},
-                "CopyObject": NOT_IMPLEMENTED,
-                "DeleteObjects": NOT_IMPLEMENTED,
-                "ListMultipartUploads": ACCESS_DENIED,
-                "PutObject": {"ignore_condition": True},
-                "OwnerPutObject": {"refuse_condition": True},
-            },
-            {
-                "ranges": "large blobs are read in one piece",
-                "copy": "blobs are uploaded again",
-                "staging": "large blobs are uploaded twice",
-                "batch delete": "deleted one by one",
-                "unfinished uploads": "forbids s3:ListBucketMultipartUploads",
-                "If-None-Match": "ignores it",
-                "If-Match": "ignores it",
-            },
-        ),
-        (
-            {
-                "DeleteObjects": {"status": 400, "code": "BadRequest"},
-                "ListMultipartUploads": {"status": 200, "body": "<ListMultipartUploadsResult/>"},
-                "PutObject": {"refuse_condition": True},
-                "OwnerPutObject": {"misread_etag": True},
-            },
-            {
-                "batch delete": "deleted one by one",
-                "unfinished uploads": "does not list them",
-                "If-None-Match": "NotImplemented",
-                "If-Match": "NotImplemented",
-            },
-        ),
-    ],
+    slow_after(
+        1,
+        of=[
+            (
+                {
+                    "GetObject": {"ignore_range": True},
+                    "CopyObject": NOT_IMPLEMENTED,
+                    "DeleteObjects": NOT_IMPLEMENTED,
+                    "ListMultipartUploads": ACCESS_DENIED,
+                    "PutObject": {"ignore_condition": True},
+                    "OwnerPutObject": {"refuse_condition": True},
+                },
+                {
+                    "ranges": "large blobs are read in one piece",
+                    "copy": "blobs are uploaded again",
+                    "staging": "large blobs are uploaded twice",
+                    "batch delete": "deleted one by one",
+                    "unfinished uploads": "forbids s3:ListBucketMultipartUploads",
+                    "If-None-Match": "ignores it",
+                    "If-Match": "ignores it",
+                },
+            ),
+            (
+                {
+                    "DeleteObjects": {"status": 400, "code": "BadRequest"},
+                    "ListMultipartUploads": {"status": 200, "body": "<ListMultipartUploadsResult/>"},
+                    "PutObject": {"refuse_condition": True},
+                    "OwnerPutObject": {"misread_etag": True},
+                },
+                {
+                    "batch delete": "deleted one by one",
+                    "unfinished uploads": "does not list them",
+                    "If-None-Match": "NotImplemented",
+                    "If-Match": "NotImplemented",
+                },
+            ),
+        ],
+        unpack=True,
+    ),
 )
 def test_what_the_server_can_do_without_is_worked_around(s3, good, odd, left_as_it_was, faults, expected):
     for operation, fault in faults.items():
@@ -245,6 +252,7 @@ def test_what_the_server_can_do_without_is_worked_around(s3, good, odd, left_as_
         assert found[name]["set"] == ("s3-stage-threshold 0" if name == "staging" else "")
 
 
+@slow
 def test_an_etag_that_is_misread_and_a_name_in_other_letters_are_worked_around(
     s3, good, meet, odd, left_as_it_was, recorded
 ):
@@ -258,6 +266,7 @@ def test_an_etag_that_is_misread_and_a_name_in_other_letters_are_worked_around(
     assert "Ceph 16" in found["If-Match"]["meaning"]
 
 
+@slow
 def test_what_the_settings_do_without_is_not_needed(s3, good, odd, left_as_it_was):
     s3.misbehave(operation="CopyObject|CreateMultipartUpload", **NOT_IMPLEMENTED)
     found = odd(s3_stage_threshold=0, s3_multipart_threshold="5GB")
@@ -269,40 +278,44 @@ def test_what_the_settings_do_without_is_not_needed(s3, good, odd, left_as_it_wa
 
 @pytest.mark.parametrize(
     ("faults", "expected"),
-    [
-        (
-            {
-                "UploadPart": {"status": 400, "code": "InvalidPart"},
-                "OwnerPutObject": {"status": 200, "headers": {"ETag": '"x"'}},
-                "DeleteObjects": ACCESS_DENIED,
-                "HeadObject": {"headers": {"x-amz-meta-sha256": ""}},
-            },
-            {
-                "multipart": "InvalidPart (HTTP 400); in one request it works",
-                "owner lease": "no garbage would be collected",
-                "batch delete": "forbids s3:DeleteObject",
-                "metadata": "does not come back",
-                "copy": "a copy loses the metadata",
-                "staging": "a copy loses the metadata",
-            },
-        ),
-        (
-            {
-                "CreateMultipartUpload": ACCESS_DENIED,
-                "DeleteObjects": {"status": 200, "body": "<DeleteResult/>"},
-                "CopyObject": {"status": 200, "body": "<CopyObjectResult><ETag>x</ETag></CopyObjectResult>"},
-                "OwnerGetObject": {"headers": {"Last-Modified": "Sat, 01 Jan 2000 00:00:00 GMT"}},
-            },
-            {
-                "multipart": "forbids s3:PutObject",
-                "unfinished uploads": "the cause is that of multipart",
-                "batch delete": "are still there",
-                "copy": "confirms a copy, and does not have it",
-                "staging": "confirms a copy, and does not have it",
-                "owner lease": "seconds old",
-            },
-        ),
-    ],
+    slow_after(
+        1,
+        of=[
+            (
+                {
+                    "UploadPart": {"status": 400, "code": "InvalidPart"},
+                    "OwnerPutObject": {"status": 200, "headers": {"ETag": '"x"'}},
+                    "DeleteObjects": ACCESS_DENIED,
+                    "HeadObject": {"headers": {"x-amz-meta-sha256": ""}},
+                },
+                {
+                    "multipart": "InvalidPart (HTTP 400); in one request it works",
+                    "owner lease": "no garbage would be collected",
+                    "batch delete": "forbids s3:DeleteObject",
+                    "metadata": "does not come back",
+                    "copy": "a copy loses the metadata",
+                    "staging": "a copy loses the metadata",
+                },
+            ),
+            (
+                {
+                    "CreateMultipartUpload": ACCESS_DENIED,
+                    "DeleteObjects": {"status": 200, "body": "<DeleteResult/>"},
+                    "CopyObject": {"status": 200, "body": "<CopyObjectResult><ETag>x</ETag></CopyObjectResult>"},
+                    "OwnerGetObject": {"headers": {"Last-Modified": "Sat, 01 Jan 2000 00:00:00 GMT"}},
+                },
+                {
+                    "multipart": "forbids s3:PutObject",
+                    "unfinished uploads": "the cause is that of multipart",
+                    "batch delete": "are still there",
+                    "copy": "confirms a copy, and does not have it",
+                    "staging": "confirms a copy, and does not have it",
+                    "owner lease": "seconds old",
+                },
+            ),
+        ],
+        unpack=True,
+    ),
 )
 def test_what_the_server_needs_fails(s3, good, odd, left_as_it_was, faults, expected):
     for operation, fault in faults.items():
@@ -316,6 +329,7 @@ def test_what_the_server_needs_fails(s3, good, odd, left_as_it_was, faults, expe
         assert found[name]["set"] == ("s3-multipart-threshold 5GB" if in_parts else of_copies)
 
 
+@slow
 def test_an_abort_that_is_forbidden_fails(s3, good, odd, left_as_it_was):
     s3.misbehave(operation="AbortMultipartUpload", times=1, **ACCESS_DENIED)
     s3.misbehave(operation="ListMultipartUploads", **ACCESS_DENIED)
@@ -324,6 +338,7 @@ def test_an_abort_that_is_forbidden_fails(s3, good, odd, left_as_it_was):
     assert "forbids s3:AbortMultipartUpload" in found["unfinished uploads"]["meaning"]
 
 
+@slow
 def test_without_permission_to_list_absent_blobs_look_like_an_outage(meet, good, odd, left_as_it_was):
     meet("HeadObject", lambda request: request.status == 404, status=403)
     found = odd(status=3)
@@ -331,6 +346,7 @@ def test_without_permission_to_list_absent_blobs_look_like_an_outage(meet, good,
     assert "must allow s3:ListBucket" in found["absent blobs"]["meaning"]
 
 
+@slow
 def test_what_cannot_be_listed_is_deleted_all_the_same(s3, good, odd, left_as_it_was):
     s3.misbehave(operation="ListObjects", status=403, code="AccessDenied")
     found = odd(status=3)
@@ -339,6 +355,7 @@ def test_what_cannot_be_listed_is_deleted_all_the_same(s3, good, odd, left_as_it
     assert found["staging"]["meaning"] == "the cause is that of list"
 
 
+@slow
 def test_a_listing_that_loses_a_page_fails_and_so_does_s3_sse_that_is_not_applied(s3, good, odd, left_as_it_was):
     s3.misbehave(operation="HeadObject", headers={"x-amz-server-side-encryption": ""})
     s3.misbehave(operation="ListObjects", times=2)  # the first look, and the first page
@@ -346,7 +363,7 @@ def test_a_listing_that_loses_a_page_fails_and_so_does_s3_sse_that_is_not_applie
     assert states(odd(s3_sse="AES256", status=3)) == {"encryption": "fails", "list": "fails"}
 
 
-@pytest.mark.parametrize("apart", [300, -3600])
+@pytest.mark.parametrize("apart", slow_after(1, of=[300, -3600]))
 def test_the_clocks_are_compared(s3, odd, left_as_it_was, apart):
     date = email.utils.formatdate(time.time() + apart, usegmt=True)
     s3.misbehave(operation="PutObject", headers={"Date": date})
@@ -362,6 +379,7 @@ def test_a_service_that_takes_damaged_uploads_needs_tls(odd, tls, left_as_it_was
     assert states(odd(endpoint=tls)) == {**MOTO, "damaged uploads": "worked around"}
 
 
+@slow
 def test_the_checksums_by_which_damage_is_refused_are_named(meet, odd, left_as_it_was):
     crc = {"x-amz-checksum-crc32": WRONG_CRC32}
     meet("PutObject", lambda request: crc.items() <= request.headers.items(), status=400, code="BadDigest")
@@ -370,6 +388,7 @@ def test_the_checksums_by_which_damage_is_refused_are_named(meet, odd, left_as_i
     assert found["damaged uploads"]["set"] == "s3-checksums when_supported"
 
 
+@slow
 def test_the_checksums_that_a_service_understands_are_named_and_used(s3, odd, left_as_it_was):
     def judge(ask):
         has_trailer = ask.method == "PUT" and "x-amz-sdk-checksum-algorithm" in ask.headers
@@ -397,6 +416,7 @@ def tls(s3, tmp_path, monkeypatch):
 CUSTOMER_KEY = base64.b64encode(bytes(range(32))).decode()
 
 
+@slow
 def test_a_service_that_ignores_the_customer_key_fails(odd, tls, left_as_it_was):
     found = odd(endpoint=tls, s3_sse_customer_key=CUSTOMER_KEY, status=3)
     assert "ignores s3-sse-customer-key" in found["encryption"]["meaning"]
@@ -413,12 +433,16 @@ def only_sentence(done):
 
 @pytest.mark.parametrize(
     ("fault", "advice"),
-    [
-        ({"status": 404, "code": "NoSuchBucket"}, "check bucket-name"),
-        ({"status": 403, "code": "SignatureDoesNotMatch"}, "check s3-access-key and s3-secret-key"),
-        ({"status": 403, "code": "RequestTimeTooSkewed"}, "check the clock of this machine"),
-        ({"status": 503, "code": "SlowDown"}, "SlowDown"),
-    ],
+    slow_after(
+        2,
+        of=[
+            ({"status": 404, "code": "NoSuchBucket"}, "check bucket-name"),
+            ({"status": 403, "code": "SignatureDoesNotMatch"}, "check s3-access-key and s3-secret-key"),
+            ({"status": 403, "code": "RequestTimeTooSkewed"}, "check the clock of this machine"),
+            ({"status": 503, "code": "SlowDown"}, "SlowDown"),
+        ],
+        unpack=True,
+    ),
 )
 def test_a_bucket_that_cannot_be_used_at_all_is_one_sentence(s3, check, left_as_it_was, fault, advice):
     s3.misbehave(**fault)
@@ -453,18 +477,21 @@ def test_a_service_that_knows_no_host_names_of_buckets_is_named_with_the_key_to_
 
 @pytest.mark.parametrize(
     "answer",
-    [
-        Answer(200, "<html>Welcome</html>", "text/html"),
-        Answer(200, "<html>Welcome</html>", "text/html", headers=(("ETag", '"1"'),)),
-        Answer(200),
-        Answer(302, headers=(("Location", "https://login.example.com/"),)),
-        Answer(302, "<html>Log in</html>", "text/html"),
-        page(401),
-        page(404),
-        Answer(404, "404 page not found", "text/plain"),
-        Answer(400, "Client sent something strange", "text/plain"),
-        Answer(405),
-    ],
+    slow_after(
+        3,
+        of=[
+            Answer(200, "<html>Welcome</html>", "text/html"),
+            Answer(200, "<html>Welcome</html>", "text/html", headers=(("ETag", '"1"'),)),
+            Answer(200),
+            Answer(302, headers=(("Location", "https://login.example.com/"),)),
+            Answer(302, "<html>Log in</html>", "text/html"),
+            page(401),
+            page(404),
+            Answer(404, "404 page not found", "text/plain"),
+            Answer(400, "Client sent something strange", "text/plain"),
+            Answer(405),
+        ],
+    ),
 )
 def test_another_web_server_at_the_endpoint_is_one_sentence(check, answer):
     with Gate(None, lambda ask: answer) as gate:
@@ -482,7 +509,7 @@ def test_a_service_that_refuses_everything_is_one_row(s3, check, left_as_it_was)
     assert {request.operation for request in s3.requests()} == {"ListObjects", "PutObject"}
 
 
-@pytest.mark.parametrize("code", ["ExpiredToken", "NotImplemented", "SomethingElse"])
+@pytest.mark.parametrize("code", slow_after(1, of=["ExpiredToken", "NotImplemented", "SomethingElse"]))
 def test_a_service_that_refuses_everything_for_another_cause_is_one_sentence(s3, check, left_as_it_was, code):
     s3.misbehave(status=400, code=code)
     assert code in only_sentence(check(status=1, s3_max_attempts=1))
@@ -514,7 +541,9 @@ def test_an_endpoint_whose_host_contains_the_bucket_is_named_with_the_right_one(
     assert f"It answers with s3-endpoint-url http://s3.example.com:{gate.port}{also}: set that" in said
 
 
-@pytest.mark.parametrize("code", ["SecondLevelDomainForbidden", "PathStyleDomainForbidden", "SomethingElse"])
+@pytest.mark.parametrize(
+    "code", slow_after(1, of=["SecondLevelDomainForbidden", "PathStyleDomainForbidden", "SomethingElse"])
+)
 def test_a_service_that_wants_the_bucket_in_the_host_name_is_named_with_the_key_to_set(
     s3, configure, bucket_name, code
 ):
@@ -585,14 +614,21 @@ def rows(done):
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [
-        (ACCESS_DENIED, "AccessDenied (HTTP 403); the policy of the bucket or of the credentials (s3-access-key)"),
-        ({"status": 507, "code": "QuotaExceeded"}, "QuotaExceeded (HTTP 507); the bucket is full"),
-        ({"status": 400, "code": "SomethingElse"}, "SomethingElse (HTTP 400)"),
-        ({"status": 500, "code": "InternalError"}, "InternalError (HTTP 500)"),
-        ({"status": 400, "code": "KMS.NotFoundException"}, "KMS.NotFoundException (HTTP 400); check s3-sse-kms-key-id"),
-        ({"status": 400, "code": "InvalidEncryptionAlgorithmError"}, "AlgorithmError (HTTP 400); check s3-sse "),
-    ],
+    slow_after(
+        1,
+        of=[
+            (ACCESS_DENIED, "AccessDenied (HTTP 403); the policy of the bucket or of the credentials (s3-access-key)"),
+            ({"status": 507, "code": "QuotaExceeded"}, "QuotaExceeded (HTTP 507); the bucket is full"),
+            ({"status": 400, "code": "SomethingElse"}, "SomethingElse (HTTP 400)"),
+            ({"status": 500, "code": "InternalError"}, "InternalError (HTTP 500)"),
+            (
+                {"status": 400, "code": "KMS.NotFoundException"},
+                "KMS.NotFoundException (HTTP 400); check s3-sse-kms-key-id",
+            ),
+            ({"status": 400, "code": "InvalidEncryptionAlgorithmError"}, "AlgorithmError (HTTP 400); check s3-sse "),
+        ],
+        unpack=True,
+    ),
 )
 def test_that_nothing_can_be_stored_is_said_once(s3, check, left_as_it_was, fault, words):
     s3.misbehave(operation="PutObject|CreateMultipartUpload", **fault)
@@ -634,6 +670,7 @@ def test_that_nothing_can_be_read_is_said_once(s3, check, left_as_it_was):
     assert "nothing is left" in found["clean-up"]
 
 
+@slow
 def test_that_nothing_can_be_deleted_is_said_once(s3, check):
     s3.misbehave(operation="DeleteObjects?", **ACCESS_DENIED)
     done = check(status=3)
@@ -663,36 +700,40 @@ def refuses(**wanted):
 
 @pytest.mark.parametrize(
     ("options", "judge", "expected"),
-    [
-        (
-            {"s3_storage_class": "NO_SUCH"},
-            refuses(storage_class=(400, "InvalidStorageClass")),
-            {"storage class": ["InvalidStorageClass", "it works without s3-storage-class", "remove the key"]},
-        ),
-        (
-            {"s3_sse": "aws:kms", "s3_max_attempts": 1},
-            refuses(server_side_encryption=(500, "InternalError")),
-            {"encryption": ["InternalError (HTTP 500)", "it works without s3-sse"]},
-        ),
-        (
-            {"s3_sse": "aws:kms", "s3_sse_kms_key_id": "none"},
-            refuses(server_side_encryption_aws_kms_key_id=(400, "KMS.NotFoundException")),
-            {"encryption": ["KMS.NotFoundException", "it works without s3-sse-kms-key-id", "kms:GenerateDataKey"]},
-        ),
-        (
-            {"s3_sse": "AES256", "s3_storage_class": "NO_SUCH", "s3_checksums": "when_supported"},
-            refuses(
-                storage_class=(400, "SomeCode"),
-                server_side_encryption=(501, "NotImplemented"),
-                sdk_checksum_algorithm=(411, "MissingContentLength"),
+    slow_after(
+        1,
+        of=[
+            (
+                {"s3_storage_class": "NO_SUCH"},
+                refuses(storage_class=(400, "InvalidStorageClass")),
+                {"storage class": ["InvalidStorageClass", "it works without s3-storage-class", "remove the key"]},
             ),
-            {
-                "checksums": ["MissingContentLength", "uploads work with when_required"],
-                "encryption": ["NotImplemented", "it works without s3-sse"],
-                "storage class": ["SomeCode", "it works without s3-storage-class"],
-            },
-        ),
-    ],
+            (
+                {"s3_sse": "aws:kms", "s3_max_attempts": 1},
+                refuses(server_side_encryption=(500, "InternalError")),
+                {"encryption": ["InternalError (HTTP 500)", "it works without s3-sse"]},
+            ),
+            (
+                {"s3_sse": "aws:kms", "s3_sse_kms_key_id": "none"},
+                refuses(server_side_encryption_aws_kms_key_id=(400, "KMS.NotFoundException")),
+                {"encryption": ["KMS.NotFoundException", "it works without s3-sse-kms-key-id", "kms:GenerateDataKey"]},
+            ),
+            (
+                {"s3_sse": "AES256", "s3_storage_class": "NO_SUCH", "s3_checksums": "when_supported"},
+                refuses(
+                    storage_class=(400, "SomeCode"),
+                    server_side_encryption=(501, "NotImplemented"),
+                    sdk_checksum_algorithm=(411, "MissingContentLength"),
+                ),
+                {
+                    "checksums": ["MissingContentLength", "uploads work with when_required"],
+                    "encryption": ["NotImplemented", "it works without s3-sse"],
+                    "storage class": ["SomeCode", "it works without s3-storage-class"],
+                },
+            ),
+        ],
+        unpack=True,
+    ),
 )
 def test_a_key_without_which_uploads_work_is_named_and_left_out(s3, odd, left_as_it_was, options, judge, expected):
     with Gate(s3.url, judge) as gate:
@@ -703,6 +744,7 @@ def test_a_key_without_which_uploads_work_is_named_and_left_out(s3, odd, left_as
             assert word in found[name]["meaning"], found[name]["meaning"]
 
 
+@slow
 def test_a_trouble_that_passes_is_not_laid_on_a_key(s3, odd, left_as_it_was):
     s3.misbehave(operation="PutObject", times=1, status=500, code="InternalError")
     assert states(odd(s3_storage_class="STANDARD_IA", s3_max_attempts=1, status=3)) == MOTO
@@ -714,6 +756,7 @@ def test_what_a_service_sends_cannot_pass_for_a_line_of_ours(s3, check, left_as_
     assert "\x1b" not in done.stdout and "?[2J?[1mAES" in rows(done)["encryption"]
 
 
+@slow
 def test_a_class_whose_objects_cannot_be_read_at_once_is_named(odd, left_as_it_was):
     found = odd(s3_storage_class="GLACIER", status=3)
     assert states(found) == {**MOTO, "storage class": "fails"}
@@ -721,6 +764,7 @@ def test_a_class_whose_objects_cannot_be_read_at_once_is_named(odd, left_as_it_w
         assert words in found["storage class"]["meaning"]
 
 
+@slow
 def test_a_class_that_the_service_ignores_is_told(s3, odd, left_as_it_was):
     s3.misbehave(operation="HeadObject", headers={"x-amz-storage-class": "STANDARD"})
     found = odd(s3_storage_class="STANDARD_IA", status=3)
@@ -728,6 +772,7 @@ def test_a_class_that_the_service_ignores_is_told(s3, odd, left_as_it_was):
     assert "stores blobs as STANDARD" in found["storage class"]["meaning"]
 
 
+@slow
 def test_encryption_that_a_policy_demands_is_named(s3, odd, left_as_it_was):
     def judge(ask):
         demands = ask.method in ("PUT", "POST") and "uploadId" not in ask.path and "delete" not in ask.path
@@ -741,6 +786,7 @@ def test_encryption_that_a_policy_demands_is_named(s3, odd, left_as_it_was):
     assert found["encryption"]["set"] == "s3-sse aws:kms"
 
 
+@slow
 def test_a_customer_key_that_is_forbidden_is_named(s3, odd, left_as_it_was, tmp_path):
     context, pem = certificate(tmp_path)
     judge = refuses(server_side_encryption_customer_algorithm=(403, "AccessDenied"))
@@ -751,6 +797,7 @@ def test_a_customer_key_that_is_forbidden_is_named(s3, odd, left_as_it_was, tmp_
     assert found["encryption"]["meaning"].endswith("or use s3-sse")
 
 
+@slow
 def test_a_customer_key_must_be_needed_to_read(s3, odd, tmp_path):
     header, sse = (
         "x-amz-server-side-encryption-customer-",
@@ -776,7 +823,7 @@ def test_a_customer_key_must_be_needed_to_read(s3, odd, tmp_path):
 # Proxies that limit the size of requests
 
 
-@pytest.mark.parametrize(("early", "attempts"), [(True, 1), (True, 3), (False, 1)])
+@pytest.mark.parametrize(("early", "attempts"), slow_after(1, of=[(True, 1), (True, 3), (False, 1)], unpack=True))
 def test_a_proxy_that_limits_the_size_of_requests_is_named(s3, check, left_as_it_was, early, attempts):
     def judge(ask):
         return page(413, early=early) if ask.length > 1 << 20 else None
@@ -791,6 +838,7 @@ def test_a_proxy_that_limits_the_size_of_requests_is_named(s3, check, left_as_it
     assert found["(same cause)"].endswith("as multipart: staging")
 
 
+@slow
 def test_a_proxy_that_limits_requests_below_the_threshold_is_named_with_a_threshold(s3, odd, left_as_it_was):
     with Gate(s3.url, lambda ask: page(413) if ask.length > 10 << 20 else None) as gate:
         found = odd(endpoint=gate.url, status=3, s3_multipart_threshold="100MB")
@@ -798,6 +846,7 @@ def test_a_proxy_that_limits_requests_below_the_threshold_is_named_with_a_thresh
     assert "413" in found["multipart"]["meaning"] and found["multipart"]["set"] == "s3-multipart-threshold 8MB"
 
 
+@slow
 def test_large_requests_that_are_cut_off_without_a_word_point_at_a_proxy(s3, check, left_as_it_was):
     s3.misbehave(operation="UploadPart", reset=True)
     found = rows(check(status=3, s3_max_attempts=1))["multipart"]
@@ -859,6 +908,7 @@ def test_a_terminal_that_knows_only_ascii_gets_all_of_it(check, configure, bucke
 # However it ends
 
 
+@slow
 def test_others_keys_are_left_alone_even_if_a_listing_ignores_the_prefix(s3, bucket_name, check, left_as_it_was):
     (upload,) = s3.client.list_multipart_uploads(Bucket=bucket_name)["Uploads"]
     moment = "2020-01-01T00:00:00Z"
@@ -892,6 +942,7 @@ def test_what_could_not_be_deleted_is_told(s3, bucket_name, good, check, everyth
     assert set(OTHERS) <= {key for key, *_ in everything()[0]}
 
 
+@slow
 def test_what_is_listed_after_its_deletion_is_told(s3, good, odd):
     s3.misbehave(operation="DeleteObject", status=204)
     found = odd(status=3)
@@ -913,11 +964,15 @@ def test_a_service_that_falls_silent_is_not_asked_for_long(s3, check):
 
 @pytest.mark.parametrize(
     ("number", "operation", "fault"),
-    [
-        (signal.SIGINT, "PutObject", {"latency": 2}),  # and is stored long after the interruption
-        (signal.SIGTERM, "UploadPart", {"hang": True}),
-        (signal.SIGINT, "CopyObject", {"hang": True}),
-    ],
+    slow_after(
+        1,
+        of=[
+            (signal.SIGINT, "PutObject", {"latency": 2}),  # and is stored long after the interruption
+            (signal.SIGTERM, "UploadPart", {"hang": True}),
+            (signal.SIGINT, "CopyObject", {"hang": True}),
+        ],
+        unpack=True,
+    ),
 )
 def test_whoever_interrupts_it_finds_the_bucket_as_it_was(s3, configure, left_as_it_was, number, operation, fault):
     s3.misbehave(operation=operation, **fault)

@@ -10,6 +10,7 @@ import pytest
 import ZODB
 from persistent.mapping import PersistentMapping
 from sites import KEYS, Site, put, sentence
+from speed import slow_after, slow_but
 from ZODB.blob import Blob
 from ZODB.utils import p64, u64
 
@@ -59,7 +60,7 @@ def being_written(site, tid):
 # What is logged
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", slow_after(2, of=COMMANDS))
 def test_nothing_is_said_of_a_transaction_that_is_being_written_nor_of_a_scratch_cache(site, moved, tool, name):
     being_written(site, p64(u64(max(tid for _, tid in site.revisions)) + (1 << 20)))
     command, line = arguments(site, name)
@@ -151,7 +152,7 @@ sys.exit(command.run("verify", fill))
 
 
 @pytest.mark.parametrize("what", ["inventory", "paths"])
-@pytest.mark.parametrize("variable", ["TMPDIR", "SQLITE_TMPDIR", None])
+@pytest.mark.parametrize("variable", slow_but("TMPDIR", of=["TMPDIR", "SQLITE_TMPDIR", None]))
 def test_a_full_disk_under_a_temporary_table_is_named(tmp_path, what, variable):
     env = {name: value for name, value in os.environ.items() if "TMPDIR" not in name}
     if variable:
@@ -165,7 +166,7 @@ def test_a_full_disk_under_a_temporary_table_is_named(tmp_path, what, variable):
     assert line.startswith(f"zodb-s3blobs verify: the temporary directory {where} does not do: ") and "TMPDIR" in line
 
 
-@pytest.mark.parametrize("name", ["verify", "gc"])
+@pytest.mark.parametrize("name", slow_but("gc", of=["verify", "gc"]))
 def test_where_there_is_no_room_for_any_temporary_file_it_is_said(site, moved, tool, name):
     command, line = arguments(site, name)
     out, err = tool.end(tool.begin(command, moved, *line, preexec_fn=limited(0)), status=1)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from link import OUTAGES, Link
 from sites import KEYS, sentence
+from speed import slow_but
 from zeoserver import free_address
 
 #: So that nothing waits for long.
@@ -81,7 +82,7 @@ def blamed(out):
 
 
 @pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("command", WORK)
+@pytest.mark.parametrize("command", slow_but("verify", of=WORK))
 def test_a_service_that_is_not_reached_is_said_in_one_sentence(
     s3, bucket_name, site, tool, prepared, arguments, command, how
 ):
@@ -102,8 +103,8 @@ def test_a_service_that_is_not_reached_is_said_in_one_sentence(
     assert not any(str(site.directory) in line for line in complaints(out, err))
 
 
-@pytest.mark.parametrize("how", ["silent to a SYN", "reset"])
-@pytest.mark.parametrize("command", WORK)
+@pytest.mark.parametrize("how", slow_but("reset", of=["silent to a SYN", "reset"]))
+@pytest.mark.parametrize("command", slow_but("export", of=WORK))
 def test_a_service_that_goes_away_ends_it_early_and_no_file_is_blamed(
     s3, bucket_name, site, tool, prepared, arguments, command, how
 ):
@@ -152,7 +153,7 @@ def test_one_request_that_is_not_answered_is_no_outage(s3, bucket_name, site, to
     assert "does not answer" not in err
 
 
-@pytest.mark.parametrize("command", WORK)
+@pytest.mark.parametrize("command", slow_but("migrate", of=WORK))
 def test_a_service_that_answers_all_but_the_blobs_is_given_up_after_some_of_them(
     s3, bucket_name, site, tool, prepared, arguments, command
 ):

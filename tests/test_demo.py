@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import ZEO
+from speed import slow
 
 from zodb_s3blobs import cli
 from zodb_s3blobs.commands import demo
@@ -130,6 +131,7 @@ def test_the_output_fits_a_terminal_of_80_columns(small, capsys):
     assert [line for line in lines if len(line) > 80 and str(demo.CONFIG) not in line] == []
 
 
+@slow
 def test_other_bytes_than_were_committed_end_it_with_1(small, capsys, monkeypatch):
     commit = demo.commit
 
@@ -174,6 +176,7 @@ def test_first_difference(tmp_path, one, other, position):
 # Staying up
 
 
+@slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_stays_up_for_other_clients_until_a_signal(staying, environment, tmp_path, number):
     process, output = staying
@@ -201,6 +204,7 @@ def test_it_stays_up_for_other_clients_until_a_signal(staying, environment, tmp_
     assert os.listdir(tmp_path / "tmp") == []
 
 
+@slow
 def test_it_shows_what_reaches_s3(staying, tmp_path):
     process, output = staying
     db = ZEO.DB(int(re.search(r"ZEO server +127\.0\.0\.1:(\d+)", output)[1]), blob_dir=str(tmp_path / "client"))
@@ -210,6 +214,7 @@ def test_it_shows_what_reaches_s3(staying, tmp_path):
     assert re.fullmatch(r"  \d\d:\d\d:\d\d  PutObject  blobs/[0-9a-f]+/[0-9a-f]+\.blob\n", process.stdout.readline())
 
 
+@slow
 def test_it_says_when_the_zeo_server_is_gone(staying, tmp_path):
     process, _ = staying
     for pid in children(process.pid):
@@ -221,6 +226,7 @@ def test_it_says_when_the_zeo_server_is_gone(staying, tmp_path):
     assert os.listdir(tmp_path / "tmp") == []
 
 
+@slow
 def test_a_signal_before_all_is_compared_ends_it_with_1_and_leaves_nothing(start, tmp_path):
     process = start()
     assert any(line.startswith("1.") for line in process.stdout)  # the ZEO server is up
@@ -236,6 +242,7 @@ def test_a_signal_before_all_is_compared_ends_it_with_1_and_leaves_nothing(start
 # The directory
 
 
+@slow
 def test_a_named_directory_stays(small, capsys, tmp_path):
     directory = tmp_path / "new" / "demo"
     assert cli.main(["demo", "--once", "--dir", str(directory)]) == 0

@@ -14,6 +14,7 @@ from collections import Counter
 import pytest
 import ZODB
 from sites import KEYS, Site, contents, get, names, put, sentence, tree, undo
+from speed import slow_after, slow_but
 from ZODB.FileStorage import FileStorage
 from ZODB.utils import oid_repr, tid_repr
 
@@ -179,7 +180,7 @@ def test_what_is_there_and_right_is_not_read_again(s3, site, tool, conf, out_dir
     assert tree(out_dir) == before
 
 
-@pytest.mark.parametrize("how", ["truncated", "empty", "changed"])
+@pytest.mark.parametrize("how", slow_but("changed", of=["truncated", "empty", "changed"]))
 def test_a_file_that_is_not_what_the_bucket_has_is_replaced(s3, site, tool, conf, out_dir, how):
     tool("export", conf, "--to-blob-dir", out_dir)
     right = exported(out_dir)
@@ -195,7 +196,7 @@ def test_a_file_that_is_not_what_the_bucket_has_is_replaced(s3, site, tool, conf
     assert path.stat().st_mode & 0o777 == 0o444
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", slow_but(signal.SIGKILL, of=[signal.SIGINT, signal.SIGKILL]))
 def test_what_was_interrupted_goes_on_and_no_half_file_ever_has_a_blobs_name(
     s3, site, tool, bucket_name, fill, out_dir, tmp_path, plain, number
 ):
@@ -327,7 +328,7 @@ def test_a_fallback_that_is_not_there_stops_it_before_anything_is_made(s3, bucke
     assert not out_dir.exists()
 
 
-@pytest.mark.parametrize("damage", [{"flip": True}, {"truncate": 1}])
+@pytest.mark.parametrize("damage", slow_after(1, of=[{"flip": True}, {"truncate": 1}]))
 def test_what_does_not_arrive_as_it_was_stored_is_not_put_into_the_directory(
     s3, bucket_name, site, tool, out_dir, damage
 ):
@@ -419,7 +420,7 @@ def test_a_directory_that_will_not_do_is_refused_by_name_and_left_alone(s3, site
     assert s3.requests() == []
 
 
-@pytest.mark.parametrize("how", ["full", "in the way"])
+@pytest.mark.parametrize("how", slow_but("full", of=["full", "in the way"]))
 def test_a_disk_that_takes_no_more_ends_it_in_one_sentence_and_leaves_nothing_half(
     s3, bucket_name, fill, site, tool, out_dir, tmp_path, how
 ):

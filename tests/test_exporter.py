@@ -13,6 +13,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from promtool import promtool
+from speed import slow
 from zeoserver import Figures
 
 from zodb_s3blobs.metrics import Metrics
@@ -174,6 +175,7 @@ def test_the_families_of_one_name_come_together_with_one_help_and_one_type(expor
     assert all(len(scrape(exporter).names(storage=name)) > 60 for name in ("one", "two"))
 
 
+@slow
 def test_promtool_has_nothing_to_say_about_it(exporter, add):
     for name in "one", "two":
         metrics = add(name)

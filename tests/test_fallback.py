@@ -6,6 +6,7 @@ import re
 import pytest
 import transaction
 from sites import KEYS, Site, break_disk, contents, get, put, tree, undo
+from speed import slow_but
 from ZEO.Exceptions import ServerException
 from zeoserver import ZEOServer
 from ZODB.config import storageFromString
@@ -55,7 +56,7 @@ def empty_cache(server):
 # The switch
 
 
-@pytest.mark.parametrize("layout", ["bushy", "lawn"])
+@pytest.mark.parametrize("layout", slow_but("bushy", of=["bushy", "lawn"]))
 def test_a_site_switches_its_configuration_and_restarts_once(s3, bucket_name, tmp_path, start, layout):
     site = Site(tmp_path, layout)
     site.grow(large=9 << 20)

@@ -142,6 +142,7 @@ _NO_OLD_REVISIONS = "expects old blobs to outlive a pack, and there is no histor
 
 # Both fail with plain RelStorage as well.
 @parametrize(
+    quick=["sqlite_history"],
     sqlite_history=_zodb_blobs("sqlite-history"),
     sqlite_free=_zodb_blobs("sqlite-free"),
     sqlite_history_relstorage=_relstorage_blobs("sqlite-history"),
@@ -232,6 +233,10 @@ def _old_names(base):
     return type("OldNames", (), tests)
 
 
+#: What is the database's own in what an S3BlobStorage adds: locks and tids at the vote, undo, connections of threads.
+_ON_POSTGRESQL = ("ConflictResolution", "MTStorage", "TransactionalUndoStorage")
+
+
 def _test_case(kind, base, mixin, left_out):
     """A test case for pytest: upstream's ``base`` without the tests ``left_out``."""
     name = "Test" + "".join(part.title() for part in kind.split("-")) + base.__name__.removeprefix("Abstract")
@@ -248,6 +253,10 @@ def _test_case(kind, base, mixin, left_out):
     for old in dir(cls):
         if old.startswith("check"):  # the same test, or its correction
             setattr(cls, f"test{old.removeprefix('check')}", getattr(cls, old))
+    if kind == "sqlite-history" and base is hptestbase.HistoryPreservingRelStorageTests:
+        cls.slow_tests = [f"test{old.removeprefix('check')}" for old in _beyond(_ON_POSTGRESQL, base)]
+    else:
+        cls.slow_tests = None
     globals()[name] = cls
 
 
@@ -261,19 +270,19 @@ _LEFT_OUT_OF_CONVERTING = {
 }
 
 
-#: What is the database's own in what an S3BlobStorage adds: locks and tids at the vote, undo, connections of threads.
-_ON_POSTGRESQL = ("ConflictResolution", "MTStorage", "TransactionalUndoStorage")
-
-
-def _not_on_postgresql(base):
-    """The tests that run on SQLite only, to save time."""
-    kept = [f"ZODB.tests.{module}" for module in _ON_POSTGRESQL]
+def _beyond(modules, base):
+    """The names of the tests that are in none of the ``modules`` of ZODB.tests."""
+    kept = [f"ZODB.tests.{module}" for module in modules]
     names = {name for cls in base.__mro__ if cls.__module__ in kept for name in vars(cls)}
     return {
-        name: "runs on SQLite"
+        name
         for name in [*dir(base), *dir(_old_names(base))]
         if name.startswith("check") and not {name, f"test{name.removeprefix('check')}"} & names
     }
+
+
+def _only_on_sqlite(base):
+    return dict.fromkeys(_beyond(_ON_POSTGRESQL, base), "runs on SQLite, to save time")
 
 
 for _kind in KINDS:
@@ -289,7 +298,7 @@ for _kind in KINDS:
     _test_case(_kind, _to_file, _OnDatabase, {})
     _test_case(_kind, _convert, _Converting, _LEFT_OUT_OF_CONVERTING)
     if _kind.startswith("postgresql"):
-        _test_case(_kind, _storage_tests, _OnDatabase, _LEFT_OUT | _not_on_postgresql(_storage_tests))
+        _test_case(_kind, _storage_tests, _OnDatabase, _LEFT_OUT | _only_on_sqlite(_storage_tests))
     else:
         _test_case(_kind, _storage_tests, _OnDatabase, _LEFT_OUT)
         _test_case(_kind, _pack, _OnDatabase, {})

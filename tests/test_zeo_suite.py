@@ -7,6 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 import zope.testing.setupstack
+from speed import slow
 from upstream import (  # noqa: F401
     BUCKET,
     Published,
@@ -69,6 +70,7 @@ def _later(future, done=None):
 
 @pytest.mark.usefixtures("everything_deferred")
 class TestFileStorage(Published, testZEO.FileStorageTests, testZEO.CommonBlobTests):
+    slow_tests = ("test_race_external_invalidate_vs_disconnect",)
     _expected_interfaces = (
         ("ZODB.interfaces", "IBlobStorageRestoreable"),
         ("ZODB.interfaces", "IBlobStorage"),
@@ -93,6 +95,7 @@ class TestFileStorage(Published, testZEO.FileStorageTests, testZEO.CommonBlobTes
             testZEO.BlobAdaptedFileStorageTests.checkStoreAndLoadBlob(self)
 
 
+@slow
 class TestMappingStorage(Published, testZEO.MappingStorageTests, testZEO.CommonBlobTests):
     long_tests = False  # half a minute each, and about the client; TestFileStorage runs them
 
@@ -100,6 +103,7 @@ class TestMappingStorage(Published, testZEO.MappingStorageTests, testZEO.CommonB
         return section("<mappingstorage/>", "data", "server-cache")
 
 
+@slow
 class TestDemoStorage(Published, testZEO.DemoStorageTests, testZEO.CommonBlobTests):
     long_tests = False
 
@@ -112,6 +116,7 @@ class TestClientConflictResolution(Published, testZEO.ClientConflictResolutionTe
         return section("<mappingstorage/>", "data", "server-cache")
 
 
+@slow
 class TestFileStorageRecovery(Published, testZEO.FileStorageRecoveryTests):
     _servers_wanted = 0
 
@@ -149,6 +154,7 @@ class ServedForExternalGC(ServedStorage, testZEO.ServerManagingClientStorageForI
 
 
 @parametrize(
+    quick=["file"],
     file=testblob.storage_reusable_suite("S3", ServedStorage),
     zlib_outside=testblob.storage_reusable_suite("S3", ServedThroughZlib),
     external_gc=PackableStorage.IExternalGC_suite(lambda: ServedForExternalGC("data", "blobs", "pack-gc false")),

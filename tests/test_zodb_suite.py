@@ -7,6 +7,7 @@ import zc.zlibstorage
 import ZODB.DemoStorage
 import ZODB.FileStorage
 import ZODB.MappingStorage
+from speed import slow
 from upstream import Published, file_permissions_hold, parametrize, run, s3_storage, the_last_blob_goes  # noqa: F401
 from ZODB.tests import (
     MVCCMappingStorage,
@@ -77,6 +78,7 @@ _NO_PACK = "no DemoStorage with a changes storage of its own can be packed witho
 
 # Mapping and demo storages can neither undo nor restore.
 @parametrize(
+    quick=["file", "external_gc"],
     file=_blob_suite(_file_storage),
     mapping=_blob_suite(_mapping_storage, undo=False, recovery=False),
     mvcc=_blob_suite(_mvcc_mapping_storage, undo=False, recovery=False),
@@ -103,6 +105,7 @@ class TestFileStorage(Published, testFileStorage.FileStorageTests):
         self._storage = s3_storage(lambda: ZODB.FileStorage.FileStorage("FileStorageTests.fs", **kwargs))
 
 
+@slow
 class TestFileStorageRecovery(Published, testFileStorage.FileStorageRecoveryTest):
     def setUp(self):
         StorageTestBase.setUp(self)
@@ -113,12 +116,14 @@ class TestFileStorageRecovery(Published, testFileStorage.FileStorageRecoveryTest
         return _file_storage("Dest", "Dest.cache")
 
 
+@slow
 class TestMappingStorage(Published, testMappingStorage.MappingStorageTests):
     def setUp(self):
         StorageTestBase.setUp(self)
         self._storage = _mapping_storage("data", None)
 
 
+@slow
 class TestMVCCMappingStorage(Published, testMVCCMappingStorage.MVCCMappingStorageTests):
     def setUp(self):
         StorageTestBase.setUp(self)
@@ -128,6 +133,7 @@ class TestMVCCMappingStorage(Published, testMVCCMappingStorage.MVCCMappingStorag
         StorageTestBase.tearDown(self)  # upstream's own leaves its directory behind, and the next test in it
 
 
+@slow
 class TestDemoStorage(Published, testDemoStorage.DemoStorageTests):
     def setUp(self):
         StorageTestBase.setUp(self)
@@ -139,11 +145,13 @@ class TestDemoStorage(Published, testDemoStorage.DemoStorageTests):
         super().tearDown()
 
 
+@slow
 class TestDemoStorageAround(Published, testDemoStorage.DemoStorageWrappedBase):
     def _makeBaseStorage(self):
         return _file_storage("data", None)
 
 
+@slow
 class TestZlibOutside(Published, testFileStorage.FileStorageTests):
     def open(self, **kwargs):
         self._storage = _ZlibStorage(s3_storage(lambda: ZODB.FileStorage.FileStorage("FileStorageTests.fs", **kwargs)))

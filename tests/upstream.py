@@ -13,6 +13,7 @@ import pytest
 import ZConfig
 import ZODB.config
 from s3server import S3Server
+from speed import slow
 
 from zodb_s3blobs.garbage import collector as garbage
 
@@ -74,10 +75,12 @@ class Published:
     """A mix-in for upstream's test cases: pytest finds their ``check*`` methods as well as the ``test*`` ones.
 
     ZODB before version 6, and ZEO to this day, use the former. With ``long_tests = False`` a class leaves out those
-    that upstream marks as long and does not run itself unless told to.
+    that upstream marks as long and does not run itself unless told to. ``slow_tests``: the names of the slow ones;
+    None means all of them.
     """
 
     long_tests = True
+    slow_tests = ()
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -89,17 +92,19 @@ class Published:
                 setattr(cls, f"test_{name}", method)
 
 
-def parametrize(*, xfail=None, **suites):
+def parametrize(*, xfail=None, quick=(), **suites):
     """A decorator for a test with the parameter ``case``: it is called with each test of the ``suites``.
 
-    ``xfail``: the ids of those that fail, and why.
+    ``xfail``: the ids of those that fail, and why; ``quick``: the names of the suites that are not slow.
     """
     reasons = dict(xfail or {})
     params = []
     for prefix, suite in suites.items():
         for test in _flat(suite):
             name = f"{prefix}-{_name(test)}"
-            marks = [pytest.mark.xfail(reason=reasons.pop(name), strict=True)] if name in reasons else []
+            marks = [] if prefix in quick else [slow]
+            if name in reasons:
+                marks.append(pytest.mark.xfail(reason=reasons.pop(name), strict=True))
             params.append(pytest.param((suite, test), id=name, marks=marks))
     assert not reasons, f"there are no such tests: {sorted(reasons)}"
     return pytest.mark.parametrize("case", params)
