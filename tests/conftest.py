@@ -11,7 +11,7 @@ import botocore.endpoint
 import botocore.session
 import pytest
 from databases import FakeDatabase
-from relational import KINDS, Application, Database, needs
+from relational import KINDS, Application, Database, kinds, needs
 from s3server import S3Server
 from sites import Site, Tool
 from speed import slow
@@ -223,7 +223,7 @@ def tool():
     tool.kill()
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=kinds(*KINDS))
 def database(request, tmp_path):
     """A new database of RelStorage, of each kind."""
     needs(request.param)

@@ -7,11 +7,19 @@ import shutil
 
 import pytest
 from postgresql import PostgreSQL, missing
+from speed import slow_but
 from zeoserver import SECTION
 from ZODB.config import databaseFromString, storageFromString
 
 #: The databases that tests of both kinds and with and without history run on.
 KINDS = ["sqlite-history", "sqlite-free", "postgresql-history", "postgresql-free"]
+
+
+def kinds(*among):
+    """Return these kinds as parameters: slow is what needs a PostgreSQL server, and a second kind on SQLite."""
+    first = next((kind for kind in among if kind.startswith("sqlite")), None)
+    return slow_but(*filter(None, [first]), of=among)
+
 
 IMPORTS = "%import zodb_s3blobs\n%import relstorage\n"
 

@@ -32,6 +32,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from speed import slow_after
 from ZODB.blob import Blob, is_blob_record
 from ZODB.Connection import TransactionMetaData
 from ZODB.POSException import POSError, POSKeyError
@@ -545,11 +546,12 @@ def model(s3, tmp_path, clock):
     model.teardown()
 
 
-def test_no_history_loses_a_live_blob_or_keeps_a_dead_one(s3, tmp_path, clock):
+@pytest.mark.parametrize("examples", slow_after(1, of=[2, int(os.environ.get("S3BLOBS_TEST_EXAMPLES", "10"))]))
+def test_no_history_loses_a_live_blob_or_keeps_a_dead_one(s3, tmp_path, clock, examples):
     run_state_machine_as_test(
         lambda: Model(s3, tmp_path, clock),
         settings=settings(
-            max_examples=int(os.environ.get("S3BLOBS_TEST_EXAMPLES", "10")),
+            max_examples=examples,
             stateful_step_count=25,
             deadline=None,
             derandomize=True,

@@ -4,11 +4,12 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+from sites import run
+from speed import slow, slow_after, slow_but
 from zeoserver import SECTION
 from ZODB.blob import Blob
 from ZODB.Connection import TransactionMetaData
@@ -25,9 +26,9 @@ def gc(tmp_path):
     """Runs ``zodb-s3blobs gc`` with the zeo.conf of the servers; returns the process that has ended."""
 
     def gc(*arguments, config=tmp_path / "zeo.conf", status=0):
-        command = [sys.executable, "-m", "zodb_s3blobs.cli", "gc", "-C", str(config), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == status, done.stderr
+        returned, stdout, stderr = run("gc", "-C", str(config), *arguments)
+        done = SimpleNamespace(stdout=stdout, stderr=stderr)
+        assert returned == status, done.stderr
         assert SECRET not in done.stdout + done.stderr
         assert "Traceback" not in done.stdout + done.stderr
         return done
@@ -141,7 +142,7 @@ def test_a_dry_run_beside_a_running_server_lists_what_would_go_and_changes_nothi
     assert not left & set(dead) and {"1/blobs/README", "1/blobs/1/7fffffffffffffff.blob"} < left
 
 
-@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+@pytest.mark.parametrize("dry_run", slow_after(1, of=[[], ["--dry-run"]]))
 def test_the_log_of_the_server_is_left_alone(start, gc, put, dry_run):
     """Whoever runs the command may be another user, and must not make a log that the server cannot write."""
     server = start()
@@ -204,7 +205,9 @@ def test_a_dry_run_lists_what_crashed_servers_left_staged(s3, start, gc):
     assert result["would_delete"] == [{"key": old[0], "bytes": 7, "reason": "staged"}]
 
 
-@pytest.mark.parametrize("fault", [{"status": 501, "code": "NotImplemented"}, {"status": 403, "code": "AccessDenied"}])
+@pytest.mark.parametrize(
+    "fault", slow_after(1, of=[{"status": 501, "code": "NotImplemented"}, {"status": 403, "code": "AccessDenied"}])
+)
 def test_a_dry_run_does_without_the_uploads_that_the_service_cannot_list(s3, start, gc, put, fault):
     start()
     put(1)
@@ -258,7 +261,10 @@ def test_of_several_storages_one_is_to_be_named(start, gc, put):
 
 
 @pytest.mark.parametrize(
-    "wrapper", ["<zlibstorage>\n{}\n</zlibstorage>", "<zlibstorage>\n<zlibstorage>\n{}\n</zlibstorage>\n</zlibstorage>"]
+    "wrapper",
+    slow_after(
+        1, of=["<zlibstorage>\n{}\n</zlibstorage>", "<zlibstorage>\n<zlibstorage>\n{}\n</zlibstorage>\n</zlibstorage>"]
+    ),
 )
 def test_a_filestorage_in_a_wrapper_is_opened_beside_the_server(start, gc, put, wrapper):
     server = start(base=wrapper.format(FILESTORAGE))
@@ -270,11 +276,14 @@ def test_a_filestorage_in_a_wrapper_is_opened_beside_the_server(start, gc, put, 
 
 @pytest.mark.parametrize(
     "base",
-    [
-        "<mappingstorage/>",
-        "<demostorage>\n<filestorage changes>\n path {dir}/Data.fs\n</filestorage>\n</demostorage>",
-        "<zlibstorage>\n<mappingstorage/>\n</zlibstorage>",
-    ],
+    slow_after(
+        1,
+        of=[
+            "<mappingstorage/>",
+            "<demostorage>\n<filestorage changes>\n path {dir}/Data.fs\n</filestorage>\n</demostorage>",
+            "<zlibstorage>\n<mappingstorage/>\n</zlibstorage>",
+        ],
+    ),
 )
 def test_what_cannot_be_opened_beside_the_server_is_refused(start, gc, put, contents, base):
     write(start(base=base).db(), "blob", b"data")
@@ -307,7 +316,7 @@ def test_beside_a_running_server_whose_base_takes_no_lock_nothing_is_deleted(sta
     assert contents() == before
 
 
-@pytest.mark.parametrize("end", ["stop", "kill"])
+@pytest.mark.parametrize("end", slow_but("kill", of=["stop", "kill"]))
 def test_after_the_server_has_ended_dead_blobs_are_deleted(s3, bucket_name, start, gc, put, end):
     server = start(metrics=True)
     write(server.db(), "blob", b"data")
@@ -323,6 +332,7 @@ def test_after_the_server_has_ended_dead_blobs_are_deleted(s3, bucket_name, star
     assert read(server.db(), "blob") == b"data"
 
 
+@slow
 def test_while_another_host_holds_the_lease_nothing_is_deleted(s3, bucket_name, start, gc, put, contents):
     server = start()
     write(server.db(), "blob", b"data")
@@ -376,6 +386,7 @@ def test_a_configuration_file_that_is_not_there(gc, tmp_path, dry_run):
     assert f"no file {tmp_path}/none.conf" in sentence
 
 
+@slow
 def test_a_data_fs_that_is_not_there_or_none(start, gc, tmp_path, contents):
     server = start()
     server.stop()
@@ -387,7 +398,7 @@ def test_a_data_fs_that_is_not_there_or_none(start, gc, tmp_path, contents):
     assert not (tmp_path / "Data.fs").exists()
 
 
-@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+@pytest.mark.parametrize("dry_run", slow_after(1, of=[[], ["--dry-run"]]))
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
@@ -412,7 +423,7 @@ def test_a_configuration_without_s3blobstorage(gc, tmp_path):
     assert str(config) in only_sentence(gc("--dry-run", status=1))
 
 
-@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+@pytest.mark.parametrize("dry_run", slow_after(1, of=[[], ["--dry-run"]]))
 @pytest.mark.parametrize("operation", ["ListObjects", "GetObject"])
 def test_a_bucket_that_does_not_answer_as_it_should(s3, start, gc, put, contents, operation, dry_run):
     server = start(options={"s3_max_attempts": 1, "gc_retention": "30d"})
@@ -432,6 +443,7 @@ def test_a_bucket_that_does_not_answer_as_it_should(s3, start, gc, put, contents
 # Kill -9
 
 
+@slow
 def test_a_kill_in_the_middle_of_a_collection_costs_nothing_that_lives(s3, bucket_name, start, put, background):
     server = start(options={"gc_max_delete_percent": "100"})
     db = server.db()

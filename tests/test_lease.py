@@ -15,6 +15,7 @@ import pytest
 import ZODB.config
 from bases import Base
 from databases import FakeDatabase
+from speed import slow_but
 from zeoserver import FILESTORAGE, ZEOServer
 from ZODB.blob import Blob
 from ZODB.POSException import StorageError
@@ -885,7 +886,7 @@ def test_a_second_server_on_the_prefix_serves_and_deletes_nothing(s3, bucket_nam
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-@pytest.mark.parametrize("cache", ["cache", "another"])
+@pytest.mark.parametrize("cache", slow_but("cache", of=["cache", "another"]))
 def test_after_a_restart_the_first_pack_deletes_at_once(s3, bucket_name, start, end, cache):
     """Also in a container, whose cache-dir is a new one each time."""
     server = start("server")

@@ -14,6 +14,7 @@ from bases import Base
 from figures import figures, nonzero, value
 from persistent import Persistent
 from persistent.mapping import PersistentMapping
+from speed import slow_after
 from ZODB.blob import Blob
 from ZODB.Connection import TransactionMetaData
 from ZODB.POSException import ConflictError, POSKeyError, StorageError
@@ -771,7 +772,7 @@ def test_a_refused_upload_is_a_failure_of_the_bucket(s3, server, size):
     assert value(seen, "s3blobs_transactions_finished_total") == 1
 
 
-@pytest.mark.parametrize("size", [100, 5 * MB])
+@pytest.mark.parametrize("size", slow_after(1, of=[100, 5 * MB]))
 def test_an_upload_that_takes_too_long_is_a_timeout(s3, start, background, size):
     server = start(options={"upload_timeout": "2s", "s3_max_attempts": 1, "s3_read_timeout": "60s"})
     s3.misbehave(operation="PutObject", hang=True)
@@ -846,7 +847,7 @@ def test_a_client_with_a_shared_blob_directory_is_a_failure_of_the_client(server
     wait_for(lambda: nothing_under_way(server.metrics()))
 
 
-@pytest.mark.parametrize("size", [100, 5 * MB])
+@pytest.mark.parametrize("size", slow_after(1, of=[100, 5 * MB]))
 def test_nothing_stays_staged_when_a_client_disconnects_in_its_vote(s3, server, background, size):
     s3.misbehave(operation="PutObject", hang=True)
     client = server.client()

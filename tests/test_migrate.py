@@ -16,6 +16,7 @@ from collections import Counter
 import pytest
 import ZODB
 from sites import KEYS, Site, break_disk, contents, get, names, put, sentence, tree, undo
+from speed import slow, slow_but
 from zeoserver import FILESTORAGE
 from ZODB.config import storageFromString
 from ZODB.FileStorage import FileStorage
@@ -115,6 +116,7 @@ def test_a_site_moves_without_downtime(s3, site, start, tool, tmp_path, stored):
     assert tree(tmp_path / "in the attic") == before
 
 
+@slow
 def test_most_of_it_can_be_copied_before_the_switch_beside_the_old_server(s3, site, start, tool, bucket_name, stored):
     server = start(storages=lambda settings: PLAIN.format(**settings))
     conf = site.configure(s3, bucket_name)
@@ -132,7 +134,7 @@ def test_most_of_it_can_be_copied_before_the_switch_beside_the_old_server(s3, si
     assert stored() == objects(site)
 
 
-@pytest.mark.parametrize("operation", ["ListObjects", "PutObject"])
+@pytest.mark.parametrize("operation", slow_but("PutObject", of=["ListObjects", "PutObject"]))
 def test_what_is_packed_away_meanwhile_is_not_missing(s3, site, tool, conf, operation):
     """ListObjects: before its file is looked for; PutObject: while it is being copied."""
     storage = site.open()
@@ -174,7 +176,7 @@ def test_a_lawn_moves_as_well(s3, tmp_path, tool, bucket_name, stored):
     assert stored() == objects(site)
 
 
-@pytest.mark.parametrize("place", ["inside", "outside"])
+@pytest.mark.parametrize("place", slow_but("outside", of=["inside", "outside"]))
 def test_blobs_are_known_where_a_wrapper_transforms_every_record(s3, tmp_path, tool, bucket_name, stored, place):
     site = Site(tmp_path, wrap=HexStorage)
     site.grow()
@@ -207,7 +209,7 @@ def test_files_that_the_database_does_not_know_are_counted_and_stay(s3, site, to
     assert tree(site.blob_dir) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", slow_but(signal.SIGKILL, of=[signal.SIGINT, signal.SIGKILL]))
 def test_what_was_interrupted_goes_on_where_it_stopped(s3, site, tool, bucket_name, stored, number):
     site.grow(more=10)
     conf = site.configure(s3, bucket_name, fallback_blob_dir=site.blob_dir, s3_concurrency=2, s3_read_timeout="120s")
@@ -230,6 +232,7 @@ def test_what_was_interrupted_goes_on_where_it_stopped(s3, site, tool, bucket_na
     assert set(done.values()) == {1} and len(done) == len(site.revisions)
 
 
+@slow
 def test_two_at_once_do_no_harm(s3, site, tool, conf, stored):
     before = tree(site.blob_dir)
     hold(s3, "PutObject")

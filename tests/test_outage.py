@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from link import OUTAGES, Link
 from sites import Site
+from speed import slow, slow_but
 from test_trouble import Life
 from test_zeo import blob, commit_blob, write
 from zeoserver import ZEOServer
@@ -70,7 +71,7 @@ def test_every_client_gets_its_answer_and_all_is_well_when_the_outage_is_over(li
     live.check_all_is_well()
 
 
-@pytest.mark.parametrize("outage", OUTAGES)
+@pytest.mark.parametrize("outage", slow_but("refused", of=OUTAGES))
 def test_a_server_that_starts_during_an_outage_serves_what_it_has(live, link, outage):
     live.server.stop()
     link.break_down(outage)
@@ -85,7 +86,7 @@ def test_a_server_that_starts_during_an_outage_serves_what_it_has(live, link, ou
     live.check_all_is_well()
 
 
-@pytest.mark.parametrize("outage", OUTAGES)
+@pytest.mark.parametrize("outage", slow_but("reset", of=OUTAGES))
 def test_an_outage_in_the_middle_of_large_uploads_and_downloads_ends_them(live, link, s3, background, outage):
     db = live.server.db()
     large = b"large" * (4 << 20)
@@ -112,7 +113,7 @@ def test_an_outage_in_the_middle_of_large_uploads_and_downloads_ends_them(live, 
     live.check_all_is_well()
 
 
-@pytest.mark.parametrize("outage", OUTAGES)
+@pytest.mark.parametrize("outage", slow_but("silent after the handshake", of=OUTAGES))
 def test_during_an_outage_reads_come_from_the_fallback(start, link, tmp_path, outage):
     site = Site(tmp_path)
     site.grow()
@@ -155,7 +156,7 @@ def errors_without_boto3(server, directory, name):
     return ran.stdout.splitlines()
 
 
-@pytest.mark.parametrize("outage", OUTAGES)
+@pytest.mark.parametrize("outage", slow_but("reset", of=OUTAGES))
 def test_a_client_without_boto3_gets_an_answer_that_it_can_read(live, link, tmp_path, outage):
     link.break_down(outage)
     reading, committing = errors_without_boto3(live.server, tmp_path / "bare", live.names["cold"])
@@ -178,6 +179,7 @@ def test_a_client_without_boto3_is_told_what_is_wrong_with_the_way(s3, bucket_na
         assert all(words in error and "StorageError" in error for error in errors)
 
 
+@slow
 def test_two_storages_of_which_one_has_an_outage_do_not_share_it(start, s3, link, bucket_name, tmp_path):
     (tmp_path / "other").mkdir()
     with ZEOServer(tmp_path / "other", SimpleNamespace(url=s3.url), bucket_name) as other:

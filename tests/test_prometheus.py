@@ -15,6 +15,7 @@ import transaction
 from alerts import GRAFANA, alert_expressions
 from dashboard import dashboard_expressions
 from prometheus import PrometheusServer, program
+from speed import slow
 from test_zeo import blob, commit_blob, commit_object, store_blob, wait_for, write
 from zeoserver import ZEOServer
 from ZODB.blob import FilesystemHelper
@@ -22,6 +23,9 @@ from ZODB.Connection import TransactionMetaData
 from ZODB.POSException import ConflictError, POSKeyError, StorageError
 
 from zodb_s3blobs.s3.keys import Keys
+
+# What they look at is made once, in one process.
+pytestmark = [slow, pytest.mark.xdist_group("prometheus")]
 
 ROOT = Path(__file__).parent.parent
 KB, MB, DAY = 1 << 10, 1 << 20, 24 * 3600

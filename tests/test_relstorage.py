@@ -15,8 +15,9 @@ import pytest
 import transaction
 import ZODB
 from BTrees.Length import Length
-from relational import IMPORTS, keys, postgresql
+from relational import IMPORTS, keys, kinds, postgresql
 from sites import Site, contents, get, names, put, undo
+from speed import slow, slow_after, slow_but
 from zeoserver import CONFIG, SECTION, free_address
 from ZODB.blob import Blob
 from ZODB.config import storageFromString
@@ -35,13 +36,13 @@ LARGE = os.urandom(1 << 20)  # as much as `STAGED` has it
 STAGED = {"s3_stage_threshold": "1MB"}
 ZLIB = "%import zc.zlibstorage\n" + IMPORTS
 
-with_history = pytest.mark.parametrize("database", ["sqlite-history", "postgresql-history"], indirect=True)
-history_free = pytest.mark.parametrize("database", ["sqlite-free", "postgresql-free"], indirect=True)
+with_history = pytest.mark.parametrize("database", kinds("sqlite-history", "postgresql-history"), indirect=True)
+history_free = pytest.mark.parametrize("database", kinds("sqlite-free", "postgresql-free"), indirect=True)
 #: For what has nothing to do with history.
-one_of_each = pytest.mark.parametrize("database", ["sqlite-history", "postgresql-free"], indirect=True)
-the_others = pytest.mark.parametrize("database", ["sqlite-free", "postgresql-history"], indirect=True)
-on_sqlite = pytest.mark.parametrize("database", ["sqlite-history"], indirect=True)
-on_postgresql = pytest.mark.parametrize("database", ["postgresql-free"], indirect=True)
+one_of_each = pytest.mark.parametrize("database", kinds("sqlite-history", "postgresql-free"), indirect=True)
+the_others = pytest.mark.parametrize("database", kinds("sqlite-free", "postgresql-history"), indirect=True)
+on_sqlite = pytest.mark.parametrize("database", kinds("sqlite-history"), indirect=True)
+on_postgresql = pytest.mark.parametrize("database", kinds("postgresql-free"), indirect=True)
 
 
 @pytest.fixture
@@ -245,7 +246,7 @@ def test_a_rolled_back_savepoint_takes_its_blobs_with_it(open_db, s3, blobs, tid
     assert len(s3.requests("PutObject")) == 2  # what was rolled back was never sent
 
 
-@pytest.mark.parametrize("earlier", [b"earlier", LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("earlier", slow_but(LARGE, of=[b"earlier", LARGE]), ids=["small", "large"])
 @pytest.mark.parametrize("later", [b"later", LARGE[::-1]], ids=["small", "large"])
 @on_sqlite
 def test_of_a_blob_stored_twice_in_one_transaction_the_later_one_stays(
@@ -259,6 +260,7 @@ def test_of_a_blob_stored_twice_in_one_transaction_the_later_one_stays(
     assert tidy()
 
 
+@slow
 @the_others
 def test_threads_commit_blobs_at_once(open_db, background, blobs, tidy):
     db = open_db(**STAGED)
@@ -371,6 +373,7 @@ class Failing:
     abort = tpc_finish = tpc_abort = tpc_begin
 
 
+@slow
 def test_another_data_manager_that_fails_after_the_vote_leaves_what_a_pack_removes(open_db, blobs, tidy, caplog):
     db, other = open_db(**STAGED), open_db(cache="other")
     put(db, "blob", b"before")
@@ -418,7 +421,9 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize(("data", "options", "fault"), FAILURES.values(), ids=FAILURES.keys())
+@pytest.mark.parametrize(
+    ("data", "options", "fault"), slow_after(2, of=FAILURES.values(), unpack=True), ids=FAILURES.keys()
+)
 @one_of_each
 def test_an_upload_that_fails_fails_the_transaction_and_unlocks_the_database(open_db, s3, tidy, data, options, fault):
     db = open_db(**STAGED, **options)
@@ -697,6 +702,7 @@ def test_gc_retention_keeps_dead_blobs(open_db, blobs, s3, application):
     assert set(blobs()) == keys_of(db, "same", "changed")
 
 
+@slow
 def test_a_connection_older_than_a_pack_reads_what_still_lives(db, open_db, caplog):
     other = open_db(cache="other")
     put(db, "same", b"same")
@@ -716,6 +722,7 @@ def test_a_connection_older_than_a_pack_reads_what_still_lives(db, open_db, capl
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR and "s3blobs" in record.name]
 
 
+@slow
 @one_of_each
 def test_a_pack_spares_what_is_being_committed(open_db, s3, background, blobs):
     db = open_db(**STAGED)
@@ -805,6 +812,7 @@ def test_zodbpack_deletes_dead_blobs_beside_a_process_that_serves(db, applicatio
     assert get(db, "blob") == b"after"
 
 
+@slow
 @on_sqlite
 def test_zodbpack_checks_references_without_changing_anything(db, application, tmp_path):
     config = tmp_path / "pack.conf"
@@ -896,6 +904,7 @@ def test_zodbconvert_moves_a_filestorage_in_and_out_with_all_its_blobs(places, c
         assert places.back.everything() == original
 
 
+@slow
 @on_sqlite
 def test_zodbconvert_moves_between_two_databases_with_blobs_in_s3(places, convert, application):
     convert(places.files, places.s3_files)
@@ -923,6 +932,7 @@ def test_zodbconvert_refuses_a_destination_with_data_unless_it_is_to_be_cleared(
         assert {KEYS.key(*name) for name in names(db.storage)} == set(blobs())
 
 
+@slow
 @on_sqlite
 def test_zodbconvert_goes_on_where_it_ended(places, convert):
     convert(places.files, places.relstorage, "--incremental")
@@ -1016,6 +1026,7 @@ def test_all_transactions_of_another_storage_can_be_copied_with_their_blobs(appl
     assert tidy()
 
 
+@slow
 @one_of_each
 def test_a_copy_that_fails_raises_leaves_nothing_and_can_be_repeated(application, open_storage, source, s3, tidy):
     storage = open_storage()
@@ -1041,8 +1052,8 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("where", WRAPPED)
-@pytest.mark.parametrize("database", ["sqlite-history", "postgresql-free"], indirect=True)
+@pytest.mark.parametrize("where", slow_after(1, of=WRAPPED))
+@pytest.mark.parametrize("database", kinds("sqlite-history", "postgresql-free"), indirect=True)
 def test_zlibstorage_is_no_obstacle(application, closing, blobs, where):
     text = ZLIB + WRAPPED[where](application)
     db = ZODB.DB(closing(storageFromString(text)))
@@ -1068,7 +1079,7 @@ def test_zlibstorage_is_no_obstacle(application, closing, blobs, where):
         assert connection.root()["text"] == "to be compressed " * 1000
 
 
-@pytest.mark.parametrize("where", WRAPPED)
+@pytest.mark.parametrize("where", slow_after(1, of=WRAPPED))
 @on_sqlite
 def test_zlibstorage_takes_transactions_of_another_storage(application, closing, source, where):
     storage = closing(storageFromString(ZLIB + WRAPPED[where](application)))
@@ -1105,6 +1116,7 @@ def in_use(database):
     return len(os.listdir("/proc/self/fd")), threading.active_count(), connections_of(database)
 
 
+@slow
 @one_of_each
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="the system does not tell what a process has open")
 def test_released_instances_and_packs_leave_neither_threads_nor_files_nor_connections(application, store):

@@ -15,8 +15,9 @@ from BTrees.Length import Length
 from BTrees.OOBTree import OOBTree
 from forked import CONTEXT
 from postgresql import PostgreSQL
-from relational import IMPORTS, RELSTORAGE, Application, Database, keys, needs, postgresql
+from relational import IMPORTS, RELSTORAGE, Application, Database, keys, kinds, needs, postgresql
 from sites import KEYS, get, put
+from speed import slow, slow_but
 from ZODB.blob import Blob
 from ZODB.config import databaseFromString
 from ZODB.Connection import TransactionMetaData
@@ -28,8 +29,8 @@ from zodb_s3blobs.bases import relstorage
 from zodb_s3blobs.garbage import collector as garbage
 
 #: For what takes long, and differs by the kind of database at most, not by its history.
-ONE_OF_EACH = pytest.mark.parametrize("database", ["sqlite-history", "postgresql-free"], indirect=True)
-ON_A_SERVER = pytest.mark.parametrize("database", ["postgresql-history"], indirect=True)
+ONE_OF_EACH = pytest.mark.parametrize("database", kinds("sqlite-history", "postgresql-free"), indirect=True)
+ON_A_SERVER = pytest.mark.parametrize("database", kinds("postgresql-history"), indirect=True)
 
 #: A blob that is uploaded before the vote, to a staging key, with the options below.
 LARGE = os.urandom(20000)
@@ -308,6 +309,7 @@ def append_lines(here, name, letter, count):
     return sum(append(here, name, letter + b"%d\n" % number) for number in range(count))
 
 
+@slow
 @ONE_OF_EACH
 def test_processes_that_change_one_blob_at_the_same_time_lose_no_change(pair, pack_finally):
     first, second = pair
@@ -350,6 +352,7 @@ def tree_keys(here):
         return sorted(KEYS.key(blob._p_oid, blob._p_serial) for blob in blobs)
 
 
+@slow
 def test_conflicts_beside_a_blob_are_resolved(start, blobs):
     pair = first, second = start(**OPTIONS), start(**OPTIONS)
     first(prepare_counter)
@@ -392,6 +395,7 @@ def commit_all_the_time(here):
     return acknowledged
 
 
+@slow
 def test_what_is_committed_while_another_process_packs_stays(s3, start, pack_finally):
     packer, committer = start(**OPTIONS), start(**OPTIONS)
     packer(write, "a", b"one")
@@ -487,7 +491,9 @@ def write_and_hold(here, name, data):
 
 
 @ONE_OF_EACH
-@pytest.mark.parametrize("operation", ["PutObject", "CopyObject", None], ids=["uploading", "copying", "voted"])
+@pytest.mark.parametrize(
+    "operation", slow_but("CopyObject", of=["PutObject", "CopyObject", None]), ids=["uploading", "copying", "voted"]
+)
 def test_of_a_process_that_is_killed_in_a_vote_nothing_is_left(s3, start, blobs, pack_finally, operation):
     killed, other = start(**OPTIONS), start(**OPTIONS)
     other(write, "a", b"one")
@@ -519,6 +525,7 @@ def test_of_a_process_that_is_killed_in_a_vote_nothing_is_left(s3, start, blobs,
     pack_finally(other, {"a": b"two"})
 
 
+@slow
 @ONE_OF_EACH
 def test_a_process_that_is_killed_while_it_packs_keeps_no_other_from_it(s3, pair, dead, pack_finally):
     killed, other = pair
@@ -598,6 +605,7 @@ def restoring(pair):
     return first, second
 
 
+@slow
 def test_garbage_collection_spares_what_another_process_is_about_to_restore(s3, restoring, blobs, start):
     first, second = restoring
     first(begin_restore, OID, RESTORED)
@@ -612,6 +620,7 @@ def test_garbage_collection_spares_what_another_process_is_about_to_restore(s3, 
         assert process(load_restored, OID) == RESTORED
 
 
+@slow
 @ONE_OF_EACH
 def test_garbage_collection_waits_for_a_restore_and_looks_again(s3, pair, blobs, start):
     first, second = pair
@@ -641,6 +650,7 @@ def test_what_was_not_restored_after_all_is_garbage(restoring, blobs, pack_final
     pack_finally(second, {"a": b"one"})
 
 
+@slow
 @ONE_OF_EACH
 def test_a_restore_does_not_count_on_what_another_process_is_deleting(s3, restoring, put_restored, start):
     second, first = restoring  # the first one restores, and is impatient
@@ -658,6 +668,7 @@ def test_a_restore_does_not_count_on_what_another_process_is_deleting(s3, restor
     assert second(collect) == 0
 
 
+@slow
 @ONE_OF_EACH
 def test_a_restore_waits_for_what_another_process_is_deleting(s3, pair, put_restored, start):
     first, second = pair
@@ -702,6 +713,7 @@ def test_who_loses_a_connection_to_the_database_while_restoring_loses_no_blob(da
     assert start()(load_restored, OID) == RESTORED
 
 
+@slow
 @ONE_OF_EACH
 def test_a_blob_that_is_stored_with_an_old_tid_is_spared_as_well(restoring, start):
     first, second = restoring
@@ -741,6 +753,7 @@ def load_all(here, names):
     return [Path(here.storage.loadBlob(oid, tid)).read_bytes() for oid, tid in names]
 
 
+@slow
 @ONE_OF_EACH
 def test_a_database_is_copied_while_another_process_collects_garbage(s3, pair, tmp_path, start, blobs):
     first, second = pair
@@ -798,7 +811,9 @@ def refused(process):
 
 
 @ONE_OF_EACH
-@pytest.mark.parametrize("original_lives", [True, False], ids=["beside-the-original", "after-a-clean-end"])
+@pytest.mark.parametrize(
+    "original_lives", slow_but(True, of=[True, False]), ids=["beside-the-original", "after-a-clean-end"]
+)
 def test_a_copy_of_the_database_deletes_nothing(
     database, s3, bucket_name, start, start_copy, dead, blobs, pack_finally, original_lives
 ):
@@ -902,6 +917,7 @@ def write_after_a_restart(here, name, data):
     raise last
 
 
+@slow
 def test_a_restart_of_the_database_server_takes_the_lease_from_no_living_process(
     server, on_server, s3, bucket_name, dead, blobs
 ):
@@ -932,6 +948,7 @@ def test_a_restart_of_the_database_server_takes_the_lease_from_no_living_process
     assert late(read_all) == {"a": b"two", "b": b"two"}
 
 
+@slow
 def test_a_copy_of_the_whole_database_server_deletes_nothing(server, on_server, tmp_path, start_on, dead, blobs):
     database, start = on_server
     living = start("living")

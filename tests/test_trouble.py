@@ -19,6 +19,7 @@ import threading
 import time
 
 import pytest
+from speed import slow, slow_after
 from test_zeo import MB, blob, commit_blob, commit_object, leftovers, load, operations, read, wait_for, write
 from zeoserver import SECTION, ZEOServer
 from ZODB.MappingStorage import MappingStorage
@@ -243,6 +244,7 @@ def test_on_a_full_disk_cached_blobs_make_room_for_others(small_disk, live):
     assert len(blob(life.server.client(), *cached[0])) == MB
 
 
+@slow
 def test_on_a_disk_that_takes_no_more_files_cached_blobs_make_room_too(small_disk, live):
     disk = small_disk("size=8m,nr_inodes=40")
     life = live()
@@ -357,6 +359,7 @@ def test_a_cache_dir_that_is_deleted_under_the_server_takes_a_restart(live):
     life.check_all_is_well()
 
 
+@slow
 def test_a_disk_of_cache_dir_that_goes_away_and_comes_back_takes_no_restart(small_disk, live):
     disk = small_disk()
     life = live()
@@ -407,7 +410,7 @@ def clock(tmp_path, at_start):
     return clock
 
 
-@pytest.mark.parametrize("jump", [400 * DAY, -400 * DAY])
+@pytest.mark.parametrize("jump", slow_after(1, of=[400 * DAY, -400 * DAY]))
 def test_a_clock_that_jumps_and_is_set_right_again_costs_no_blob(clock, live, jump):
     life = live()
     clock.move(jump)
@@ -434,6 +437,7 @@ def test_a_clock_that_jumps_and_is_set_right_again_costs_no_blob(clock, live, ju
     assert figure(life.server, "s3blobs_bucket_owner_conflict") == 0
 
 
+@slow
 def test_after_a_clock_was_ahead_dead_blobs_are_retained_from_now_on(clock, live, s3, bucket_name):
     life = live(options={"gc_retention": "30d"})
     clock.move(400 * DAY)
@@ -450,6 +454,7 @@ def test_after_a_clock_was_ahead_dead_blobs_are_retained_from_now_on(clock, live
     assert {name: read(life.server.db(), name) for name in life.blobs} == life.blobs
 
 
+@slow
 def test_a_server_whose_clock_is_ahead_takes_the_prefix_of_no_other(clock, live, s3, bucket_name, tmp_path):
     life = live()
     clock.move(400 * DAY)  # the other one, which lives, reads it too, and renews its lease at 10 minutes only
@@ -464,6 +469,7 @@ def test_a_server_whose_clock_is_ahead_takes_the_prefix_of_no_other(clock, live,
     assert figure(life.server, "s3blobs_bucket_owner_conflict") == 0
 
 
+@slow
 def test_a_pack_leaves_uploads_under_way_alone_however_old_a_clock_makes_them(live, s3, background):
     """Moto says of each that it began in 2010, as a clock that is years ahead would make it."""
     life = live()
@@ -619,7 +625,7 @@ def test_credentials_that_expire_are_renewed_without_a_restart(behind_the_gate, 
     assert gate.refused == []
 
 
-@pytest.mark.parametrize("trouble", ["no answer", "old ones"])
+@pytest.mark.parametrize("trouble", slow_after(1, of=["no answer", "old ones"]))
 def test_when_credentials_cannot_be_renewed_the_error_says_so_and_it_goes_on_when_they_can(
     behind_the_gate, gate, credentials, trouble
 ):
@@ -641,6 +647,7 @@ def test_when_credentials_cannot_be_renewed_the_error_says_so_and_it_goes_on_whe
     life.check_all_is_well()
 
 
+@slow
 def test_what_s3_calls_expired_before_its_time_works_again_with_the_next_ones(behind_the_gate, gate, credentials):
     life = behind_the_gate()
     gate.accepted = {"second"}
@@ -680,7 +687,7 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("permission", POLICIES)
+@pytest.mark.parametrize("permission", slow_after(1, of=POLICIES))
 def test_a_policy_that_denies_one_permission_stops_only_what_needs_it(live, s3, permission):
     operation, label = POLICIES[permission]
     life = live()

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 from sites import KEYS
+from speed import slow, slow_but
 
 WELL, FAILED, DAMAGED, GARBAGE, UNPROVEN = 0, 1, 3, 4, 5
 MIB = 1 << 20
@@ -137,6 +138,7 @@ def test_verify_with_checksums_says_so_when_all_is_well(site, content, tool, con
     assert out.splitlines()[-1] == "All is well as far as part 2 of 3 tells, which was read."
 
 
+@slow
 def test_the_worst_that_was_found_decides_the_exit_status(s3, bucket_name, site, content, tool, conf):
     """3 comes before 1, 1 before 5, and 5 before 4."""
     first, second, *_ = sorted(site.revisions)
@@ -187,7 +189,7 @@ def test_migrate_gives_them_their_checksum_and_then_all_is_well(s3, site, conten
     assert operations(s3) == {"ListObjects": 1, "HeadObject": number}
 
 
-@pytest.mark.parametrize("how", ["put", "put_in_parts"])
+@pytest.mark.parametrize("how", slow_but("put", of=["put", "put_in_parts"]))
 def test_migrate_leaves_an_object_alone_that_has_the_size_and_other_bytes(s3, site, content, tool, conf, first, how):
     """Whether the object is damaged or the file, nobody can tell without a third copy."""
     damaged = flipped(site.revisions[first])
@@ -218,6 +220,7 @@ def test_migrate_says_which_is_damaged_where_the_service_tells(s3, bucket_name, 
     assert content(first) == (site.revisions[first], None)
 
 
+@slow
 def test_migrate_copies_it_after_the_damaged_object_was_deleted(s3, bucket_name, site, content, tool, conf, first):
     content.put(first, flipped(site.revisions[first]))
     tool("migrate", conf, "--from-blob-dir", site.blob_dir, status=DAMAGED)
@@ -256,6 +259,7 @@ def test_a_bucket_that_fails_while_they_are_compared_keeps_what_it_has(s3, bucke
 # export
 
 
+@slow
 def test_export_counts_what_it_could_not_compare(site, content, tool, conf, first, tmp_path):
     for name, data in site.revisions.items():
         (content.put if name == first else content.put_proven)(name, data)
@@ -267,6 +271,7 @@ def test_export_counts_what_it_could_not_compare(site, content, tool, conf, firs
     assert out.splitlines()[-1] == f"All blobs of the database are in {tmp_path / 'again'}."
 
 
+@slow
 def test_what_was_exported_gives_a_bucket_its_checksums(site, content, tool, conf, tmp_path):
     """Without another copy: from now on damage shows."""
     for name, data in site.revisions.items():
@@ -288,6 +293,7 @@ def test_a_file_that_cannot_be_read_where_it_is_exported_to_is_replaced(site, co
     assert not path.is_symlink() and path.read_bytes() == site.revisions[first]
 
 
+@slow
 def test_damage_is_no_outage_however_many_blobs_it_hits(s3, bucket_name, site, content, tool, tmp_path):
     site.grow(more=30)
     for name, data in site.revisions.items():

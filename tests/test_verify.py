@@ -13,6 +13,7 @@ import pytest
 import ZODB
 from persistent.mapping import PersistentMapping
 from sites import break_disk
+from speed import slow, slow_after, slow_but
 from zeoserver import CONFIG, SECTION, free_address
 from ZODB.blob import Blob
 from ZODB.config import storageFromString
@@ -310,7 +311,7 @@ def test_without_a_server_and_without_a_blob_all_is_well(site, verify):
     assert verify("--json", "--checksum").found == {}
 
 
-@pytest.mark.parametrize("size", [8 << 20, (8 << 20) + 1])
+@pytest.mark.parametrize("size", slow_after(1, of=[8 << 20, (8 << 20) + 1]))
 def test_blobs_that_are_read_in_several_requests_are_well(site, verify, size):
     large = site.write(large=os.urandom(size), small=b"x")[0]
     site.close()
@@ -324,7 +325,7 @@ def test_blobs_that_are_read_in_several_requests_are_well(site, verify, size):
 
 
 @pytest.mark.parametrize("options", [[], ["--checksum"]])
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", slow_but(True, of=[True, False]))
 def test_a_missing_blob_is_named_by_oid_tid_and_path(site, verify, options, cached):
     site.write(other=b"other")
     old = site.write(report=b"old")
@@ -397,7 +398,7 @@ def test_a_blob_of_another_size_than_the_copy_in_the_cache_is_read_and_found_dam
 
 
 @pytest.mark.parametrize("options", [[], ["--checksum"], ["--checksum", "--sample", "1/1000"]])
-@pytest.mark.parametrize("data", [b"", b"dat", b"data and more"])
+@pytest.mark.parametrize("data", slow_but(b"dat", of=[b"", b"dat", b"data and more"]))
 def test_a_cached_file_of_another_size_is_the_damaged_one(s3, site, verify, options, data):
     blob, _ = site.write(report=b"data", other=b"other")
     site.close()
@@ -438,7 +439,9 @@ def _a_file_above(path):
 
 
 @pytest.mark.parametrize("options", [[], ["--checksum"]])
-@pytest.mark.parametrize("make", [_a_directory, _a_circle, _a_link, _a_file_above, break_disk])
+@pytest.mark.parametrize(
+    "make", slow_but(_a_directory, break_disk, of=[_a_directory, _a_circle, _a_link, _a_file_above, break_disk])
+)
 def test_what_cannot_be_read_in_the_cache_says_nothing_of_the_blob(site, verify, options, make):
     blob = site.write(report=b"data")
     site.close()
@@ -612,6 +615,7 @@ def test_an_answer_that_breaks_off_is_no_alarm(s3, site, verify):
     assert len(s3.requests("GetObject")) == 2
 
 
+@slow
 def test_what_is_damaged_always_is_asked_for_so_often_and_then_an_alarm(s3, site, verify):
     blob = site.write(one=b"data")
     site.configure(s3_max_attempts=3)
@@ -677,6 +681,7 @@ def test_of_an_older_database_what_came_later_is_newer_and_no_trouble(site, veri
         assert done.found == {"good": 1, "newer": 2} and done.problems == []
 
 
+@slow
 def test_of_a_restored_database_it_says_what_is_gone_for_good_and_what_is_merely_marked(start, site, verify):
     blobs = site.write(gone=b"gone", marked=b"marked", kept=b"kept")
     site.close()
@@ -726,6 +731,7 @@ def test_a_marked_blob_that_is_damaged_is_damaged(site, verify):
 # Samples
 
 
+@slow
 def test_all_parts_together_read_every_blob_once(s3, site, verify):
     blobs = site.write(**{f"n{number}": b"data" for number in range(60)})
     site.close()
@@ -752,6 +758,7 @@ def test_the_part_of_a_blob_stays_the_same(s3, site, alone, verify):
     assert runs[0] == runs[1] == runs[2] == runs[3] and 0 < len(runs[0]) < 30
 
 
+@slow
 def test_28_parts_are_all_read_in_any_month_and_every_day_is_valid(s3, site, verify):
     site.write(**{f"n{number}": b"data" for number in range(60)})
     site.close()
@@ -764,7 +771,7 @@ def test_28_parts_are_all_read_in_any_month_and_every_day_is_valid(s3, site, ver
     assert [read[day] for day in (29, 30, 31)] == [read[day] for day in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("sample", ["1/2", "2/2"])
+@pytest.mark.parametrize("sample", slow_but("1/2", of=["1/2", "2/2"]))
 def test_what_is_missing_or_of_another_size_is_found_whatever_part_is_read(site, verify, sample):
     blobs = site.write(**{f"n{number:02}": b"data" for number in range(30)})
     site.close()
@@ -902,7 +909,7 @@ def test_marks_that_cannot_be_read_are_said(s3, site, verify):
 # What the server does meanwhile
 
 
-@pytest.mark.parametrize("operation", ["ListObjects", "GetObject"])
+@pytest.mark.parametrize("operation", slow_but("GetObject", of=["ListObjects", "GetObject"]))
 def test_what_is_committed_meanwhile_is_no_trouble(s3, start, verify, background, operation):
     db = start().db()
     write(db, one=b"data")
@@ -917,7 +924,7 @@ def test_what_is_committed_meanwhile_is_no_trouble(s3, start, verify, background
     assert done.found == ({"good": 1, "newer": 2} if operation == "ListObjects" else {"good": 1})
 
 
-@pytest.mark.parametrize("operation", ["ListObjects", "GetObject"])
+@pytest.mark.parametrize("operation", slow_but("GetObject", of=["ListObjects", "GetObject"]))
 def test_what_is_packed_away_meanwhile_is_not_missing(s3, start, site, verify, background, operation):
     db = start().db()
     lost, _ = write(db, lost=b"lost", one=b"old")
@@ -944,7 +951,11 @@ ZLIB = "<zlibstorage>\n{}\n</zlibstorage>"
 
 @pytest.mark.parametrize(
     ("base", "around"),
-    [(ZLIB.format(FILESTORAGE), "{}"), (FILESTORAGE, ZLIB), (ZLIB.format(ZLIB.format(FILESTORAGE)), ZLIB)],
+    slow_after(
+        1,
+        of=[(ZLIB.format(FILESTORAGE), "{}"), (FILESTORAGE, ZLIB), (ZLIB.format(ZLIB.format(FILESTORAGE)), ZLIB)],
+        unpack=True,
+    ),
     ids=["inside", "around", "both"],
 )
 def test_a_filestorage_in_a_wrapper(site, verify, base, around):
@@ -959,6 +970,7 @@ def test_a_filestorage_in_a_wrapper(site, verify, base, around):
     assert without_reason(done.problems) == [blobs[0].problem("missing", f"/folder/{name}/_blob")]
 
 
+@slow
 def test_beside_a_server_with_wrappers(start, verify):
     server = start(base=ZLIB.format(FILESTORAGE), storages=lambda settings: ZLIB.format(SECTION.format(**settings)))
     write(server.db(), **{"n" * 90: b"data"})
@@ -967,11 +979,14 @@ def test_beside_a_server_with_wrappers(start, verify):
 
 @pytest.mark.parametrize(
     "base",
-    [
-        "<mappingstorage/>",
-        "<demostorage>\n<filestorage changes>\n path {dir}/Data.fs\n</filestorage>\n</demostorage>",
-        "<zlibstorage>\n<mappingstorage/>\n</zlibstorage>",
-    ],
+    slow_after(
+        1,
+        of=[
+            "<mappingstorage/>",
+            "<demostorage>\n<filestorage changes>\n path {dir}/Data.fs\n</filestorage>\n</demostorage>",
+            "<zlibstorage>\n<mappingstorage/>\n</zlibstorage>",
+        ],
+    ),
 )
 def test_what_cannot_be_opened_beside_the_server_is_refused(s3, site, verify, base):
     site.configure(base=base)
@@ -1030,6 +1045,7 @@ def test_nothing_is_written(s3, site, verify, files, contents):
     assert set(requests(s3)) == {"ListObjects", "GetObject", "OwnerGetObject"}
 
 
+@slow
 def test_nothing_is_written_without_an_index_either(site, verify, files):
     """A FileStorage that opens a database without one makes it, to open faster the next time."""
     site.write(one=b"data")

@@ -15,6 +15,7 @@ import pytest
 import transaction
 from persistent import Persistent
 from persistent.mapping import PersistentMapping
+from speed import slow, slow_but
 from ZEO.Exceptions import ClientDisconnected
 from zeoserver import FILESTORAGE, SECTION, ZEOServer
 from ZODB.blob import Blob
@@ -210,7 +211,7 @@ def test_a_missing_blob_is_a_poskeyerror_at_the_client_and_an_outage_is_not(s3, 
     assert not isinstance(caught.value, POSKeyError)
 
 
-@pytest.mark.parametrize("wrapper", ["zlibstorage", "serverzlibstorage"])
+@pytest.mark.parametrize("wrapper", slow_but("zlibstorage", of=["zlibstorage", "serverzlibstorage"]))
 def test_wrapped_in_zlibstorage_it_does_not_stall_either(s3, start, background, wrapper):
     def storages(settings):
         return f"<{wrapper} 1>{SECTION.format(**settings)}</{wrapper}>"
@@ -336,6 +337,7 @@ def test_twenty_clients_that_want_one_cold_blob_make_one_download(s3, server, ba
     assert operations(s3) == ["GetObject"]
 
 
+@slow
 def test_slow_reads_do_not_hold_up_a_commit(s3, start, background):
     server = start(options={"s3_concurrency": 2})
     names = [commit_blob(server.client(), os.urandom(100)) for _ in range(6)]
@@ -370,7 +372,7 @@ def test_a_failed_upload_aborts_the_transaction_with_a_clear_error_and_frees_the
     assert len(s3.keys(bucket_name)) == 1
 
 
-@pytest.mark.parametrize("size", [100, 5 * MB])
+@pytest.mark.parametrize("size", slow_but(100, of=[100, 5 * MB]))
 def test_a_black_hole_ends_within_upload_timeout_and_leaves_nothing(s3, bucket_name, start, background, size):
     server = start(options={"upload_timeout": "2s", "s3_read_timeout": "3s", "s3_max_attempts": 1})
     client, other = server.client(), server.client()
@@ -487,6 +489,7 @@ def test_a_client_with_a_shared_blob_directory_is_told_at_its_commit(server, tmp
     commit_object(client)
 
 
+@slow
 def test_kill_9_of_clients_leaves_no_lock_and_no_file(s3, bucket_name, server, tmp_path):
     script = tmp_path / "client.py"
     script.write_text(
@@ -612,6 +615,7 @@ def test_pack_leaves_young_staged_uploads_of_other_servers_alone(s3, bucket_name
 # Start and stop
 
 
+@slow
 def test_sigterm_ends_the_process_with_transfers_under_way(s3, server, background):
     name = commit_blob(server.client(), b"cold")
     server.stop()
@@ -679,6 +683,7 @@ DEMO = """
 READ_ONLY = FILESTORAGE.replace("</filestorage>", " read-only true\n</filestorage>")
 
 
+@slow
 def test_a_demostorage_reads_blobs_of_its_base_off_the_loop_and_keeps_its_own(
     s3, bucket_name, start, tmp_path, background
 ):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import ZConfig
 from relational import needs, postgresql
+from speed import slow
 from zeoserver import free_address
 
 import zodb_s3blobs
@@ -164,6 +165,7 @@ with app._p_jar.root()["blob"].open() as file:
 """
 
 
+@slow
 def test_zope_runs_the_relstorage_file_in_several_processes(s3, bucket_name, tmp_path):
     needs("postgresql-free")
     (tmp_path / "zope").mkdir()

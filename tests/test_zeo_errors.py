@@ -19,6 +19,7 @@ import urllib3
 import urllib3.exceptions
 import ZEO.asyncio.client
 import ZODB.config
+from speed import slow
 from test_zeo import blob, commit_blob, load
 from test_zeo_stop import LARGE, SlowClient
 from ZEO.ClientStorage import ClientStorage
@@ -404,6 +405,7 @@ def answers(address, tmp_path, *jobs):
     return {(way, number): answer for way, number, answer in map(json.loads, process.stdout.splitlines())}
 
 
+@slow
 def test_every_error_of_boto3_reaches_a_client_that_has_no_boto3(address, storage, tmp_path, caplog):
     caplog.handler.setFormatter(_NoTracebacks())  # of thousands of errors
     fail(storage, FOREIGN)

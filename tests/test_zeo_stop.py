@@ -12,6 +12,7 @@ import time
 
 import pytest
 import ZEO.tests
+from speed import slow, slow_after, slow_but
 from test_zeo import MB, RECORD, SOON, blob, commit_blob, commit_object, leftovers, wait_for
 from ZEO.asyncio.marshal import decoder, encoder
 from ZEO.Exceptions import ClientDisconnected
@@ -201,7 +202,7 @@ READER = """
 """
 
 
-@pytest.mark.parametrize("transport", ["plain", "tls"])
+@pytest.mark.parametrize("transport", slow_but("plain", of=["plain", "tls"]))
 def test_a_stock_client_gets_the_whole_blob_and_goes_on_after_the_restart(start, tmp_path, transport):
     """It stands still when the signal comes, and its other threads never stop sending requests."""
     certificates = os.path.dirname(ZEO.tests.__file__) if transport == "tls" else ""
@@ -257,7 +258,9 @@ def test_the_connection_is_the_clients_to_close(server, large, half):
     assert end(server) == 0
 
 
-@pytest.mark.parametrize("number, status", [("SIGTERM", 0), ("SIGINT", 0), ("SIGHUP", 1)])
+@pytest.mark.parametrize(
+    "number, status", slow_after(1, of=[("SIGTERM", 0), ("SIGINT", 0), ("SIGHUP", 1)], unpack=True)
+)
 def test_runzeo_ends_as_it_does_on_every_signal(server, large, half, number, status):
     interrupt(server, getattr(signal, number))
     data, _ = half.rest()
@@ -267,6 +270,7 @@ def test_runzeo_ends_as_it_does_on_every_signal(server, large, half, number, sta
     assert f"terminated by {number}" in server.output() or f"restarted by {number}" in server.output()
 
 
+@slow
 def test_a_signal_in_the_middle_of_a_message_does_no_harm(server_with):
     """It comes while the server prepares a part of the blob; the stock server loses that, and may send what follows."""
     server = server_with("""
@@ -361,6 +365,7 @@ def test_transactions_that_have_not_been_finished_never_are(s3, bucket_name, ser
     assert leftovers(server) == []
 
 
+@slow
 def test_a_blob_that_is_still_being_fetched_is_not_begun(s3, server, large, half, background, tmp_path):
     name = commit_blob(server.client(), b"cold")
     for path in server.cache_dir.rglob(f"{name[0].hex()}.{name[1].hex()}.blob"):
@@ -384,6 +389,7 @@ def test_a_blob_that_is_still_being_fetched_is_not_begun(s3, server, large, half
 # In bounded time
 
 
+@slow
 def test_a_client_that_takes_nothing_is_given_up(server_with):
     server = server_with("""
         from zodb_s3blobs.zeo import stop as zeostop

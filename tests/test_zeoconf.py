@@ -4,6 +4,7 @@ import json
 
 import pytest
 from sites import get, put, sentence
+from speed import slow_after, slow_but
 from ZODB.FileStorage import FileStorage
 
 DEMO = """
@@ -78,7 +79,7 @@ def demo(start, s3, bucket_name):
 
 
 @pytest.mark.parametrize("base", [DEMO, WRAPPED_DEMO], ids=["plain", "wrapped"])
-@pytest.mark.parametrize("running", [True, False], ids=["beside the server", "without a server"])
+@pytest.mark.parametrize("running", slow_but(False, of=[True, False]), ids=["beside the server", "without a server"])
 def test_a_demostorage_of_two_files_is_verified_exported_and_migrated(
     demo, tool, tmp_path, s3, bucket_name, base, running
 ):
@@ -105,12 +106,15 @@ def test_a_demostorage_of_two_files_is_verified_exported_and_migrated(
 
 @pytest.mark.parametrize(
     "base",
-    [
-        "<demostorage/>",
-        f"<demostorage>\n{BASE}\n</demostorage>",
-        "<demostorage>\n<filestorage changes>\n path {dir}/Changes.fs\n</filestorage>\n</demostorage>",
-        f"<demostorage>\n<mappingstorage changes/>\n{BASE}\n</demostorage>",
-    ],
+    slow_after(
+        1,
+        of=[
+            "<demostorage/>",
+            f"<demostorage>\n{BASE}\n</demostorage>",
+            "<demostorage>\n<filestorage changes>\n path {dir}/Changes.fs\n</filestorage>\n</demostorage>",
+            f"<demostorage>\n<mappingstorage changes/>\n{BASE}\n</demostorage>",
+        ],
+    ),
 )
 def test_a_demostorage_with_a_part_in_memory_cannot_be_read_by_another_process(start, tool, tmp_path, base):
     start(base=base)
@@ -126,13 +130,17 @@ def test_a_demostorage_with_a_part_in_memory_cannot_be_read_by_another_process(s
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 @pytest.mark.parametrize(
     ("base", "missing"),
-    [
-        ("<filestorage>\n path {dir}/Gone.fs\n</filestorage>", "Gone.fs"),
-        ("<zlibstorage>\n<filestorage>\n path {dir}/Gone.fs\n</filestorage>\n</zlibstorage>", "Gone.fs"),
-        (DEMO, "Base.fs"),
-        (DEMO, "Changes.fs"),
-        (WRAPPED_DEMO, "Base.fs"),
-    ],
+    slow_after(
+        1,
+        of=[
+            ("<filestorage>\n path {dir}/Gone.fs\n</filestorage>", "Gone.fs"),
+            ("<zlibstorage>\n<filestorage>\n path {dir}/Gone.fs\n</filestorage>\n</zlibstorage>", "Gone.fs"),
+            (DEMO, "Base.fs"),
+            (DEMO, "Changes.fs"),
+            (WRAPPED_DEMO, "Base.fs"),
+        ],
+        unpack=True,
+    ),
 )
 def test_no_command_makes_an_empty_database(site, s3, bucket_name, tool, tmp_path, monkeypatch, command, base, missing):
     monkeypatch.chdir(tmp_path)

@@ -11,6 +11,7 @@ import pytest
 import transaction
 import ZODB.config
 import zope.event
+from speed import slow_but
 from test_zeo import commit_blob, commit_object, load, wait_for
 from ZEO.StorageServer import Serving, StorageServer
 from zeoserver import SECTION, free_address, scrape
@@ -177,7 +178,7 @@ def test_the_last_transaction(server):
 # The label
 
 
-@pytest.mark.parametrize("wrapper", ["zlibstorage", "serverzlibstorage"])
+@pytest.mark.parametrize("wrapper", slow_but("zlibstorage", of=["zlibstorage", "serverzlibstorage"]))
 def test_a_storage_inside_another_has_the_name_that_zeo_serves(start, wrapper):
     server = start(storages=lambda settings: f"<{wrapper} outer>{SECTION.format(**settings)}</{wrapper}>")
     commit_blob(server.client(storage="outer"))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from crash import CLIENTS, Crash, schedule, wait_until
+from speed import slow
 from ZODB.blob import Blob
 
 SEED, KILLS = 27, 12
@@ -16,6 +17,7 @@ def victims(seed, kills):
     return [victim for one in schedule(seed, kills) for victim, _ in one.victims]
 
 
+@slow
 def test_after_every_kill_all_that_was_acknowledged_is_there_and_nothing_else(tmp_path):
     print(f"tests/crash/crash.py --kills {KILLS} --seed {SEED}")
     with Crash(tmp_path, SEED) as crash:
