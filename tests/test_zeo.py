@@ -134,7 +134,8 @@ CLIENT = """
 """
 
 
-def test_clients_in_other_processes_commit_read_overwrite_undo_and_pack(s3, bucket_name, server, tmp_path):
+def test_clients_in_other_processes_commit_read_overwrite_undo_and_pack(s3, bucket_name, start, tmp_path):
+    server = start(stock=True)
     script = tmp_path / "client.py"
     script.write_text(textwrap.dedent(CLIENT))
     arguments = [sys.executable, script, *map(str, server.address)]
