@@ -1,16 +1,30 @@
 """Processes that begin with everything imported: in half the time, forked from a server that imports it once."""
 
+import functools
 import multiprocessing
+import multiprocessing.forkserver
 import multiprocessing.util
 import os
 import signal
 import subprocess
 import sys
 
+import pytest
+
 # Before ZODB's own suites have tempfile make paths that are too long for a socket.
 multiprocessing.util.get_temp_dir()
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["preloaded"])
+
+
+@functools.cache
+def context():
+    """Return the context of `multiprocessing` whose processes are forked so; the first call starts their server."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        # Before Python 3.13 that server does not get the path of this process, and says nothing of what is not there.
+        patch.setenv("PYTHONPATH", os.path.dirname(__file__), prepend=os.pathsep)
+        multiprocessing.forkserver.ensure_running()
+    return found
 
 
 class Forked:
@@ -21,7 +35,7 @@ class Forked:
     """
 
     def __init__(self, function, *arguments, stdout, stderr):
-        self._process = CONTEXT.Process(
+        self._process = context().Process(
             target=_begin, args=(dict(os.environ), str(stdout), str(stderr), function, arguments), daemon=True
         )
         self._process.start()
@@ -52,6 +66,7 @@ class Forked:
 
 
 def _begin(environment, stdout, stderr, function, arguments):
+    assert "preloaded" in sys.modules, "the server that processes are forked from cannot import preloaded.py"
     out = os.open(stdout, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out if stderr == stdout else os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)

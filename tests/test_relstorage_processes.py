@@ -13,7 +13,7 @@ import transaction
 import ZODB
 from BTrees.Length import Length
 from BTrees.OOBTree import OOBTree
-from forked import CONTEXT
+from forked import context
 from postgresql import PostgreSQL
 from relational import IMPORTS, RELSTORAGE, Application, Database, keys, kinds, needs, postgresql
 from sites import KEYS, get, put
@@ -46,8 +46,8 @@ class Process:
     """A process with the database of ``config``, open; does what it is told, one after the other."""
 
     def __init__(self, config):
-        self._pipe, theirs = CONTEXT.Pipe()
-        self._process = CONTEXT.Process(target=_serve, args=(config, theirs), daemon=True)
+        self._pipe, theirs = context().Pipe()
+        self._process = context().Process(target=_serve, args=(config, theirs), daemon=True)
         self._process.start()
         theirs.close()
         self.pid = self._process.pid

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ZODB
 from persistent.mapping import PersistentMapping
-from sites import break_disk
+from sites import break_disk, run
 from speed import slow, slow_after, slow_but
 from zeoserver import CONFIG, SECTION, free_address
 from ZODB.blob import Blob
@@ -31,30 +31,6 @@ WORDS_WITH_SAMPLE = ["good", "unread", *WORDS_WITH_CHECKSUM[1:]]
 ALL_WORDS = WORDS, WORDS_WITH_CHECKSUM, WORDS_WITH_SAMPLE
 OLD = "3d0c0b0a0908070"  # a tid of long ago
 WELL, FAILED, USAGE, DAMAGED, GARBAGE, UNPROVEN, FALLBACK = 0, 1, 2, 3, 4, 5, 6
-
-
-#: Reads command lines of zodb-s3blobs and runs each in a process of its own, which need not import everything anew.
-FORKING = """
-import json, os, sys
-from zodb_s3blobs import cli
-for line in sys.stdin:
-    arguments, *outputs = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        for number, path in enumerate(outputs, 1):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-        sys.exit(cli.main(arguments))
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def forking():
-    with subprocess.Popen(
-        [sys.executable, "-c", FORKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield process
-        process.stdin.close()
 
 
 class Done:
@@ -111,14 +87,11 @@ class Done:
 
 
 @pytest.fixture
-def verify(tmp_path, forking, tmp_path_factory):
+def verify(tmp_path):
     """Runs ``zodb-s3blobs verify`` with the zeo.conf of the servers, which has to end with ``status``."""
 
     def verify(*arguments, status=WELL):
-        outputs = [tmp_path_factory.mktemp("output") / "file" for _ in range(2)]
-        command = ["verify", "-C", str(tmp_path / "zeo.conf"), *arguments]
-        print(json.dumps([command, *map(str, outputs)]), file=forking.stdin, flush=True)
-        done = Done(int(forking.stdout.readline()), *(output.read_text() for output in outputs))
+        done = Done(*run("verify", "-C", str(tmp_path / "zeo.conf"), *arguments))
         assert done.status == status, (done.stdout, done.stderr)
         return done
 
@@ -751,9 +724,9 @@ def test_the_part_of_a_blob_stays_the_same(s3, site, alone, verify):
     site.write(**{f"n{number}": b"data" for number in range(30)})
     site.close()
     runs = []
-    for run, sample in (alone, "2/3"), (verify, "2/3"), (verify, "02/03"), (verify, "5/3"):
+    for begin, sample in (alone, "2/3"), (verify, "2/3"), (verify, "02/03"), (verify, "5/3"):
         s3.forget()
-        run("--json", "--checksum", "--sample", sample)
+        begin("--json", "--checksum", "--sample", sample)
         runs.append({request.path for request in s3.requests("GetObject")})
     assert runs[0] == runs[1] == runs[2] == runs[3] and 0 < len(runs[0]) < 30
 
