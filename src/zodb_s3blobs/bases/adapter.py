@@ -21,6 +21,7 @@ from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import POSKeyError
 from ZODB.utils import load_current, p64, u64
 
+from ..errors import S3BlobsError
 from ..identity import Identity
 
 #: The modules of wrappers that have exactly the revisions of their ``base``. All others are asked themselves.
@@ -33,11 +34,11 @@ _TRIES, _PAUSE = 5, 0.1
 _PAUSE_EVERY = 100
 
 
-class UnsuitableBase(ValueError):
+class UnsuitableBase(S3BlobsError, ValueError):
     """The storage cannot be wrapped; the message says why and what to do."""
 
 
-class Busy(Exception):
+class Busy(S3BlobsError):
     """Another process does what excludes this; the message says what to do."""
 
 
