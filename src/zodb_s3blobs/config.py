@@ -20,7 +20,8 @@ import ZConfig
 import ZConfig.datatypes
 from ZODB.config import BaseConfig
 
-from .bases.adapter import UnsuitableBase, kind_of
+from .bases import kind_of
+from .bases.adapter import UnsuitableBase
 from .blobdir import BlobDirectory, BlobDirectoryError
 from .cache.files import Cache, CacheDirectoryError
 from .commit import Uploads

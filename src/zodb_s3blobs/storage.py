@@ -18,7 +18,7 @@ import zope.interface
 from ZODB.interfaces import IBlobStorage, IBlobStorageRestoreable, IStorageRestoreable
 from ZODB.POSException import POSKeyError, ReadOnlyError, StorageError, StorageTransactionError
 
-from .bases.adapter import kind_of
+from .bases import kind_of
 from .cache.files import Cache, CacheError, Pin
 from .commit import Commit, Uploads
 from .errors import S3BlobsError

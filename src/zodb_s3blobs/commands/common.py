@@ -14,7 +14,7 @@ from typing import Any
 
 from ZODB.POSException import StorageError
 
-from ..bases.adapter import kind_of
+from ..bases import kind_of
 from ..cache.files import CacheDirectoryError
 from ..config import StartRefused
 from ..errors import S3BlobsError
