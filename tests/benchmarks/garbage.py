@@ -32,7 +32,7 @@ from ZODB.tests.MinPO import MinPO
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import p64, u64
 
-from zodb_s3blobs.bases.adapter import kind_of
+from zodb_s3blobs.bases import kind_of
 from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.garbage import collector as garbage
 from zodb_s3blobs.garbage.collector import Collector

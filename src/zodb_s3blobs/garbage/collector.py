@@ -31,6 +31,7 @@ from typing import Any, BinaryIO, TextIO, TypeVar
 from ..bases.adapter import Revisions, revisions_of
 from ..bases.adapter import is_live as is_live  # for storage.py and survey.py
 from ..cache.files import Cache
+from ..errors import S3BlobsError
 from ..identity import Identity
 from ..inflight import InFlight, Name
 from ..lease import Lease, NotOwner
@@ -72,7 +73,7 @@ _UPLOADS_STAY = "Unfinished uploads of crashed servers stay behind. %s"
 _RECORD = struct.Struct(">8s8sQ")
 
 
-class Refused(Exception):
+class Refused(S3BlobsError):
     """Garbage was found and, for the blobs' sake, none of it deleted; the message says why and what to do."""
 
 
