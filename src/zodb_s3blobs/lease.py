@@ -33,7 +33,8 @@ from ZODB.utils import p64, tid_repr, u64, z64
 
 from .errors import S3BlobsError
 from .metrics import Metrics
-from .s3.bucket import Bucket, Note
+from .s3.bucket import Bucket
+from .s3.control import Note
 from .s3.errors import BucketError
 
 logger = logging.getLogger(__name__)

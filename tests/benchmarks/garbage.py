@@ -39,8 +39,8 @@ from zodb_s3blobs.garbage.collector import Collector
 from zodb_s3blobs.identity import Identity
 from zodb_s3blobs.inflight import InFlight
 from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.s3.bucket import Listed
 from zodb_s3blobs.s3.keys import Keys
+from zodb_s3blobs.s3.listing import Listed
 
 DAY = 86400
 MIB = 1 << 20

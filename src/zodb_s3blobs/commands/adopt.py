@@ -21,7 +21,8 @@ from ..garbage.collector import scan_beside_a_server
 from ..lease import FORMAT, Claim, NotOwner, claim_of, is_alive, why_not
 from ..metrics import Metrics
 from ..progress import showing
-from ..s3.bucket import Bucket, Note
+from ..s3.bucket import Bucket
+from ..s3.control import Note
 from . import common
 
 

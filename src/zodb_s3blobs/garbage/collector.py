@@ -36,8 +36,9 @@ from ..identity import Identity
 from ..inflight import InFlight, Name
 from ..lease import Lease, NotOwner
 from ..metrics import GC_STATES, Metrics
-from ..s3.bucket import Bucket, Listed, ListedUpload
+from ..s3.bucket import Bucket
 from ..s3.errors import BucketError, NotDeleted
+from ..s3.listing import Listed, ListedUpload
 from ..staging import Staging
 from . import marks
 

@@ -25,6 +25,9 @@ T = TypeVar("T")
 #: The code of a `ForeignAnswer`.
 NOT_S3 = "NotS3"
 
+#: The codes of a service that does not know the operation.
+NOT_IMPLEMENTED = {"NotImplemented", "501", "MethodNotAllowed", "405"}
+
 #: The code of what the operating system refuses because too many files are open.
 _EMFILE = "EMFILE"
 

@@ -123,7 +123,7 @@ class Stop:
 
 
 class _Departure:
-    """The end of the connection of a `handler.BlobHandler`: what is on its way arrives, nothing else is taken or sent."""
+    """The end of the connection of a `handler.BlobHandler`: what is on its way arrives, and nothing else."""
 
     def __init__(self, handler: Any) -> None:
         connection = handler.connection
