@@ -268,4 +268,5 @@ def test_the_first_screen_has_the_two_commands_and_no_third():
     first_screen = README.partition("\n## ")[0]
     commands = "".join(re.findall(r"(?ms)^```sh\n(.*?)^```$", first_screen)).splitlines()
     assert len(commands) == 2
+    assert "install -q" not in commands[0]  # pip works for most of a minute: it says on what
     assert all(line.startswith("python3 -m venv .venv && .venv/bin/pip install") for line in commands)
