@@ -51,6 +51,7 @@ def test_the_first_screen_has_the_two_commands_and_no_third():
     assert len(commands) == 2
     assert all(line.startswith("python3 -m venv .venv && .venv/bin/pip install") for line in commands)
     assert re.fullmatch(r"python3 -m venv .*pytest", commands[1])
+    assert "install -q" not in commands[0]  # pip works for most of a minute: it says on what
 
 
 def test_the_table_of_files_is_complete():
