@@ -28,8 +28,9 @@ from ZODB.POSException import StorageError
 from ZODB.utils import p64
 
 from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.s3.bucket import PART, Bucket
+from zodb_s3blobs.s3.bucket import Bucket
 from zodb_s3blobs.s3.client import BucketSettings
+from zodb_s3blobs.s3.download import PART
 from zodb_s3blobs.s3.errors import BlobNotFound, BucketError, Damaged
 
 OID = p64(1)
@@ -69,7 +70,7 @@ def unchecked_bucket(unchecked_service, no_pauses):
             s3_ca_file=unchecked_service.ca,
             s3_checksums=unchecked_service.checksums,
             s3_sse_customer_key=unchecked_service.customer_key,
-            # As the README says of a service that fails on parts.
+            # As the table of keys says of a service that fails on parts.
             s3_multipart_threshold=5 << 30 if unchecked_service.lacks("multipart") else 8 << 20,
             s3_read_timeout=1 if unchecked_service.rate else 30,
         ),

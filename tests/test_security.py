@@ -1,8 +1,8 @@
 """What comes from outside, read with an attacker's eyes: clients, the bucket, the service, the disk, the network.
 
-ZEO believes its clients and the database believes its bucket (see Security in the README). What is tested here is what
-holds all the same: nothing from outside becomes a path, a key or a line of the log that is not meant, nothing of it
-takes the memory or the files that the server needs for others, and no secret comes out.
+ZEO believes its clients and the database believes its bucket (Security in zeo-configs/OPERATIONS.md). What is tested
+is what holds all the same: nothing from outside becomes a path, a key or a line of the log that is not meant, nothing
+of it takes the memory or the files that the server needs for others, and no secret comes out.
 """
 
 import base64
@@ -35,8 +35,8 @@ from ZODB.tests.StorageTestBase import ZERO
 from ZODB.utils import p64, z64
 
 from zodb_s3blobs.blobdir import BlobDirectory
-from zodb_s3blobs.cache import files as cache_module
-from zodb_s3blobs.cache.files import Cache, CacheDirectoryError
+from zodb_s3blobs.cache.directory import CacheDirectory, CacheDirectoryError, path_in
+from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.commands import demo
 from zodb_s3blobs.database import object_paths as paths
 from zodb_s3blobs.garbage import collector as garbage
@@ -349,7 +349,7 @@ HOSTILE_OWNERS = {
 @pytest.mark.parametrize("data", HOSTILE_OWNERS.values(), ids=HOSTILE_OWNERS)
 def test_whatever_owner_json_says_it_keeps_the_prefix(s3, bucket_name, bucket, caplog, data):
     s3.client.put_object(Bucket=bucket_name, Key="owner.json", Body=data)
-    lease = Lease(bucket, FakeDatabase(), Metrics())
+    lease = Lease(bucket, FakeDatabase(), Metrics(), "1")
     tracemalloc.start()
     try:
         with pytest.raises(NotOwner) as caught:
@@ -590,16 +590,16 @@ def test_a_link_in_place_of_a_folder_of_the_cache_costs_nobody_a_file(tmp_path, 
 def test_a_link_among_the_blobs_is_not_served(tmp_path, monkeypatch, when):
     (tmp_path / "private").write_bytes(b"not for clients")
     Cache(tmp_path / "cache", 1000, Metrics()).close()
-    path = Path(cache_module.path_in(tmp_path / "cache", OID, TID))
+    path = Path(path_in(tmp_path / "cache", OID, TID))
     path.parent.mkdir(parents=True)
     path.symlink_to(tmp_path / "private")
-    go_on, entries = threading.Event(), cache_module._entries
+    go_on, entries = threading.Event(), CacheDirectory._entries
 
     def slowly(*args):
         assert go_on.wait(60)
         yield from entries(*args)
 
-    monkeypatch.setattr(cache_module, "_entries", slowly)
+    monkeypatch.setattr(CacheDirectory, "_entries", slowly)
     cache = Cache(tmp_path / "cache", 1000, Metrics())
     try:
         if when == "afterwards":

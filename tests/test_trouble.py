@@ -1,7 +1,7 @@
 """What an operator may meet: a full or read-only disk, a deleted cache-dir, wrong clocks, old credentials, a policy.
 
 Each on a real server with stock clients: what goes on, what fails and how it says so, that nothing is lost or deleted,
-and that it works again when the trouble is over. README's "When something breaks" promises what is tested here.
+and that it works again when the trouble is over. OPERATIONS.md ("By cause") promises what is tested here.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import POSKeyError, StorageError
 from ZODB.utils import p64, u64
 
-from zodb_s3blobs.bases.adapter import kind_of
+from zodb_s3blobs.bases import kind_of
 
 DAY = 24 * 3600
 

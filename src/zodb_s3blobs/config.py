@@ -20,15 +20,19 @@ import ZConfig
 import ZConfig.datatypes
 from ZODB.config import BaseConfig
 
-from .bases.adapter import UnsuitableBase, kind_of
+from . import predecessor
+from .bases import kind_of
+from .bases.adapter import UnsuitableBase
 from .blobdir import BlobDirectory, BlobDirectoryError
-from .cache.files import Cache, CacheDirectoryError
+from .cache.directory import CacheDirectoryError
+from .cache.files import Cache
 from .commit import Uploads
 from .fetch import Fetcher
 from .garbage.collector import Collector
 from .lease import Lease
 from .metrics import Metrics
 from .monitoring import endpoint
+from .monitoring.exporter import Exported
 from .monitoring.health import Health
 from .places import Places, PlaceTaken, place_of
 from .s3.bucket import Bucket
@@ -82,6 +86,17 @@ def _datatype(
     return datatype
 
 
+def _timeout(key: str) -> Callable[[str], float]:
+    """Return the datatype of a time of at least 1s; a number alone is taken as seconds, for the sections of 1.2.1."""
+    with_unit = _datatype(key, "time-interval", "a time of at least 1s, such as 30s or 10m", 1)
+
+    def datatype(text: str) -> float:
+        seconds = predecessor.seconds_without_unit(text)
+        return with_unit(text) if seconds is None or seconds < 1 else seconds
+
+    return datatype
+
+
 # The datatypes of component.xml
 _BYTES, _SECONDS = "a number alone would be bytes", "a number alone would be seconds"
 _TIME = f"a time with its unit, at least 1s, such as 30s or 10m: {_SECONDS}"
@@ -91,8 +106,8 @@ s3_multipart_threshold = _datatype(
     "s3-multipart-threshold", "byte-size", "a number of bytes from 5MB to 5GB", 5 * _MB, 5 << 30
 )
 s3_concurrency = _datatype("s3-concurrency", "integer", "a whole number of at least 1", 1)
-s3_connect_timeout = _datatype("s3-connect-timeout", "time-interval", _TIME, 1)
-s3_read_timeout = _datatype("s3-read-timeout", "time-interval", _TIME, 1)
+s3_connect_timeout = _timeout("s3-connect-timeout")
+s3_read_timeout = _timeout("s3-read-timeout")
 s3_max_attempts = _datatype("s3-max-attempts", "integer", "a whole number of at least 1", 1)
 s3_stage_threshold = _datatype(
     "s3-stage-threshold", "byte-size", f"0 or at least 1KB, such as 4MB: {_BYTES}", 1 << 10, zero=True
@@ -152,14 +167,16 @@ class S3BlobStorageFactory(BaseConfig):
         and no error.
         """
         zeo.install()
+        for sentence in predecessor.warnings(self.config):
+            logger.warning("%s: %s", self._label, sentence)
         with contextlib.ExitStack() as undo:
-            metrics = Metrics(self.name or "1")
+            exported = Exported(self.name or "1")
             if self.config.metrics_address:
-                self._export(metrics)
-                undo.callback(endpoint.leave, metrics)
-            bucket = self.open_bucket(metrics)
+                self._export(exported)
+                undo.callback(endpoint.leave, exported)
+            bucket = self.open_bucket(exported.metrics)
             undo.callback(bucket.close)
-            self._describe(bucket, metrics)
+            self._describe(bucket, exported.metrics)
             _probe(bucket)
             try:
                 fallback = self.open_fallback()
@@ -170,7 +187,7 @@ class S3BlobStorageFactory(BaseConfig):
             try:
                 leave_place = _places.take(place_of(bucket), self._label, kind_of(base))
                 undo.callback(leave_place)
-                storage = _assemble(self.config, base, bucket, fallback, metrics, leave_place)
+                storage = _assemble(self.config, base, bucket, fallback, exported, leave_place)
             except UnsuitableBase as error:
                 raise _refuse(f"s3blobstorage: {error}") from None
             except PlaceTaken as error:
@@ -180,9 +197,9 @@ class S3BlobStorageFactory(BaseConfig):
             undo.pop_all()
             return storage
 
-    def _export(self, metrics: Metrics) -> None:
+    def _export(self, exported: Exported) -> None:
         try:
-            endpoint.join(self.config.metrics_address, metrics)
+            endpoint.join(self.config.metrics_address, exported)
         except endpoint.EndpointError as error:
             raise _refuse(f"metrics-address: {error}") from None
 
@@ -415,9 +432,10 @@ def _assemble(
     base: Any,
     bucket: Bucket,
     fallback: BlobDirectory | None,
-    metrics: Metrics,
+    exported: Exported,
     leave_place: Callable[[], None],
 ) -> S3BlobStorage:
+    metrics = exported.metrics
     cache = Cache(config.cache_dir, config.cache_size, metrics)
     try:
         fetcher = Fetcher(bucket, cache, metrics, config.s3_concurrency, fallback)
@@ -431,7 +449,7 @@ def _assemble(
             config.s3_stage_threshold,
         )
         kind = kind_of(base)
-        lease = Lease(bucket, kind, metrics)
+        lease = Lease(bucket, kind, metrics, exported.name)
         collector = Collector(
             bucket,
             cache,
@@ -446,16 +464,16 @@ def _assemble(
         health = Health(bucket)
 
         def close_watch() -> None:
-            endpoint.leave(metrics)
+            endpoint.leave(exported)
             leave_place()
             health.close()
 
-        storage = S3BlobStorage(base, Parts(bucket, cache, fetcher, uploads, lease, collector, metrics, close_watch))
+        storage = S3BlobStorage(base, Parts(bucket, cache, fetcher, uploads, lease, collector, exported, close_watch))
     except BaseException:
         cache.close()
         raise
     metrics.bucket_up.set_function(lambda: health.trouble() is None)
-    metrics.trouble = health.trouble
+    exported.trouble = health.trouble
     if not base.isReadOnly():  # else it can delete nothing, and need not keep others from it
         lease.start()
     return storage

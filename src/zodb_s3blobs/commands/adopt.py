@@ -14,13 +14,15 @@ from contextlib import closing
 from datetime import datetime
 from typing import Any
 
-from ..bases.adapter import Kind, kind_of
+from ..bases import kind_of
+from ..bases.adapter import Kind
 from ..database import zeoconf
 from ..garbage.collector import scan_beside_a_server
 from ..lease import FORMAT, Claim, NotOwner, claim_of, is_alive, why_not
 from ..metrics import Metrics
 from ..progress import showing
-from ..s3.bucket import Bucket, Note
+from ..s3.bucket import Bucket
+from ..s3.control import Note
 from . import common
 
 
@@ -101,7 +103,7 @@ def take_prefix(kind: Kind, bucket: Bucket, note: Note, storage: str) -> None:
     ``storage``: its name. Waits for S3; raises BucketError, and NotOwner if somebody else wrote it meanwhile.
     """
     now = note.now.isoformat(timespec="seconds")
-    data = claim_of(kind, kind.identity(), f"adopt {uuid.uuid4().hex}", storage, now, stopped="", taken=now)
+    data = claim_of(kind, kind.identity(), f"adopt {uuid.uuid4().hex}", storage, now, stopped=now, taken=now)
     bucket.write_owner(data, note)
     written = bucket.read_owner()
     if written is None or written.data != data:

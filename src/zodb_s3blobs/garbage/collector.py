@@ -31,12 +31,14 @@ from typing import Any, BinaryIO, TextIO, TypeVar
 from ..bases.adapter import Revisions, revisions_of
 from ..bases.adapter import is_live as is_live  # for storage.py and survey.py
 from ..cache.files import Cache
+from ..errors import S3BlobsError
 from ..identity import Identity
 from ..inflight import InFlight, Name
 from ..lease import Lease, NotOwner
 from ..metrics import GC_STATES, Metrics
-from ..s3.bucket import Bucket, Listed, ListedUpload
+from ..s3.bucket import Bucket
 from ..s3.errors import BucketError, NotDeleted
+from ..s3.listing import Listed, ListedUpload
 from ..staging import Staging
 from . import marks
 
@@ -72,7 +74,7 @@ _UPLOADS_STAY = "Unfinished uploads of crashed servers stay behind. %s"
 _RECORD = struct.Struct(">8s8sQ")
 
 
-class Refused(Exception):
+class Refused(S3BlobsError):
     """Garbage was found and, for the blobs' sake, none of it deleted; the message says why and what to do."""
 
 
