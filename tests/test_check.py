@@ -373,6 +373,7 @@ def test_the_clocks_are_compared(s3, odd, left_as_it_was, apart):
     assert abs(told - abs(apart)) < 60 and "NTP" in found["clock"]["meaning"]
 
 
+@slow
 def test_a_service_that_takes_damaged_uploads_needs_tls(odd, tls, left_as_it_was):
     found = odd(status=3)
     assert states(found) == MOTO and found["damaged uploads"]["set"] == "s3-endpoint-url https://..."
@@ -856,6 +857,7 @@ def test_large_requests_that_are_cut_off_without_a_word_point_at_a_proxy(s3, che
 # Other checks
 
 
+@slow
 def test_what_a_killed_check_has_left_is_deleted_a_day_later(s3, configure, check, bucket_name):
     s3.put(bucket_name, OTHERS)
     s3.misbehave(operation="CopyObject", hang=True)
@@ -878,6 +880,7 @@ def test_what_a_killed_check_has_left_is_deleted_a_day_later(s3, configure, chec
     assert s3.keys(bucket_name) == [key for key in everything if key not in left]
 
 
+@slow
 def test_whoever_closes_the_terminal_finds_the_bucket_as_it_was(s3, configure, left_as_it_was):
     s3.misbehave(operation="CopyObject", hang=True)
     process = subprocess.Popen(command(configure()), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -887,6 +890,7 @@ def test_whoever_closes_the_terminal_finds_the_bucket_as_it_was(s3, configure, l
     assert "nothing is left below 1/check-" in process.communicate(timeout=60)[1]
 
 
+@slow
 def test_whoever_interrupts_it_before_it_has_stored_anything_need_not_wait(s3, configure):
     s3.misbehave(operation="ListObjects", hang=True)
     process = subprocess.Popen(command(configure()), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -896,6 +900,7 @@ def test_whoever_interrupts_it_before_it_has_stored_anything_need_not_wait(s3, c
     assert process.returncode == 130
 
 
+@slow
 def test_a_terminal_that_knows_only_ascii_gets_all_of_it(check, configure, bucket_name):
     path = configure()
     path.write_text(path.read_text().replace("s3-prefix 1", "s3-prefix d\u00e9p\u00f4t"), encoding="utf-8")
@@ -929,6 +934,7 @@ def test_others_keys_are_left_alone_even_if_a_listing_ignores_the_prefix(s3, buc
     assert paths and all("/1/check-" in path and not path.endswith("check-mine") for path in paths)
 
 
+@slow
 def test_what_could_not_be_deleted_is_told(s3, bucket_name, good, check, everything):
     s3.put(bucket_name, OTHERS)
     s3.misbehave(operation="DeleteObject", status=403, code="AccessDenied")
@@ -988,6 +994,7 @@ def test_whoever_interrupts_it_finds_the_bucket_as_it_was(s3, configure, left_as
     assert "nothing is left below 1/check-" in line
 
 
+@slow
 def test_whoever_reads_only_the_beginning_finds_the_bucket_as_it_was(s3, configure, left_as_it_was):
     s3.misbehave(operation="CopyObject", hang=True)
     process = subprocess.Popen(command(configure()), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -10,7 +10,7 @@ import pytest
 import ZODB
 from persistent.mapping import PersistentMapping
 from sites import KEYS, Site, put, sentence
-from speed import slow_after, slow_but
+from speed import slow, slow_after, slow_but
 from ZODB.blob import Blob
 from ZODB.utils import p64, u64
 
@@ -116,6 +116,7 @@ def test_json_is_the_same_in_any_encoding(umlauts, tool):
     assert json.loads(out)["problems"][0]["path"] == "/Bücher/höhe\u2192"
 
 
+@slow
 def test_an_error_with_umlauts_on_a_terminal_that_knows_only_ascii(umlauts, tool, tmp_path):
     for options in ["--to-blob-dir", str(tmp_path / "Data.fs" / "höhe")], ["--to-blob-dir", "höhe", "--ä"]:
         process = tool.begin("export", umlauts, *options, env=ASCII)

@@ -125,6 +125,7 @@ def test_once_shows_the_round_trip_and_ends_with_0(environment, tmp_path):
     assert os.listdir(tmp_path) == ["tmp"]  # no pid file in INSTANCE_HOME
 
 
+@slow
 def test_the_output_fits_a_terminal_of_80_columns(small, capsys):
     assert cli.main(["demo", "--once"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -149,6 +150,7 @@ def test_other_bytes_than_were_committed_end_it_with_1(small, capsys, monkeypatc
     assert "Every byte" not in output.out
 
 
+@slow
 def test_a_read_that_is_not_what_the_table_calls_it_ends_it_with_1(small, capsys, changed_config):
     changed_config("cache-size 1GB", "cache-size 0")
     assert cli.main(["demo", "--once"]) == 1

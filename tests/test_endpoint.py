@@ -20,6 +20,7 @@ import ZConfig
 import ZODB.config
 from prometheus_client import Gauge
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from speed import slow_but
 from test_zeo import load
 from zeoserver import Figures, ZEOServer, free_address, scrape
 from ZODB.MappingStorage import MappingStorage
@@ -369,7 +370,7 @@ def test_it_starts_without_the_bucket_and_is_not_ready_until_it_answers(open_sto
     assert scrape(address)("s3blobs_bucket_up", storage="main") == 1
 
 
-@pytest.mark.parametrize("asks", ["/-/ready", "/metrics"])
+@pytest.mark.parametrize("asks", slow_but("/-/ready", of=["/-/ready", "/metrics"]))
 @pytest.mark.parametrize("fault", [{"status": 500, "code": "InternalError"}, {"lose": True}, {"hang": True}])
 def test_it_notices_an_outage_and_its_end_without_any_traffic(open_storage, s3, address, monkeypatch, fault, asks):
     monkeypatch.setattr(health, "_WELL", 0.1)

@@ -13,6 +13,7 @@ import pytest
 import ZODB
 import ZODB.config
 from bases import Base
+from speed import slow
 from ZODB.blob import Blob
 from ZODB.Connection import TransactionMetaData
 from ZODB.FileStorage import FileStorage
@@ -96,6 +97,7 @@ def test_exactly_the_dead_are_deleted(s3, bucket_name, base, commit, put, collec
     assert s3.keys(bucket_name) == sorted(live)
 
 
+@slow
 def test_a_gentle_collection_leaves_most_of_the_time_to_others(put, collector):
     names = [(p64(number), p64(1)) for number in range(1, 1001)]
     put(*names)

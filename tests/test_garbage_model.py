@@ -590,13 +590,16 @@ def model(s3, tmp_path, clock):
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("examples", slow_after(1, of=[2, int(os.environ.get("S3BLOBS_TEST_EXAMPLES", "10"))]))
-def test_no_history_loses_a_live_blob_or_keeps_a_dead_one(s3, tmp_path, clock, examples):
+@pytest.mark.parametrize(
+    ("examples", "steps"),
+    slow_after(1, of=[(2, 10), (int(os.environ.get("S3BLOBS_TEST_EXAMPLES", "10")), 25)], unpack=True),
+)
+def test_no_history_loses_a_live_blob_or_keeps_a_dead_one(s3, tmp_path, clock, examples, steps):
     run_state_machine_as_test(
         lambda: Model(s3, tmp_path, clock),
         settings=settings(
             max_examples=examples,
-            stateful_step_count=25,
+            stateful_step_count=steps,
             deadline=None,
             derandomize=True,
             database=None,

@@ -15,7 +15,7 @@ import pytest
 import ZODB.config
 from bases import Base
 from databases import FakeDatabase
-from speed import slow_but
+from speed import slow_after, slow_but
 from zeoserver import FILESTORAGE, ZEOServer
 from ZODB.blob import Blob
 from ZODB.POSException import StorageError
@@ -678,7 +678,7 @@ def test_a_lease_that_was_never_asked_for_is_closed_without_a_request(s3, new_le
     assert s3.requests("OwnerGetObject") == []
 
 
-@pytest.mark.parametrize("when", ["at the start", "later"])
+@pytest.mark.parametrize("when", slow_after(1, of=["at the start", "later"]))
 def test_close_does_not_wait_for_a_silent_s3(s3, new_lease, when):
     lease = new_lease()
     if when == "at the start":

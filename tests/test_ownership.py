@@ -7,6 +7,7 @@ import time
 import pytest
 import transaction
 from sites import Site, Tool
+from speed import slow_but
 from zeoserver import SECTION, ZEOServer
 from ZODB.blob import Blob
 from ZODB.Connection import TransactionMetaData
@@ -187,7 +188,7 @@ def test_an_older_state_of_the_database_deletes_nothing(place, s3, bucket_name):
     assert set(before) <= set(s3.keys(bucket_name))
 
 
-@pytest.mark.parametrize("end", ["stop", "kill"])
+@pytest.mark.parametrize("end", slow_but("stop", of=["stop", "kill"]))
 def test_a_container_with_a_new_cache_dir_each_night_collects(place, s3, bucket_name, end):
     production = place("production")
     db = production.start()

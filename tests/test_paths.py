@@ -19,6 +19,7 @@ from persistent import Persistent
 from persistent.list import PersistentList
 from persistent.mapping import PersistentMapping
 from persistent.wref import WeakRef
+from speed import slow
 from zc.zlibstorage import ZlibStorage
 from ZODB.blob import Blob
 from ZODB.Connection import TransactionMetaData
@@ -753,6 +754,7 @@ def test_the_database_is_read_from_end_to_end_once_and_then_only_what_is_on_the_
     assert asked.count("loadSerial") == 201  # the root once, and for each blob what has a part in no other path
 
 
+@slow
 def test_memory_does_not_grow_with_the_database():
     """The records come one after the other; what is kept of them is in a file."""
     count = 20_000

@@ -690,6 +690,7 @@ def test_without_history_what_was_overwritten_goes_with_any_pack(db, blobs):
     assert list(blobs().values()) == [b"1"]
 
 
+@slow
 @one_of_each
 def test_gc_retention_keeps_dead_blobs(open_db, blobs, s3, application):
     db = open_db(gc_retention="30d")
@@ -888,6 +889,7 @@ def places(application, s3, tmp_path):
     )
 
 
+@slow
 @the_others
 def test_zodbconvert_moves_a_filestorage_in_and_out_with_all_its_blobs(places, convert, application, blobs):
     original = places.files.everything()
@@ -1142,6 +1144,7 @@ def test_released_instances_and_packs_leave_neither_threads_nor_files_nor_connec
         )
 
 
+@slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="the system does not tell what a process has open")
 @the_others
 def test_a_closed_database_leaves_neither_threads_nor_files_nor_connections(application):

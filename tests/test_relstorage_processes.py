@@ -783,6 +783,7 @@ def test_a_database_is_copied_while_another_process_collects_garbage(s3, pair, t
 # The owner lease
 
 
+@slow
 @ONE_OF_EACH
 def test_all_processes_of_one_database_delete(pair, dead, blobs, s3, bucket_name):
     for number in range(2):
@@ -810,6 +811,7 @@ def refused(process):
     return str(error.value)
 
 
+@slow
 @ONE_OF_EACH
 @pytest.mark.parametrize(
     "original_lives", slow_but(True, of=[True, False]), ids=["beside-the-original", "after-a-clean-end"]

@@ -237,6 +237,10 @@ def _old_names(base):
 _ON_POSTGRESQL = ("ConflictResolution", "MTStorage", "TransactionalUndoStorage")
 
 
+#: What is not slow.
+_QUICK = ("ConflictResolution",)
+
+
 def _test_case(kind, base, mixin, left_out):
     """A test case for pytest: upstream's ``base`` without the tests ``left_out``."""
     name = "Test" + "".join(part.title() for part in kind.split("-")) + base.__name__.removeprefix("Abstract")
@@ -253,10 +257,9 @@ def _test_case(kind, base, mixin, left_out):
     for old in dir(cls):
         if old.startswith("check"):  # the same test, or its correction
             setattr(cls, f"test{old.removeprefix('check')}", getattr(cls, old))
+    cls.slow_tests = None
     if kind == "sqlite-history" and base is hptestbase.HistoryPreservingRelStorageTests:
-        cls.slow_tests = [f"test{old.removeprefix('check')}" for old in _beyond(_ON_POSTGRESQL, base)]
-    else:
-        cls.slow_tests = None
+        cls.slow_tests = [f"test{old.removeprefix('check')}" for old in _beyond(_QUICK, base)]
     globals()[name] = cls
 
 

@@ -661,6 +661,7 @@ def test_what_s3_calls_expired_before_its_time_works_again_with_the_next_ones(be
     life.check_all_is_well()
 
 
+@slow
 def test_keys_of_the_section_that_expire_are_named_and_take_a_restart(behind_the_gate, gate, tmp_path, monkeypatch):
     monkeypatch.setenv("KEY_OF_TEST", "first")
     life = behind_the_gate("s3-access-key $(KEY_OF_TEST)\n s3-secret-key test-secret")

@@ -720,6 +720,7 @@ def test_all_parts_together_read_every_blob_once(s3, site, verify):
     assert sorted(read) == sorted(blob.key.partition("/")[2] for blob in blobs)
 
 
+@slow
 def test_the_part_of_a_blob_stays_the_same(s3, site, alone, verify):
     site.write(**{f"n{number}": b"data" for number in range(30)})
     site.close()

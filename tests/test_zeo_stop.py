@@ -322,6 +322,7 @@ def test_all_that_was_answered_arrives_and_what_is_asked_later_is_not_answered(s
 # Nothing begins
 
 
+@slow
 def test_clients_with_nothing_under_way_are_not_kept(start, tmp_path):
     def storages(settings):
         return SECTION.format(**settings) + f"<filestorage 2>\n path {tmp_path}/2.fs\n</filestorage>"

@@ -17,6 +17,7 @@ from upstream import (  # noqa: F401
     run,
     s3_server,
     section,
+    tests_of,
     the_last_blob_goes,
 )
 from ZEO.ClientStorage import ClientStorage
@@ -70,7 +71,11 @@ def _later(future, done=None):
 
 @pytest.mark.usefixtures("everything_deferred")
 class TestFileStorage(Published, testZEO.FileStorageTests, testZEO.CommonBlobTests):
-    slow_tests = ("test_race_external_invalidate_vs_disconnect",)
+    #: The races, and what a FileStorage without ZEO shows by default.
+    slow_tests = tests_of(
+        testZEO.FileStorageTests,
+        *("IteratorStorage", "MTStorage", "PackableStorage", "RevisionStorage", "TransactionalUndoStorage", "racetest"),
+    )
     _expected_interfaces = (
         ("ZODB.interfaces", "IBlobStorageRestoreable"),
         ("ZODB.interfaces", "IBlobStorage"),

@@ -92,6 +92,18 @@ class Published:
                 setattr(cls, f"test_{name}", method)
 
 
+def tests_of(cls, *modules):
+    """Return the names of the tests that the test case ``cls`` has from these ``modules`` of ZODB.tests."""
+    names = {
+        name
+        for base in cls.__mro__
+        if base.__module__.removeprefix("ZODB.tests.") in modules
+        for name in vars(base)
+        if name.startswith(("test", "check"))
+    }
+    return names | {f"test_{name}" for name in names if name.startswith("check")}
+
+
 def parametrize(*, xfail=None, quick=(), **suites):
     """A decorator for a test with the parameter ``case``: it is called with each test of the ``suites``.
 
