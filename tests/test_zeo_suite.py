@@ -13,11 +13,11 @@ from upstream import (  # noqa: F401
     Published,
     file_permissions_hold,
     key_prefix,
+    names_of_tests,
     parametrize,
     run,
     s3_server,
     section,
-    tests_of,
     the_last_blob_goes,
 )
 from ZEO.ClientStorage import ClientStorage
@@ -72,7 +72,7 @@ def _later(future, done=None):
 @pytest.mark.usefixtures("everything_deferred")
 class TestFileStorage(Published, testZEO.FileStorageTests, testZEO.CommonBlobTests):
     #: The races, and what a FileStorage without ZEO shows by default.
-    slow_tests = tests_of(
+    slow_tests = names_of_tests(
         testZEO.FileStorageTests,
         *("IteratorStorage", "MTStorage", "PackableStorage", "RevisionStorage", "TransactionalUndoStorage", "racetest"),
     )

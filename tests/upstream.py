@@ -92,7 +92,7 @@ class Published:
                 setattr(cls, f"test_{name}", method)
 
 
-def tests_of(cls, *modules):
+def names_of_tests(cls, *modules):
     """Return the names of the tests that the test case ``cls`` has from these ``modules`` of ZODB.tests."""
     names = {
         name
