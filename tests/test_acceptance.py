@@ -73,6 +73,7 @@ def unchecked_bucket(unchecked_service, no_pauses):
             # As the table of keys says of a service that fails on parts.
             s3_multipart_threshold=5 << 30 if unchecked_service.lacks("multipart") else 8 << 20,
             s3_read_timeout=1 if unchecked_service.rate else 30,
+            copy_timeout=3 if unchecked_service.rate else 120,
         ),
         Metrics(),
     )
@@ -293,6 +294,7 @@ SECTION = """
   {encryption}
   {authorities}
   s3-read-timeout {timeout}
+  upload-timeout {upload_timeout}
   s3-stage-threshold 200KB
   cache-dir {cache}
   cache-size 1MB
@@ -355,6 +357,7 @@ def server(service, tmp_path):
         "encryption": f"s3-sse-customer-key {key}" if key else "",
         "authorities": f"s3-ca-file {service.ca}" if service.ca else "",
         "timeout": "1s" if service.rate else "30s",
+        "upload_timeout": "6s" if service.rate else "10m",  # as long as a copy that hangs is waited for
         "dir": tmp_path,
     }
     with ZEOServer(
