@@ -24,8 +24,7 @@ from ZODB.POSException import ConflictError, POSKeyError, StorageError
 
 from zodb_s3blobs.s3.keys import Keys
 
-# What they look at is made once, in one process.
-pytestmark = [slow, pytest.mark.xdist_group("prometheus")]
+pytestmark = slow
 
 ROOT = Path(__file__).parent.parent
 KB, MB, DAY = 1 << 10, 1 << 20, 24 * 3600
