@@ -19,7 +19,8 @@ from ZODB.interfaces import IBlobStorage, IBlobStorageRestoreable, IStorageResto
 from ZODB.POSException import POSKeyError, ReadOnlyError, StorageError, StorageTransactionError
 
 from .bases import kind_of
-from .cache.files import Cache, CacheError, Pin
+from .cache.directory import CacheError
+from .cache.files import Cache, Pin
 from .commit import Commit, Uploads
 from .errors import S3BlobsError
 from .fetch import Fetcher
