@@ -411,6 +411,13 @@ class Bucket:
 
     # Reading
 
+    def look_up(self, oid: bytes, tid: bytes) -> Stored | None:
+        """Return what the bucket tells of blob (oid, tid), None if it is not there."""
+        try:
+            return _stored(self._head(self.keys.key(oid, tid)))
+        except BlobNotFound:
+            return None
+
     def find(self, oid: bytes, tid: bytes, filename: str) -> Stored | None:
         """Return what the bucket tells of blob (oid, tid), None if it is not there.
 
@@ -418,9 +425,8 @@ class Bucket:
         carries no checksum.
         """
         key = self.keys.key(oid, tid)
-        try:
-            stored = _stored(self._head(key))
-        except BlobNotFound:
+        stored = self.look_up(oid, tid)
+        if stored is None:
             return None
         same = stored.size == os.path.getsize(filename)
         if not same or (stored.digest and stored.digest != _digest(stored.algorithm, filename)):
@@ -689,6 +695,13 @@ class Bucket:
                 yield Listed(*name, found["Size"], found.get("StorageClass") in _ARCHIVES)
             else:
                 unknown(found["Size"])
+
+    def list_tids(self, oid: bytes) -> Iterator[bytes]:
+        """Yield the tids of all blobs of the object ``oid``."""
+        for found in self._list(self.keys.of_object(oid)):
+            name = self.keys.parse(found["Key"])
+            if name is not None:
+                yield name[1]
 
     def list_staged(self) -> Iterator[ListedStaged]:
         """All staged uploads, of this server and others."""

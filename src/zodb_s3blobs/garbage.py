@@ -5,6 +5,8 @@ After the base has been packed, everything it cannot load any more is garbage. W
 - The order. First the last committed tid is read, then the bucket is listed, and only keys up to that tid are judged.
   A transaction that is still committing has a later tid; one that restores an old one is in the register of blobs in
   flight. Each blob is judged once more at the moment of its deletion.
+- The only copy. The earlier package of this name, 1.2.1, uploaded nothing when a transaction was undone: the bytes of
+  such a revision are at the key of an earlier one. Where a live revision has no object, all earlier ones are kept.
 - The lease. Nothing is deleted while another server may hold the prefix.
 - The retention. A dead blob is marked, and deleted when it has been dead for that long. While the lease is on
   probation, that is never.
@@ -27,6 +29,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter
 from typing import Any, BinaryIO, TextIO, TypeVar
+
+from ZODB.blob import is_blob_record
+from ZODB.POSException import POSKeyError
 
 from . import marks
 from .bases import Revisions, revisions_of
@@ -64,6 +69,9 @@ _ALWAYS_DELETED = 100
 
 #: Up to how many blobs are deleted where not one is live. ZODB's own tests have no others, and so need more.
 _DELETED_WITHOUT_A_LIVE_ONE = 0
+
+#: How the pickle in a record begins, of whatever age: with its protocol, a tuple, or a class.
+_PICKLE_STARTS = (b"\x80", b"(", b"c")
 
 #: Not a reason to let a pack fail: some services cannot list or abort them, and each takes a permission of its own.
 _UPLOADS_STAY = "Unfinished uploads of crashed servers stay behind. %s"
@@ -128,6 +136,8 @@ class Scan:
         self.orphans = Found()
         #: How many of the newer ones no transaction of this process explains.
         self.unexplained = 0
+        #: How many blobs that the database does not have any more are taken for live, as perhaps the only copy.
+        self.only_copies = 0
         #: Whether blobs have marks that are not dead.
         self.has_wrong_marks = False
         self._last = self.base.lastTransaction()
@@ -180,11 +190,16 @@ class Scan:
         oid = blobs[0].oid
         tids = [blob.tid for blob in blobs if blob.tid <= self._last]
         live = self.base.loadable(oid, tids, self.pace.pause) if tids else set()
-        has_object = len(live) == len(tids) or self.base.has_object(oid)
+        dead = set(tids) - live
+        has_object = not dead or self.base.has_object(oid)
+        lacking = self._newest_without_object(oid, min(dead), {blob.tid for blob in blobs}) if dead else None
         for blob in blobs:
             if blob.tid > self._last:
                 yield blob, "newer", 0
             elif blob.tid in live:
+                yield blob, "live", 0
+            elif lacking is not None and blob.tid < lacking:
+                self.only_copies += 1
                 yield blob, "live", 0
             else:
                 # A mark of the future, made while the clock was ahead, would keep it for as long as that.
@@ -193,6 +208,27 @@ class Scan:
                 if is_due and not has_object:
                     self.orphans.add(blob.size)
                 yield blob, "dead" if is_due else "retained", since
+
+    def _newest_without_object(self, oid: bytes, after: bytes, held: set[bytes]) -> bytes | None:
+        """Return the newest live revision of a blob that the bucket does not have, if any is newer than ``after``.
+
+        ``held``: revisions that it does have. What the revision repeats may be any of the earlier ones, also after
+        several undos: its record does not tell that any more once the database has been packed.
+        """
+        tids = {tid for tid in self.base.tids(oid, self.pace.pause) if after < tid <= self._last} - held
+        if not tids or not self._may_be_blob(oid, max(tids)):
+            return None  # a crash before its commit has given the oid to another object
+        # The rest of what is too many for the memory, and what has come since the listing.
+        tids.difference_update(self.bucket.list_tids(oid))
+        return max(tids, default=None)
+
+    def _may_be_blob(self, oid: bytes, tid: bytes) -> bool:
+        """Return False if that revision is no blob; a record that is compressed or encrypted does not tell."""
+        try:
+            record = self.base.loadSerial(oid, tid)
+        except POSKeyError:  # another process packs
+            return True
+        return is_blob_record(record) or record[:1] not in _PICKLE_STARTS
 
     def _is_being_committed(self, blob: Listed) -> bool:
         return self.in_flight.is_wanted((blob.oid, blob.tid)) or blob.tid <= self.base.lastTransaction()
@@ -447,6 +483,14 @@ class Collector:
                 self._bucket.name,
                 scan.unexplained,
                 ", or another process was about to commit them" if scan.base.shared else "",
+            )
+        if scan.only_copies:
+            logger.warning(
+                "Bucket %s keeps %d blobs that the database does not have any more: a later revision of each has no "
+                "object, as zodb-s3blobs 1.2.1 leaves it after an undo, so they may be the only copy of its bytes. "
+                "`zodb-s3blobs verify` lists such revisions, and `zodb-s3blobs verify --repair` gives them objects",
+                self._bucket.name,
+                scan.only_copies,
             )
         for state, found in scan.found.items():
             self._metrics.gc_objects.labels(state).set(found.objects)
