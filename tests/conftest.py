@@ -16,14 +16,14 @@ from s3server import S3Server
 from sites import Site, Tool
 from zeoserver import ZEOServer
 
-from zodb_s3blobs.bucket import Bucket
-from zodb_s3blobs.cache import Cache
-from zodb_s3blobs.garbage import Collector
+from zodb_s3blobs.cache.files import Cache
+from zodb_s3blobs.garbage.collector import Collector
 from zodb_s3blobs.identity import Identity
 from zodb_s3blobs.inflight import InFlight
 from zodb_s3blobs.lease import Lease
 from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.s3client import BucketSettings
+from zodb_s3blobs.s3.bucket import Bucket
+from zodb_s3blobs.s3.client import BucketSettings
 from zodb_s3blobs.staging import Staging
 from zodb_s3blobs.workers import DaemonPool
 

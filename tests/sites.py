@@ -15,7 +15,7 @@ from zeoserver import CONFIG, FILESTORAGE, SECTION
 from ZODB.blob import Blob, is_blob_record
 from ZODB.FileStorage import FileStorage
 
-from zodb_s3blobs.keys import Keys
+from zodb_s3blobs.s3.keys import Keys
 
 KEYS = Keys("1")  # s3-prefix is the name of the storage
 SECRET = "test-secret"

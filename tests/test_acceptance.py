@@ -25,10 +25,10 @@ from ZODB.blob import Blob
 from ZODB.POSException import StorageError
 from ZODB.utils import p64
 
-from zodb_s3blobs.bucket import PART, Bucket
 from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.s3client import BucketSettings
-from zodb_s3blobs.s3errors import BlobNotFound, BucketError, Damaged
+from zodb_s3blobs.s3.bucket import PART, Bucket
+from zodb_s3blobs.s3.client import BucketSettings
+from zodb_s3blobs.s3.errors import BlobNotFound, BucketError, Damaged
 
 OID = p64(1)
 SMALL, LARGE = 1000, 2 * PART + 12345

@@ -12,10 +12,10 @@ import pytest
 from target import Target
 from ZODB.utils import p64
 
-from zodb_s3blobs import bucket as bucket_module
-from zodb_s3blobs.bucket import PART, Bucket, Listed
 from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.s3errors import MISCONFIGURED, BlobNotFound, BucketError, Damaged, TransferCancelled
+from zodb_s3blobs.s3 import bucket as bucket_module
+from zodb_s3blobs.s3.bucket import PART, Bucket, Listed
+from zodb_s3blobs.s3.errors import MISCONFIGURED, BlobNotFound, BucketError, Damaged, TransferCancelled
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 

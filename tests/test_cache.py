@@ -17,8 +17,8 @@ import pytest
 import ZODB.utils
 from ZODB.utils import p64, u64
 
-from zodb_s3blobs import cache as cache_module
-from zodb_s3blobs.cache import Cache, CacheDirectoryError, CacheError
+from zodb_s3blobs.cache import files as cache_module
+from zodb_s3blobs.cache.files import Cache, CacheDirectoryError, CacheError
 from zodb_s3blobs.metrics import Metrics
 
 TIMEOUT = 30
@@ -612,7 +612,7 @@ def test_a_leased_file_stays_though_the_pin_it_was_leased_with_is_released(start
 def test_a_directory_that_another_process_uses_is_refused(cache):
     script = """
 import sys
-from zodb_s3blobs.cache import Cache, CacheDirectoryError
+from zodb_s3blobs.cache.files import Cache, CacheDirectoryError
 from zodb_s3blobs.metrics import Metrics
 
 try:
@@ -642,7 +642,7 @@ def test_a_directory_that_this_process_uses_already_is_refused(cache):
 def test_a_directory_may_be_used_again_after_a_process_was_killed(start_cache, tmp_path):
     script = """
 import os, signal, sys
-from zodb_s3blobs.cache import Cache
+from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.metrics import Metrics
 
 cache = Cache(sys.argv[1], 1000, Metrics())

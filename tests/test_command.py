@@ -13,8 +13,8 @@ from sites import KEYS, Site, put, sentence
 from ZODB.blob import Blob
 from ZODB.utils import p64, u64
 
-from zodb_s3blobs import command
-from zodb_s3blobs.cache import CacheDirectoryError, CacheError
+from zodb_s3blobs.cache.files import CacheDirectoryError, CacheError
+from zodb_s3blobs.commands import common as command
 
 COMMANDS = {
     "verify": [],
@@ -81,7 +81,7 @@ def test_damage_in_the_middle_of_the_database_is_said(site, moved, tool):
 def test_the_cache_logs_its_size_after_a_command_as_before(caplog, capsys):
     import logging
 
-    logger = logging.getLogger("zodb_s3blobs.cache")
+    logger = logging.getLogger("zodb_s3blobs.cache.files")
     before = logger.level
     assert command.run("verify", lambda: logger.getEffectiveLevel()) == logging.WARNING
     assert logger.level == before
@@ -133,7 +133,10 @@ def limited(size):
 FILLING = """
 import sys
 from ZODB.utils import p64
-from zodb_s3blobs import cli, command, inventory, paths
+from zodb_s3blobs import cli
+from zodb_s3blobs.commands import common as command
+from zodb_s3blobs.database import blob_index as inventory
+from zodb_s3blobs.database import object_paths as paths
 
 def fill():
     if sys.argv[1] == "inventory":

@@ -8,11 +8,11 @@ import time
 import pytest
 from ZODB.utils import p64
 
-from zodb_s3blobs.cache import Incoming
+from zodb_s3blobs.cache.files import Incoming
 from zodb_s3blobs.commit import Uploads
 from zodb_s3blobs.fetch import Fetcher
 from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.s3errors import BlobNotFound, BucketError
+from zodb_s3blobs.s3.errors import BlobNotFound, BucketError
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 

@@ -6,14 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import ZEO
 
-from zodb_s3blobs import cli, demo
+from zodb_s3blobs import cli
+from zodb_s3blobs.commands import demo
 
-PACKAGE = Path(demo.__file__).parent
+PACKAGE = demo.PACKAGE
 COMMAND = [sys.executable, "-m", "zodb_s3blobs.cli", "demo"]
 ROW = r"{name} +[\d.]+ [kM]B +blobs/[0-9a-f]+/[0-9a-f]+\.blob +{cold} miss +\d+ ms +0 hit +\d+ ms"
 
@@ -184,11 +184,11 @@ def test_it_stays_up_for_other_clients_until_a_signal(staying, environment, tmp_
     with db.transaction() as connection:
         for name in "keys.py", "storage.py", "bucket.py":
             with connection.root.files[name].open() as file:
-                assert file.read() == (PACKAGE / name).read_bytes()
+                assert file.read() == next(PACKAGE.rglob(name)).read_bytes()
     db.close()
     snippet = re.search(r"^import ZEO\n.*\n.*\n", output, re.M)[0]
     ran = subprocess.run([sys.executable, "-c", snippet], env=environment, capture_output=True, text=True)
-    assert (ran.stdout.rstrip(), ran.stderr) == ((PACKAGE / "keys.py").read_text().rstrip(), "")
+    assert (ran.stdout.rstrip(), ran.stderr) == ((PACKAGE / "s3" / "keys.py").read_text().rstrip(), "")
 
     servers = children(process.pid)
     assert servers

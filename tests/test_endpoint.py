@@ -24,7 +24,7 @@ from test_zeo import load
 from zeoserver import Figures, ZEOServer, free_address, scrape
 from ZODB.MappingStorage import MappingStorage
 
-from zodb_s3blobs import endpoint, health
+from zodb_s3blobs.monitoring import endpoint, health
 
 ACCESS_KEY = "AKIAOFTHISTEST"
 SECRET_KEY = "secret-key-of-this-test"

@@ -15,10 +15,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from promtool import promtool
 from zeoserver import Figures
 
-from zodb_s3blobs import exporter as exporter_module
-from zodb_s3blobs.exporter import Exporter
 from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.zeostats import Reading
+from zodb_s3blobs.monitoring import exporter as exporter_module
+from zodb_s3blobs.monitoring.exporter import Exporter
+from zodb_s3blobs.monitoring.zeo_stats import Reading
 
 
 @pytest.fixture

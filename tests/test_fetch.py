@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from ZODB.utils import p64
 
-from zodb_s3blobs.bucket import PART
 from zodb_s3blobs.fetch import Fetcher
 from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.s3errors import BlobNotFound, BucketError
+from zodb_s3blobs.s3.bucket import PART
+from zodb_s3blobs.s3.errors import BlobNotFound, BucketError
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 

@@ -20,17 +20,17 @@ from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ReadConflictError, StorageError
 from ZODB.utils import p64, u64, z64
 
-from zodb_s3blobs import garbage as garbage_module
-from zodb_s3blobs.bases import kind_of
-from zodb_s3blobs.bucket import Bucket
-from zodb_s3blobs.cache import CacheError
+from zodb_s3blobs.bases.adapter import kind_of
+from zodb_s3blobs.cache.files import CacheError
 from zodb_s3blobs.commit import Uploads
 from zodb_s3blobs.fetch import Fetcher
-from zodb_s3blobs.garbage import Collector, Refused, scan_beside_a_server
+from zodb_s3blobs.garbage import collector as garbage_module
+from zodb_s3blobs.garbage.collector import Collector, Refused, scan_beside_a_server
 from zodb_s3blobs.identity import Identity
 from zodb_s3blobs.lease import NotOwner
 from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.s3errors import BucketError
+from zodb_s3blobs.s3.bucket import Bucket
+from zodb_s3blobs.s3.errors import BucketError
 from zodb_s3blobs.staging import Staging
 from zodb_s3blobs.workers import DaemonPool
 
@@ -273,7 +273,7 @@ def infos(caplog):
     return [
         record.getMessage()
         for record in caplog.records
-        if record.levelno == logging.INFO and record.name == "zodb_s3blobs.garbage"
+        if record.levelno == logging.INFO and record.name == "zodb_s3blobs.garbage.collector"
     ]
 
 

@@ -39,9 +39,9 @@ from ZODB.serialize import ObjectWriter
 from ZODB.utils import z64
 
 from zodb_s3blobs import config, lease
-from zodb_s3blobs.adopt import take_prefix
-from zodb_s3blobs.keys import Keys
+from zodb_s3blobs.commands.adopt import take_prefix
 from zodb_s3blobs.lease import why_not
+from zodb_s3blobs.s3.keys import Keys
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 

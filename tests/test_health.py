@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from ZODB.utils import p64
 
-from zodb_s3blobs import health as health_module
-from zodb_s3blobs.health import Health
-from zodb_s3blobs.s3errors import BucketError
+from zodb_s3blobs.monitoring import health as health_module
+from zodb_s3blobs.monitoring.health import Health
+from zodb_s3blobs.s3.errors import BucketError
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 

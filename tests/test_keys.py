@@ -5,7 +5,7 @@ import random
 import pytest
 from ZODB.utils import p64, u64, z64
 
-from zodb_s3blobs.keys import Keys
+from zodb_s3blobs.s3.keys import Keys
 
 LARGEST = b"\xff" * 8
 

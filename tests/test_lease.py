@@ -20,14 +20,14 @@ from ZODB.blob import Blob
 from ZODB.POSException import StorageError
 from ZODB.utils import p64
 
-from zodb_s3blobs import garbage
 from zodb_s3blobs import lease as lease_module
-from zodb_s3blobs.garbage import Collector
+from zodb_s3blobs.garbage import collector as garbage
+from zodb_s3blobs.garbage.collector import Collector
 from zodb_s3blobs.identity import Identity
 from zodb_s3blobs.inflight import InFlight
 from zodb_s3blobs.lease import RENEW_EVERY, STALE_AFTER, Lease, NotOwner
 from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.s3errors import BucketError
+from zodb_s3blobs.s3.errors import BucketError
 from zodb_s3blobs.staging import Staging
 from zodb_s3blobs.workers import DaemonPool
 

@@ -10,11 +10,11 @@ import pytest
 from bases import Base
 from ZODB.utils import p64
 
-from zodb_s3blobs import garbage as garbage_module
-from zodb_s3blobs import marks
-from zodb_s3blobs.bucket import Bucket
-from zodb_s3blobs.garbage import Refused
-from zodb_s3blobs.s3errors import BucketError
+from zodb_s3blobs.garbage import collector as garbage_module
+from zodb_s3blobs.garbage import marks
+from zodb_s3blobs.garbage.collector import Refused
+from zodb_s3blobs.s3.bucket import Bucket
+from zodb_s3blobs.s3.errors import BucketError
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 

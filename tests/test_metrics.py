@@ -21,11 +21,11 @@ from ZODB.tests.MinPO import MinPO
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import p64
 
-from zodb_s3blobs.cache import CacheError, path_in
+from zodb_s3blobs.cache.files import CacheError, path_in
 from zodb_s3blobs.commit import Uploads
 from zodb_s3blobs.fetch import Fetcher
-from zodb_s3blobs.keys import Keys
-from zodb_s3blobs.s3errors import BlobNotFound, BucketError
+from zodb_s3blobs.s3.errors import BlobNotFound, BucketError
+from zodb_s3blobs.s3.keys import Keys
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from ZEO.monitor import StorageStats
 from ZODB.utils import z64
 
-from zodb_s3blobs import zeostats
-from zodb_s3blobs.exporter import Exporter
 from zodb_s3blobs.metrics import Metrics
+from zodb_s3blobs.monitoring import zeo_stats as zeostats
+from zodb_s3blobs.monitoring.exporter import Exporter
 
 README = Path(__file__).parent.parent / "README.md"
 

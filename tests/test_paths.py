@@ -27,7 +27,7 @@ from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.utils import oid_repr, p64
 
-from zodb_s3blobs import paths
+from zodb_s3blobs.database import object_paths as paths
 
 
 def filestorage(path):

@@ -21,7 +21,7 @@ from ZODB.blob import FilesystemHelper
 from ZODB.Connection import TransactionMetaData
 from ZODB.POSException import ConflictError, POSKeyError, StorageError
 
-from zodb_s3blobs.keys import Keys
+from zodb_s3blobs.s3.keys import Keys
 
 ROOT = Path(__file__).parent.parent
 KB, MB, DAY = 1 << 10, 1 << 20, 24 * 3600

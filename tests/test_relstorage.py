@@ -26,7 +26,7 @@ from ZODB.POSException import ConflictError, POSKeyError, ReadOnlyError, ReadOnl
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import p64
 
-from zodb_s3blobs.keys import Keys
+from zodb_s3blobs.s3.keys import Keys
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -1177,21 +1177,21 @@ def test_a_relstorage_with_blobs_of_its_own_is_refused(application, tmp_path, sh
 @pytest.mark.parametrize("version", ["3.5.0", "4.4.0", "4.4b1", "4.10", "5"])
 @on_sqlite
 def test_a_version_of_relstorage_that_was_not_tested_is_refused(application, monkeypatch, version):
-    monkeypatch.setattr("zodb_s3blobs.relstorage.version", lambda name: version)
+    monkeypatch.setattr("zodb_s3blobs.bases.relstorage.version", lambda name: version)
     assert version in refused(application.config())
 
 
 @pytest.mark.parametrize("version", ["4.0.0", "4.3", "4.3.1.dev0", "4.3rc1"])
 @on_sqlite
 def test_versions_of_relstorage_that_were_tested_are_accepted(open_db, monkeypatch, version):
-    monkeypatch.setattr("zodb_s3blobs.relstorage.version", lambda name: version)
+    monkeypatch.setattr("zodb_s3blobs.bases.relstorage.version", lambda name: version)
     put(open_db(), "blob", b"data")
 
 
 @on_sqlite
 def test_a_refused_relstorage_leaves_everything_free(application, monkeypatch, open_db):
     with monkeypatch.context() as patch:
-        patch.setattr("zodb_s3blobs.relstorage.version", lambda name: "99.0")
+        patch.setattr("zodb_s3blobs.bases.relstorage.version", lambda name: "99.0")
         refused(application.config())
     put(open_db(), "blob", b"data")
 
@@ -1233,7 +1233,7 @@ def test_the_password_of_the_database_is_told_nowhere(application, closing, capl
     s3.behave()
     db.pack()
     with monkeypatch.context() as patch:
-        patch.setattr("zodb_s3blobs.relstorage.version", lambda name: "99.0")
+        patch.setattr("zodb_s3blobs.bases.relstorage.version", lambda name: "99.0")
         told.append(refused(application.config(cache="other")))
     told.append(
         refused(section(application, application.database.section(blob_dir=application.directory / "blobs"), "b"))

@@ -24,7 +24,8 @@ from ZODB.FileStorage import FileStorage
 from ZODB.POSException import ConflictError, StorageError
 from ZODB.utils import load_current, p64, u64, z64
 
-from zodb_s3blobs import garbage, relstorage
+from zodb_s3blobs.bases import relstorage
+from zodb_s3blobs.garbage import collector as garbage
 
 #: For what takes long, and differs by the kind of database at most, not by its history.
 ONE_OF_EACH = pytest.mark.parametrize("database", ["sqlite-history", "postgresql-free"], indirect=True)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from zodb_s3blobs.survey import Outcome, Report
+from zodb_s3blobs.database.survey import Outcome, Report
 
 OID, TID = b"\0" * 7 + b"\1", b"\3\xd0\xc0\xb0\xa0\x90\x80\x70"
 MEANINGS = {"good": "a meaning that is as long as any, " * 4, "unreadable": "short", "none": "of which there are none"}

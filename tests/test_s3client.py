@@ -13,10 +13,10 @@ import pytest
 from webserver import Objects, WebServer, make_certificate
 from ZODB.utils import p64
 
-from zodb_s3blobs import bucket as bucket_module
-from zodb_s3blobs import s3client
-from zodb_s3blobs.bucket import PART
-from zodb_s3blobs.s3errors import BucketError
+from zodb_s3blobs.s3 import bucket as bucket_module
+from zodb_s3blobs.s3 import client as s3client
+from zodb_s3blobs.s3.bucket import PART
+from zodb_s3blobs.s3.errors import BucketError
 
 OID, TID, OTHER_TID = p64(1), p64(2), p64(3)
 KEY, OTHER_KEY = "blobs/1/2.blob", "blobs/1/3.blob"

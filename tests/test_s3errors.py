@@ -13,7 +13,7 @@ import pytest
 import urllib3.exceptions
 
 from zodb_s3blobs.metrics import S3_FAILURES
-from zodb_s3blobs.s3errors import (
+from zodb_s3blobs.s3.errors import (
     BlobNotFound,
     BucketError,
     LocalError,

@@ -12,9 +12,9 @@ from figures import figures, nonzero, value
 from target import Target
 from ZODB.utils import p64
 
-from zodb_s3blobs.bucket import PART
 from zodb_s3blobs.metrics import S3_CODES, S3_FAILURES, S3_OPERATIONS
-from zodb_s3blobs.s3errors import BlobNotFound, BucketError, TransferCancelled
+from zodb_s3blobs.s3.bucket import PART
+from zodb_s3blobs.s3.errors import BlobNotFound, BucketError, TransferCancelled
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 

@@ -34,13 +34,15 @@ from ZODB.POSException import StorageError
 from ZODB.tests.StorageTestBase import ZERO
 from ZODB.utils import p64, z64
 
-from zodb_s3blobs import cache as cache_module
-from zodb_s3blobs import demo, garbage, paths
 from zodb_s3blobs.blobdir import BlobDirectory
-from zodb_s3blobs.cache import Cache, CacheDirectoryError
+from zodb_s3blobs.cache import files as cache_module
+from zodb_s3blobs.cache.files import Cache, CacheDirectoryError
+from zodb_s3blobs.commands import demo
+from zodb_s3blobs.database import object_paths as paths
+from zodb_s3blobs.garbage import collector as garbage
 from zodb_s3blobs.lease import STALE_AFTER, Lease, NotOwner
 from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.s3errors import BlobNotFound, BucketError, Damaged
+from zodb_s3blobs.s3.errors import BlobNotFound, BucketError, Damaged
 
 pytestmark = pytest.mark.usefixtures("no_aws_settings", "no_pauses")
 

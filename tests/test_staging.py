@@ -8,7 +8,7 @@ import pytest
 
 from zodb_s3blobs import staging as staging_module
 from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.s3errors import BucketError
+from zodb_s3blobs.s3.errors import BucketError
 from zodb_s3blobs.staging import Staging
 from zodb_s3blobs.workers import DaemonPool
 

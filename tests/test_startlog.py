@@ -9,7 +9,7 @@ import ZEO.StorageServer
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 
-from zodb_s3blobs import startlog
+from zodb_s3blobs.zeo import startlog
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_nothing_is_said_where_zeo_does_not_tell(caplog):
 def test_runzeo_says_it_once_at_the_start(start, zeo, said):
     log = start(zeo={"transaction_timeout": 61} if zeo is None else zeo, options={"upload_timeout": "1m"}).output()
     assert log.count("transaction-timeout") == (2 if said else 0)  # twice in one sentence
-    assert f"WARNING zodb_s3blobs.startlog Storage 1: {said}" in log or not said
+    assert f"WARNING zodb_s3blobs.zeo.startlog Storage 1: {said}" in log or not said
 
 
 def test_runzeo_says_where_the_blobs_are_and_that_the_bucket_answered(start, s3, bucket_name):

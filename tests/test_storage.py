@@ -29,8 +29,8 @@ from ZODB.tests.MinPO import MinPO
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import p64
 
-from zodb_s3blobs import cache as cache_module
-from zodb_s3blobs.keys import Keys
+from zodb_s3blobs.cache import files as cache_module
+from zodb_s3blobs.s3.keys import Keys
 
 FILESTORAGE = "<filestorage>\n path {dir}/Data.fs\n</filestorage>"
 

@@ -38,9 +38,9 @@ from ZODB.POSException import (
 )
 from ZODB.utils import p64, u64
 
-from zodb_s3blobs import zeoerrors
 from zodb_s3blobs.blobdir import BlobDirectoryError
 from zodb_s3blobs.workers import Waiting
+from zodb_s3blobs.zeo import errors as zeoerrors
 
 OID, TID = p64(1), p64(2)
 SECRET = "an-access-key-that-nobody-is-to-see"

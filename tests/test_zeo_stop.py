@@ -271,7 +271,7 @@ def test_a_signal_in_the_middle_of_a_message_does_no_harm(server_with):
     """It comes while the server prepares a part of the blob; the stock server loses that, and may send what follows."""
     server = server_with("""
         import signal
-        from zodb_s3blobs.zeo import BlobHandler
+        from zodb_s3blobs.zeo.handler import BlobHandler
 
         read, parts = BlobHandler._read, 0
 
@@ -386,7 +386,7 @@ def test_a_blob_that_is_still_being_fetched_is_not_begun(s3, server, large, half
 
 def test_a_client_that_takes_nothing_is_given_up(server_with):
     server = server_with("""
-        from zodb_s3blobs import zeostop
+        from zodb_s3blobs.zeo import stop as zeostop
 
         zeostop.LONGEST = 1.0
         """)

@@ -23,7 +23,7 @@ from ZEO.tests import forker, testZEO
 from ZODB.tests import PackableStorage, testblob
 
 from zodb_s3blobs import commit, fetch, workers
-from zodb_s3blobs.keys import Keys
+from zodb_s3blobs.s3.keys import Keys
 
 FILE_STORAGE = """
     <filestorage>

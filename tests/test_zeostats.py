@@ -20,7 +20,7 @@ from ZODB.tests.MinPO import MinPO
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.TimeStamp import TimeStamp
 
-from zodb_s3blobs import zeostats
+from zodb_s3blobs.monitoring import zeo_stats as zeostats
 
 FIGURES = {
     "zeo_connections",

@@ -14,7 +14,7 @@ import ZConfig
 import ZODB.config
 from s3server import S3Server
 
-from zodb_s3blobs import garbage
+from zodb_s3blobs.garbage import collector as garbage
 
 # The tests of ZEO 5 import the backport of what is in the standard library.
 sys.modules.setdefault("mock", unittest.mock)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from . import adopt, check, demo, export, gc, migrate, verify
+from .commands import adopt, check, demo, export, gc, migrate, verify
 
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,

@@ -17,11 +17,11 @@ from typing import Any
 
 from prometheus_client import Counter
 
-from .bucket import Bucket
-from .cache import Cache, Incoming, Pin
+from .cache.files import Cache, Incoming, Pin
 from .inflight import InFlight, Name
 from .metrics import Metrics
-from .s3errors import BlobNotFound, BucketError, NotDeleted, TransferCancelled
+from .s3.bucket import Bucket
+from .s3.errors import BlobNotFound, BucketError, NotDeleted, TransferCancelled
 from .staging import TOO_LATE, Staged, Staging
 from .workers import DaemonPool, Waiting
 

@@ -20,22 +20,23 @@ import ZConfig
 import ZConfig.datatypes
 from ZODB.config import BaseConfig
 
-from . import endpoint, zeo
-from .bases import UnsuitableBase, kind_of
+from .bases.adapter import UnsuitableBase, kind_of
 from .blobdir import BlobDirectory, BlobDirectoryError
-from .bucket import Bucket
-from .cache import Cache, CacheDirectoryError
+from .cache.files import Cache, CacheDirectoryError
 from .commit import Uploads
 from .fetch import Fetcher
-from .garbage import Collector
-from .health import Health
+from .garbage.collector import Collector
 from .lease import Lease
 from .metrics import Metrics
+from .monitoring import endpoint
+from .monitoring.health import Health
 from .places import Places, PlaceTaken, place_of
-from .s3client import BucketSettings
-from .s3errors import MISCONFIGURED, BucketError
+from .s3.bucket import Bucket
+from .s3.client import BucketSettings
+from .s3.errors import MISCONFIGURED, BucketError
 from .storage import Parts, S3BlobStorage
 from .workers import DaemonPool
+from .zeo import handler as zeo
 
 logger = logging.getLogger(__name__)
 

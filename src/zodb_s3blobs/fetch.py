@@ -6,10 +6,10 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 from .blobdir import BlobDirectory
-from .bucket import Bucket, Opened, Target
-from .cache import Cache, Pin
+from .cache.files import Cache, Pin
 from .metrics import Metrics
-from .s3errors import BlobNotFound, BucketError
+from .s3.bucket import Bucket, Opened, Target
+from .s3.errors import BlobNotFound, BucketError
 from .workers import DaemonPool
 
 #: A blob up to this many bytes is read at once. Larger ones wait for each other, and no small one waits for them.

@@ -31,9 +31,9 @@ from typing import Protocol
 
 from ZODB.utils import p64, tid_repr, u64, z64
 
-from .bucket import Bucket, Note
 from .metrics import Metrics
-from .s3errors import BucketError
+from .s3.bucket import Bucket, Note
+from .s3.errors import BucketError
 
 logger = logging.getLogger(__name__)
 

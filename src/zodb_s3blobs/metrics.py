@@ -12,7 +12,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from .exporter import Exporter
+    from .monitoring.exporter import Exporter
 
 #: The upper bounds of the histograms: in seconds, and in bytes from 4 KiB to 1 GiB.
 LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)

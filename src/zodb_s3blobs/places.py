@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from .bases import Kind
-from .bucket import Bucket
+from .bases.adapter import Kind
+from .s3.bucket import Bucket
 
 #: Endpoint, bucket and prefix.
 Place = tuple[str, str, str]

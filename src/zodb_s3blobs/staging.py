@@ -14,9 +14,9 @@ import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 
-from .bucket import Bucket, ListedStaged
 from .metrics import Metrics
-from .s3errors import BucketError, TransferCancelled
+from .s3.bucket import Bucket, ListedStaged
+from .s3.errors import BucketError, TransferCancelled
 from .workers import DaemonPool, Waiting
 
 logger = logging.getLogger(__name__)

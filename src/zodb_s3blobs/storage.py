@@ -18,16 +18,16 @@ import zope.interface
 from ZODB.interfaces import IBlobStorage, IBlobStorageRestoreable, IStorageRestoreable
 from ZODB.POSException import POSKeyError, ReadOnlyError, StorageError, StorageTransactionError
 
-from .bases import Busy, kind_of, repeated
+from .bases.adapter import Busy, kind_of, repeated
 from .blobdir import BlobDirectoryError
-from .bucket import Bucket
-from .cache import Cache, CacheError, Pin
+from .cache.files import Cache, CacheError, Pin
 from .commit import Commit, Uploads
 from .fetch import Fetcher
-from .garbage import Collector, Refused, is_live
+from .garbage.collector import Collector, Refused, is_live
 from .lease import Lease, NotOwner
 from .metrics import Metrics
-from .s3errors import BlobNotFound, BucketError
+from .s3.bucket import Bucket
+from .s3.errors import BlobNotFound, BucketError
 from .staging import TOO_LATE, Staging
 from .workers import Waiting
 

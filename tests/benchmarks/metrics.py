@@ -27,7 +27,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from s3server import S3Server
 from zeoserver import ZEOServer
 
-from zodb_s3blobs.cache import Cache
+from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.fetch import Fetcher
 from zodb_s3blobs.metrics import Metrics
 

@@ -43,7 +43,7 @@ from ZODB.blob import Blob  # noqa: E402
 from ZODB.FileStorage import FileStorage  # noqa: E402
 from ZODB.POSException import StorageError  # noqa: E402
 
-from zodb_s3blobs.keys import Keys  # noqa: E402
+from zodb_s3blobs.s3.keys import Keys  # noqa: E402
 
 WRITERS, READERS = 3, 2
 CLIENTS = [*(f"writer {n}" for n in range(WRITERS)), *(f"reader {n}" for n in range(READERS)), "packer 0"]

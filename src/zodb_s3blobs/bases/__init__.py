@@ -1,0 +1,1 @@
+"""The storages that `S3BlobStorage` can wrap."""

@@ -1,0 +1,308 @@
+"""RelStorage as the base. All that is used of it and is not a promise of ZODB's interfaces is in this file.
+
+RelStorage chooses the tid when it finishes a transaction, unless the transaction has blobs in a shared directory: then
+it locks the database at the end of the vote, and tells its blob helper the tid. Our helper does nothing but ask for
+that. Several processes work on one database, so what one of them knows is not all there is: garbage collection asks
+the database itself, and excludes by a lock in the database that another process restores transactions meanwhile.
+
+No class or module of RelStorage is changed. `TESTED` are the versions whose insides are known to be as used here.
+"""
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import zc.lockfile
+from relstorage.adapters.connections import StoreConnection
+from relstorage.adapters.postgresql import PostgreSQLAdapter
+from relstorage.adapters.sqlite.adapter import Sqlite3Adapter
+from relstorage.blobhelper import NoBlobHelper
+from relstorage.storage.copy import Copy
+from ZODB.POSException import POSKeyError, StorageTransactionError
+from ZODB.utils import maxtid, p64, u64
+
+from ..boot_id import boot_id
+from .adapter import Busy, Kind, Revisions, UnsuitableBase, loadable_one_by_one
+
+#: The least version of RelStorage, and the first one that has not been tested.
+TESTED = (4, 0), (4, 4)
+
+#: How long, in seconds, to wait for what another process does: it deletes some blobs, or restores one transaction.
+_PATIENCE = 60.0
+
+#: What tells our lock in PostgreSQL from others. Those of RelStorage are in another space of numbers.
+_LOCK = "1395868226, 1"
+
+
+class RelStorageKind(Kind):
+    """``holder`` is the RelStorage itself, ``storage`` possibly a wrapper of it. Raises `bases.UnsuitableBase`."""
+
+    shared = True
+    not_for_zeo = (
+        "ZEO cannot serve RelStorage: its clients would miss commits, and get conflicts as errors. Use the "
+        "s3blobstorage in the configuration of the application (zope.conf), and as many processes as you like"
+    )
+
+    def __init__(self, storage: Any, relstorage: Any) -> None:
+        _check_version()
+        super().__init__(storage, lambda: relstorage)
+        self._relstorage = relstorage
+        adapter = relstorage._adapter
+        if isinstance(adapter, PostgreSQLAdapter):
+            self._database: _PostgreSQL | _SQLite = _PostgreSQL(adapter)
+        elif isinstance(adapter, Sqlite3Adapter):
+            self._database = _SQLite(adapter)
+        else:
+            raise UnsuitableBase(
+                "s3blobstorage can wrap a relstorage with sqlite3 or postgresql: it does not know yet what tells one "
+                "database of another kind from its copies"
+            )
+        if not isinstance(relstorage.blobhelper, _TidTeller):  # a new instance has it already
+            relstorage.blobhelper = _TidTeller()
+
+    def committing_tid(self) -> bytes | None:
+        return self._relstorage.blobhelper.tid
+
+    def expect_blobs(self) -> None:
+        # The way that RelStorage's own `storeBlob` takes; it makes the helper part of the transaction.
+        self._relstorage._tpc_phase.shared_state.blobhelper.txn_has_blobs = True
+
+    def undo(self, transaction_id: bytes, transaction: Any) -> tuple[Any, Iterator[tuple[bytes, bytes, bytes]]]:
+        result = self._storage.undo(transaction_id, transaction)
+        return result, self._undone()
+
+    def _undone(self) -> Iterator[tuple[bytes, bytes, bytes]]:
+        for oid, tid in self._relstorage.blobhelper.undone:
+            try:
+                yield p64(oid), p64(tid), self._storage.loadSerial(p64(oid), p64(tid))
+            except POSKeyError:
+                pass  # the undone transaction created the object
+
+    def copy(self, other: Any, destination: Any) -> None:
+        if self._storage is not self._relstorage:
+            # The wrapper has told RelStorage how it encodes records, and RelStorage's way would do that as well.
+            super().copy(other, destination)
+            return
+        # In a history-free database this one copies current revisions only.
+        Copy(destination, destination, destination).copyTransactionsFrom(other)
+
+    def restoring(self) -> AbstractContextManager[None]:
+        return _excluding(
+            lambda: self._database.try_lock_in(self._relstorage._tpc_phase.shared_state.store_connection),
+            "another process has been deleting dead blobs for a minute: restore again later",
+        )
+
+    @contextmanager
+    def revisions(self) -> Iterator[Revisions]:
+        # Not the kind of connection that objects are loaded with: that may be to a replica, which lags.
+        adapter = self._relstorage._adapter.new_instance()
+        connection = StoreConnection(adapter.connmanager)
+        try:
+            yield _Stored(adapter, connection, self._database)
+        finally:
+            connection.drop()
+            adapter.release()
+
+    def identity(self) -> str:
+        return self._database.identity()
+
+    def was(self, identity: str) -> bool:
+        return _lasting(identity) == _lasting(self.identity())
+
+    def last_transaction(self) -> bytes:
+        with self.revisions() as revisions:
+            return revisions.lastTransaction()
+
+    def has_transaction(self, tid: bytes) -> bool:
+        instance = self._relstorage.new_instance()
+        try:
+            return any(transaction.tid == tid for transaction in instance.iterator(tid, tid))
+        finally:
+            instance.release()
+
+
+def _lasting(identity: str) -> str:
+    """Return what a restart, of PostgreSQL or of the machine of SQLite, leaves as it is."""
+    return re.sub(r"(?<=PostgreSQL )started [^,]+, |(?<=SQLite )on [^,]+, ", "", identity)
+
+
+class _TidTeller(NoBlobHelper):
+    """RelStorage's blob helper of one instance: stores nothing, and learns the tid of each transaction with blobs."""
+
+    NEEDS_DB_LOCK_TO_VOTE = True
+
+    txn_has_blobs = False
+    #: The tid, from the moment when the database is locked to the end of the transaction.
+    tid: bytes | None = None
+    #: What the last undo of this transaction went back to: numbers of oid and tid.
+    undone: list[tuple[int, int]] = []  # noqa: RUF012 (never changed, only replaced)
+
+    def new_instance(self, adapter: Any) -> "_TidTeller":
+        return type(self)()
+
+    def begin(self) -> None:
+        self.__dict__.clear()
+
+    abort = clear_temp = close = begin
+
+    def vote(self, tid: bytes | None = None) -> None:
+        if tid is None:
+            raise StorageTransactionError("The tid is needed, so the database has to be locked now")
+        self.tid = tid
+
+    def copy_undone(self, copied: list[tuple[int, int]], tid: bytes) -> None:
+        self.undone, self.tid = copied, tid
+
+
+class _Stored:
+    """The `Revisions` that are in the database."""
+
+    shared = True
+
+    def __init__(self, adapter: Any, connection: Any, database: "_PostgreSQL | _SQLite") -> None:
+        self._adapter = adapter
+        self._connection = connection
+        self._database = database
+
+    def _cursor(self) -> Any:
+        self._connection.rollback_quietly()  # or what was seen before is what is seen now
+        return self._connection.cursor
+
+    def lastTransaction(self) -> bytes:
+        return p64(self._adapter.txncontrol.get_tid(self._cursor()))
+
+    def loadSerial(self, oid: bytes, tid: bytes) -> bytes:
+        record = self._adapter.mover.load_revision(self._cursor(), u64(oid), u64(tid))
+        if not record:
+            raise POSKeyError(oid, tid)
+        return record
+
+    def loadable(self, oid: bytes, tids: Iterable[bytes], pause: Callable[[], None] = lambda: None) -> set[bytes]:
+        return loadable_one_by_one(self, oid, tids, pause)  # the database has an index
+
+    def has_object(self, oid: bytes) -> bool:
+        state, _ = self._adapter.mover.load_current(self._cursor(), u64(oid))
+        return bool(state)
+
+    def tids(self, oid: bytes, pause: Callable[[], None] = lambda: None) -> set[bytes]:
+        tids: set[bytes] = set()
+        before: int | None = u64(maxtid)
+        while before is not None:
+            state, before = self._adapter.mover.load_before(self._cursor(), u64(oid), before)
+            if state:  # where the creation of the object has been undone, there is none
+                tids.add(p64(before))
+            pause()
+        return tids
+
+    def no_restores(self) -> AbstractContextManager[None]:
+        return _excluding(
+            self._database.try_lock,
+            "another process has been restoring a transaction (copyTransactionsFrom, zodbconvert), or deleting dead "
+            "blobs, for a minute: pack again later",
+        )
+
+
+@contextmanager
+def _excluding(try_lock: Callable[[], AbstractContextManager[bool]], refusal: str) -> Iterator[None]:
+    deadline = time.monotonic() + _PATIENCE
+    with ExitStack() as stack:
+        while not stack.enter_context(try_lock()):
+            stack.close()
+            if time.monotonic() > deadline:
+                raise Busy(refusal)
+            time.sleep(0.05)
+        yield
+
+
+class _PostgreSQL:
+    """What is PostgreSQL's own. Any thread may call; each call has a connection of its own."""
+
+    def __init__(self, adapter: Any) -> None:
+        self._connmanager = adapter.connmanager
+
+    def identity(self) -> str:
+        """The running server, the database in it, and the tables in that.
+
+        A copy in the same server has other tables, and one in another server has another start: even if that is
+        a copy of the whole server.
+        """
+        with self._cursor() as cursor:
+            cursor.execute(
+                "SELECT to_char(pg_postmaster_start_time() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US'), "
+                "oid, 'object_state'::regclass::oid FROM pg_database WHERE datname = current_database()"
+            )
+            started, database, table = cursor.fetchone()
+        return f"PostgreSQL started {started}, database {database}, table {table}"
+
+    @contextmanager
+    def try_lock(self) -> Iterator[bool]:
+        """Whether there is the lock now, until the end."""
+        with self._cursor() as cursor:
+            cursor.execute(f"SELECT pg_try_advisory_lock({_LOCK})")
+            [locked] = cursor.fetchone()
+            # The lock is the session's and ends with it. A transaction that does nothing may be ended by the server.
+            cursor.connection.commit()
+            yield locked
+
+    @contextmanager
+    def try_lock_in(self, connection: Any) -> Iterator[bool]:
+        """The same until the end of the transaction of ``connection``.
+
+        It is committed with the lock or not at all: a lock of another connection could have been lost by then.
+        """
+        connection.cursor.execute(f"SELECT pg_try_advisory_xact_lock({_LOCK})")
+        [locked] = connection.cursor.fetchone()
+        yield locked
+
+    @contextmanager
+    def _cursor(self) -> Iterator[Any]:
+        connection, cursor = self._connmanager.open()
+        try:
+            yield cursor
+        finally:
+            self._connmanager.rollback_and_close(connection, cursor)
+
+
+class _SQLite:
+    """What is SQLite's own: a database is a file that processes of one machine use."""
+
+    def __init__(self, adapter: Any) -> None:
+        self._path = adapter.connmanager.path
+
+    def identity(self) -> str:
+        """The file, on this machine as it runs now."""
+        status = os.stat(self._path)
+        return f"SQLite on {boot_id()}, device {status.st_dev}, inode {status.st_ino}"
+
+    @contextmanager
+    def try_lock(self) -> Iterator[bool]:
+        """Whether there is the lock now, until the end."""
+        try:
+            lock = zc.lockfile.LockFile(f"{self._path}.s3blobs.lock")
+        except zc.lockfile.LockError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.close()
+
+    def try_lock_in(self, connection: Any) -> AbstractContextManager[bool]:
+        """The same; neither the lock nor a transaction outlives this process."""
+        return self.try_lock()
+
+
+def _check_version() -> None:
+    installed = version("RelStorage")
+    least, untested = TESTED
+    number = re.match(r"(\d+)\.(\d+)", installed)  # what follows may be such as rc1
+    if number is None or not least <= (int(number[1]), int(number[2])) < untested:
+        raise UnsuitableBase(
+            f"s3blobstorage uses the insides of RelStorage and is tested with {least[0]}.{least[1]} and newer, but not "
+            f"{untested[0]}.{untested[1]} or newer; {installed} is installed: install one of those, or a newer "
+            f"zodb-s3blobs"
+        )

@@ -1,0 +1,1 @@
+"""The file cache of committed blobs on the server's disk."""

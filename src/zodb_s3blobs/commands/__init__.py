@@ -1,0 +1,1 @@
+"""The subcommands of ``zodb-s3blobs``, one module or package each."""

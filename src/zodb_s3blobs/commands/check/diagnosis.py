@@ -1,0 +1,274 @@
+"""What keeps a bucket from working at all, and which key of the section helps: tried out, and not guessed.
+
+For ``zodb-s3blobs check``. A key is named only if it has worked without it, or with another value.
+"""
+
+import socket
+import ssl
+from collections.abc import Iterator
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from ...s3.errors import MISCONFIGURED, BlobNotFound, BucketError
+from .scratch import FORBIDDEN, Scratch, WrongKey, is_answered
+
+SMALL = b"This is a blob of zodb-s3blobs check."
+
+#: Refusals that no other setting of the connection changes: who asks is not known, or comes at the wrong time.
+_OF_CREDENTIALS = {
+    *("InvalidAccessKeyId", "NoCredentials", "AuthFailure", "InvalidToken", "ExpiredToken", "TokenRefreshRequired"),
+    *("CredentialRetrievalError", "TokenRetrievalError", "SSOError", "ProfileNotFound", "RequestTimeTooSkewed"),
+}
+
+#: Values of `BucketError.reason` that no key has to do with which an upload can go without.
+_OF_THE_MOMENT = {"timeout", "throttled", "quota"}
+
+#: What an upload can go without, the smaller changes first.
+_WITHOUT: dict[str, dict[str, Any]] = {
+    "s3-sse-kms-key-id": {"s3_sse_kms_key_id": None},
+    "s3-sse": {"s3_sse": None, "s3_sse_kms_key_id": None},
+    "s3-sse-customer-key": {"s3_sse_customer_key": None},
+    "s3-storage-class": {"s3_storage_class": None},
+}
+
+#: Seconds for a connection that only shows who is there.
+_LOOK = 5.0
+
+_BY_REASON = {
+    "server": "; the service, or a proxy before it, is out of order: see its log, or try again later",
+    "throttled": "; the service, or a proxy before it, takes no more requests at the moment: try again later",
+}
+
+
+def reach(scratch: Scratch) -> str:
+    """Find out whether any check can succeed, and which keys keep uploads from it: `Scratch.wrong`.
+
+    Returns why none can if the bucket is there and its policy forbids all of it, "" if some can. Raises BucketError
+    with what to do if the bucket cannot be reached, or not with these credentials.
+    """
+    trouble = _trouble(scratch)
+    if trouble is None:
+        find_wrong_keys(scratch)
+        return ""
+    hopeless = trouble.code in _OF_CREDENTIALS or trouble.code in MISCONFIGURED.keys() - FORBIDDEN
+    if is_answered(trouble) and not hopeless:
+        # It may be no more than listing that does not work.
+        find_wrong_keys(scratch)
+        refusal = scratch.unwritable
+        if refusal is None or refusal.code != trouble.code:
+            return ""
+        trouble = BucketError(f"{trouble}. An upload is refused as well", trouble.code, trouble.reason)
+    remedy = next(_remedies(scratch, trouble), "")
+    if trouble.code in FORBIDDEN and not remedy:
+        return (
+            f"{trouble}: see whether the credentials (s3-access-key) are those for this "
+            f"bucket, and have its policy allow them s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject"
+            f"{_advice(trouble)}"
+        )
+    raise BucketError(f"{trouble}{remedy or _advice(trouble)}", trouble.code, trouble.reason)
+
+
+def _trouble(scratch: Scratch, **changes: Any) -> BucketError | None:
+    """Return why the bucket, with other settings, cannot be listed, None if it can."""
+    scratch.check_wanted()
+    try:
+        (scratch.open(**changes) if changes else scratch.bucket).probe()
+    except BucketError as error:
+        return error
+    return None
+
+
+def _advice(trouble: BucketError) -> str:
+    if trouble.code.isdigit() and is_answered(trouble):
+        return (
+            ". The answer has no error code, as those of S3 have: another web server, or a proxy, may answer at "
+            "s3-endpoint-url"
+        )
+    return "" if "_PROXY names" in str(trouble) else _BY_REASON.get(trouble.reason, "")
+
+
+# How to reach it
+
+
+def _remedies(scratch: Scratch, trouble: BucketError) -> Iterator[str]:
+    """Yield what would help, to be added to ``trouble``."""
+    if trouble.code in _OF_CREDENTIALS or trouble.code == "EMFILE":
+        return
+    quick = {
+        "s3_max_attempts": 1,
+        "s3_connect_timeout": min(scratch.settings.s3_connect_timeout, _LOOK),
+        "s3_read_timeout": min(scratch.settings.s3_read_timeout, _LOOK),
+    }
+    for changes in _other_addresses(scratch, trouble):
+        if _trouble(scratch, **changes, **quick) is None:
+            said = " and ".join(f"{key.replace('_', '-')} {value}" for key, value in changes.items())
+            yield f". It answers with {said}: set that"
+    if trouble.reason in ("connection", "timeout", "foreign") or trouble.code.isdigit():
+        yield from _other_protocol(scratch.bucket.endpoint_url)
+
+
+def _other_addresses(scratch: Scratch, trouble: BucketError) -> Iterator[dict[str, str]]:
+    """Yield changes of the settings that have requests go to another host or path."""
+    settings, url = scratch.settings, urlsplit(scratch.bucket.endpoint_url)
+    name, host = settings.bucket_name, url.hostname or ""
+    endpoints = []
+    if settings.s3_endpoint_url and host.startswith(f"{name.lower()}."):
+        endpoints.append(url._replace(netloc=url.netloc[len(name) + 1 :]))
+    if settings.s3_endpoint_url and name in url.path.split("/"):
+        path = "/".join(part for part in url.path.split("/") if part != name)
+        endpoints.append(url._replace(path=path.rstrip("/")))
+    for endpoint in endpoints:
+        yield {"s3_endpoint_url": urlunsplit(endpoint)}
+        yield {"s3_endpoint_url": urlunsplit(endpoint), "s3_addressing_style": "virtual"}
+    style = settings.s3_addressing_style
+    if style == "auto":  # as boto3 sees it
+        style = "path" if settings.s3_endpoint_url else "virtual"
+    if style == "virtual":
+        yield {"s3_addressing_style": "path"}
+    elif not _is_address(host) and (is_answered(trouble) or trouble.reason == "foreign"):
+        yield {"s3_addressing_style": "virtual"}
+
+
+def _is_address(host: str) -> bool:
+    try:
+        return bool(ip_address(host))
+    except ValueError:
+        return False
+
+
+def _other_protocol(endpoint: str) -> Iterator[str]:
+    """Yield what helps if the service speaks TLS and ``endpoint`` begins with http, or the other way round."""
+    url = urlsplit(endpoint)
+    place = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+    speaks_tls = _speaks_tls(*place)
+    if url.scheme == "http" and speaks_tls:
+        yield f". Port {place[1]} speaks TLS: let s3-endpoint-url begin with https://"
+    if url.scheme == "https" and not speaks_tls and _speaks_http(*place):
+        yield f". Port {place[1]} speaks http without TLS: give s3-endpoint-url the port for TLS, or begin it with http://"
+
+
+def _speaks_tls(host: str, port: int) -> bool:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent, and nothing believed
+    try:
+        with (
+            socket.create_connection((host, port), _LOOK) as plain,
+            context.wrap_socket(plain, server_hostname=host),
+        ):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _speaks_http(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), _LOOK) as plain:
+            plain.sendall(f"HEAD / HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+            return plain.recv(5, socket.MSG_WAITALL) == b"HTTP/"
+    except (OSError, ValueError):
+        return False
+
+
+# Which keys uploads cannot have
+
+
+def find_wrong_keys(scratch: Scratch) -> None:
+    """Store a blob and read it. Where that fails, go on without the keys of the section without which it works.
+
+    They are in `Scratch.wrong` afterwards. Where it fails in any case, `Scratch.unwritable` or `unreadable` says why.
+    """
+    failure = _try(scratch)
+    if failure is None:
+        return
+    if failure.error.reason not in _OF_THE_MOMENT and failure.error.code != "EMFILE":
+        found = _one_wrong_key(scratch, failure.error) or _several_wrong_keys(scratch)
+        if found is not None:
+            if _try(scratch) is not None:  # or it was a trouble that has passed
+                changes, scratch.wrong = found
+                scratch.use(**changes)
+            return
+    if failure.is_stored:
+        scratch.unreadable = failure.error
+    else:
+        scratch.unwritable = failure.error
+
+
+class _Failure:
+    def __init__(self, error: BucketError, is_stored: bool) -> None:
+        self.error = error
+        self.is_stored = is_stored
+
+
+def _try(scratch: Scratch, **changes: Any) -> _Failure | None:
+    """Store a blob with other settings and read it again; return what failed."""
+    scratch.check_wanted()
+    bucket = scratch.open(**changes) if changes else scratch.bucket
+    name, is_stored = scratch.name(), False
+    try:
+        scratch.put(SMALL, name, bucket)
+        is_stored = True
+        scratch.get(name, bucket)
+    except BucketError as error:
+        return _Failure(error, is_stored)
+    except BlobNotFound:
+        pass  # that is for a check to tell
+    return None
+
+
+Found = tuple[dict[str, Any], dict[str, WrongKey]]
+
+
+def _one_wrong_key(scratch: Scratch, error: BucketError) -> Found | None:
+    """Return the changes of the settings with which it works, and the key that is wrong."""
+    for key, instead, changes in _alternatives(scratch, error):
+        if _try(scratch, **changes) is None:
+            return changes, {key: WrongKey(error, instead)}
+    return None
+
+
+def _alternatives(scratch: Scratch, error: BucketError) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    checksums = _other_checksums(scratch)
+    yield "s3-checksums", checksums, {"s3_checksums": checksums}
+    for key in _in_use(scratch):
+        yield key, "", _WITHOUT[key]
+    if error.code in FORBIDDEN and not (scratch.settings.s3_sse or scratch.settings.s3_sse_customer_key):
+        # A policy may forbid uploads that do not ask for encryption.
+        for algorithm in "AES256", "aws:kms":
+            yield "s3-sse", algorithm, {"s3_sse": algorithm}
+
+
+def _other_checksums(scratch: Scratch) -> str:
+    return "when_required" if scratch.settings.s3_checksums == "when_supported" else "when_supported"
+
+
+def _in_use(scratch: Scratch) -> list[str]:
+    return [key for key in _WITHOUT if getattr(scratch.settings, key.replace("-", "_"))]
+
+
+def _several_wrong_keys(scratch: Scratch) -> Found | None:
+    """Return the same for keys of which more than one is wrong."""
+    keys = _in_use(scratch)
+    without = {name: None for key in keys for name in _WITHOUT[key]}
+    for checksums in scratch.settings.s3_checksums, _other_checksums(scratch):
+        changes: dict[str, Any] = {**without, "s3_checksums": checksums}
+        if keys and _try(scratch, **changes) is None:
+            return _with_all_that_work(scratch, keys, changes)
+    return None
+
+
+def _with_all_that_work(scratch: Scratch, keys: list[str], changes: dict[str, Any]) -> Found:
+    wrong: dict[str, WrongKey] = {}
+    # A key of KMS goes with nothing but s3-sse, so that comes first.
+    candidates = {"s3-checksums": scratch.settings.s3_checksums, **dict.fromkeys(reversed(keys))}
+    for key in candidates:
+        name = key.replace("-", "_")
+        trial = {**changes, name: getattr(scratch.settings, name)}
+        if trial == changes or (key == "s3-sse-kms-key-id" and not changes["s3_sse"]):
+            continue
+        failure = _try(scratch, **trial)
+        if failure is None:
+            changes = trial
+        else:
+            wrong[key] = WrongKey(failure.error, changes["s3_checksums"] if key == "s3-checksums" else "")
+    return changes, wrong

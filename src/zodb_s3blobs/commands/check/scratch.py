@@ -1,0 +1,376 @@
+"""What ``zodb-s3blobs check`` stores: all below a prefix of its own, so that all of it can be deleted again."""
+
+import contextlib
+import copy
+import os
+import re
+import threading
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from ZODB.utils import p64
+
+from ...config import S3BlobStorageFactory
+from ...metrics import Metrics
+from ...s3.bucket import PART, Bucket, ListedUpload
+from ...s3.errors import BlobNotFound, BucketError, TransferCancelled
+from ...s3.keys import Keys
+
+Name = tuple[bytes, bytes]
+
+#: The codes of a BucketError that mean: not allowed.
+FORBIDDEN = {"AccessDenied", "403"}
+
+#: After how many seconds what another check has stored is deleted: it cannot be under way any more.
+FORMER_AGE = 24 * 3600
+
+#: Why the service gave no proper answer: values of `BucketError.reason`.
+_UNANSWERED = {"timeout", "connection", "server", "throttled", "foreign"}
+#: Why the service did not store what it was asked to.
+_REFUSED = {"auth", "quota", "archived", "request"}
+#: The request was not even sent.
+_NEVER_SENT = {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError", "SSLError"}
+
+_GIVE_UP_AFTER = 3
+_MOST_PAGES = 100
+
+#: What tells where the next page of a listing begins -> how to ask for it.
+_MARKERS = {
+    "NextContinuationToken": "ContinuationToken",
+    "NextKeyMarker": "KeyMarker",
+    "NextUploadIdMarker": "UploadIdMarker",
+    "NextVersionIdMarker": "VersionIdMarker",
+}
+
+
+class NotTried(Exception):
+    """The check needs what has turned out not to work; the message says what."""
+
+
+@dataclass(frozen=True)
+class WrongKey:
+    """A key of the section that keeps uploads from working; ``instead``: the value with which they work, or ""."""
+
+    error: BucketError
+    instead: str = ""
+
+
+@dataclass
+class Leftovers:
+    """What `Scratch.clean_up` could not delete, and why: objects and uploads that are there, and that may be there."""
+
+    there: dict[str, BucketError] = field(default_factory=dict)
+    perhaps: dict[str, BucketError] = field(default_factory=dict)
+    #: Why old versions of what was deleted stay behind, if they do.
+    versions: str = ""
+
+
+@dataclass
+class Former:
+    """What other checks have left: how much was deleted, and is too young for that; what could not be, and why."""
+
+    deleted: int = 0
+    young: int = 0
+    kept: dict[str, BucketError] = field(default_factory=dict)
+
+
+class File:
+    """A file of this machine to send from, or to read into."""
+
+    def __init__(self, path: str, data: bytes = b"") -> None:
+        self.path = path
+        with open(path, "wb") as file:
+            file.write(data)
+
+    def write_at(self, data: bytes, position: int) -> None:
+        """Write ``data`` at ``position`` bytes from the start."""
+        with open(self.path, "r+b") as file:
+            file.seek(position)
+            file.write(data)
+
+    def clear(self) -> None:
+        """Make it empty again."""
+        os.truncate(self.path, 0)
+
+
+def is_answered(error: BucketError) -> bool:
+    """Whether the service gave a proper answer, were it a refusal."""
+    return error.reason not in _UNANSWERED
+
+
+def is_refusal(error: BucketError) -> bool:
+    """Whether the service means what was asked for, and neither who asked for it nor that it is out of order."""
+    return is_answered(error) and error.code not in FORBIDDEN
+
+
+class Scratch:
+    """A prefix below that of ``section``, and all that is stored there; ``directory``: for files.
+
+    Requests are made as the server makes them, by ``bucket``. They raise BucketError and BlobNotFound, and NotTried
+    where `unwritable` or `unreadable` say that they are of no use. Belongs to one thread at a time, but for
+    ``unwanted``: once set, uploads break off.
+    """
+
+    def __init__(self, section: S3BlobStorageFactory, directory: str) -> None:
+        #: What the root of every check begins with.
+        self._roots = f"{section.settings.s3_prefix}/check-".lstrip("/")
+        #: What the checks go by.
+        self.settings = replace(section.settings, s3_prefix=f"{self._roots}{uuid.uuid4().hex}")
+        self.section = section
+        self._directory = directory
+        self._files = self._blobs = self._silences = 0
+        self._buckets: list[Bucket] = []
+        self.bucket = self.open()
+        #: Why no blob can be stored, and why none can be read, once that has turned out.
+        self.unwritable: BucketError | None = None
+        self.unreadable: BucketError | None = None
+        #: The keys of the section that `settings` goes without, or has another value of, because of what they do.
+        self.wrong: dict[str, WrongKey] = {}
+        #: The keys of all objects that there may be, and whether the service has said that it has stored them.
+        self._objects: dict[str, bool] = {}
+        #: The keys of unfinished uploads by their id.
+        self.uploads: dict[str, str] = {}
+        self._has_versions = False
+        self._has_begun_parts = False
+        #: By the clock of the service, if it tells: that of this machine may be wrong.
+        self._now = time.time()
+        self.unwanted = threading.Event()
+
+    def open(self, **changes: Any) -> Bucket:
+        """Return the bucket with other settings. Raises StartRefused."""
+        section = copy.copy(self.section)
+        section.settings = replace(self.settings, **changes)
+        self._buckets.append(section.open_bucket(Metrics()))
+        return self._buckets[-1]
+
+    def use(self, **changes: Any) -> None:
+        """Go by other settings from now on."""
+        self.bucket = self.open(**changes)
+        self.settings = replace(self.settings, **changes)
+
+    def close(self) -> None:
+        """Take no more requests."""
+        for bucket in self._buckets:
+            bucket.close()
+
+    # Storing
+
+    @property
+    def may_have_stored(self) -> bool:
+        """Whether any object or upload may be there, or be on its way."""
+        return bool(self._objects or self.uploads or self._has_begun_parts)
+
+    def file(self, data: bytes = b"") -> File:
+        """Return a new file with ``data`` in it."""
+        self._files += 1
+        return File(f"{self._directory}/{self._files}", data)
+
+    def name(self, oid: bytes | None = None, tid: int = 1) -> Name:
+        """Return the name of a blob that is not there; by default with an oid of its own."""
+        self._blobs += oid is None
+        return oid or p64(self._blobs), p64(tid)
+
+    def key(self, name: Name) -> str:
+        """Return its key."""
+        return self.bucket.keys.key(*name)
+
+    @contextlib.contextmanager
+    def writing(self, key: str) -> Iterator[None]:
+        """Keep in mind that a request in the body may store ``key``."""
+        if self.unwritable is not None:
+            raise NotTried("no blob can be stored")
+        was_there = key in self._objects
+        self._objects.setdefault(key, False)
+        self.check_wanted()
+        try:
+            yield
+        except BucketError as error:
+            # An error without a code is our own, of what was stored.
+            refused = error.code and error.reason in _REFUSED
+            if not was_there and (refused or error.code in _NEVER_SENT):
+                del self._objects[key]
+            raise
+        self._objects[key] = True
+
+    def put(self, data: bytes, name: Name | None = None, bucket: Bucket | None = None) -> Name:
+        """Store a blob; return its name."""
+        name = name or self.name()
+        with self.writing(self.key(name)):
+            self._has_begun_parts |= len(data) > PART
+            (bucket or self.bucket).put(*name, self.file(data).path, self.check_wanted)
+        return name
+
+    def put_raw(self, key: str, data: bytes, **options: Any) -> dict[str, Any]:
+        """Store an object; return the answer."""
+        options = {"Key": key, "Body": bytearray(data), **self.bucket.write_options, **options}
+        with self.writing(key):
+            return self.bucket.ask("put_object", **options)
+
+    def begin_upload(self) -> ListedUpload:
+        """Begin an upload in parts, and do not finish it."""
+        if self.unwritable is not None:
+            raise NotTried("no blob can be stored")
+        key = self.bucket.keys.staged_key(uuid.uuid4().hex)
+        self._has_begun_parts = True
+        self.check_wanted()
+        answer = self.bucket.ask("create_multipart_upload", Key=key, **self.bucket.write_options)
+        upload = ListedUpload(key, answer["UploadId"], datetime.now(timezone.utc))
+        self.uploads[upload.upload_id] = key
+        return upload
+
+    def check_wanted(self, transferred: int = 0) -> None:
+        """Raise TransferCancelled once it is all unwanted."""
+        if self.unwanted.is_set():
+            raise TransferCancelled()
+
+    # Reading
+
+    def get(self, name: Name, bucket: Bucket | None = None) -> bytes:
+        """Return the bytes of a blob."""
+        if self.unreadable is not None:
+            raise NotTried("no blob can be read")
+        file = self.file()
+        (bucket or self.bucket).get(*name, file)
+        with open(file.path, "rb") as opened:
+            return opened.read()
+
+    def metadata(self, name: Name) -> dict[str, str]:
+        """Return its metadata."""
+        return self.read("head_object", name)["Metadata"]
+
+    def read(self, operation: str, name: Name, **options: Any) -> dict[str, Any]:
+        """Return the answer to another ``operation`` that reads it."""
+        return self.bucket.ask(operation, Key=self.key(name), **self.bucket.read_options, **options)
+
+    def is_there(self, name: Name) -> bool:
+        """Whether it is there."""
+        try:
+            self.read("head_object", name)
+        except BlobNotFound:
+            return False
+        return True
+
+    # Deleting
+
+    def clean_up(self) -> Leftovers | None:
+        """Delete everything; return what stays behind, None if nothing can have been stored."""
+        root, left = self.bucket.keys.root, Leftovers()
+        if not self.may_have_stored:
+            return None
+        listed_uploads = self._list("list_multipart_uploads", root, "Uploads") or ()
+        uploads = {one["UploadId"]: one["Key"] for one in listed_uploads if "UploadId" in one}
+        for upload_id, key in (self.uploads | uploads).items():
+            trouble = self._abort(key, upload_id)
+            if trouble:
+                left.there[f"an unfinished upload to {key}"] = trouble
+        listed = {one["Key"]: True for one in self._list("list_objects_v2", root, "Contents") or ()}
+        for key, is_there in sorted((self._objects | listed).items()):
+            trouble = self._delete(key)
+            if trouble:
+                (left.there if is_there else left.perhaps)[key] = trouble
+        left.versions = self._delete_versions(root)
+        still = self._list("list_objects_v2", root, "Contents")
+        for one in still or ():
+            still_listed = f"{one['Key']} was deleted, and is still listed"
+            left.there.setdefault(one["Key"], BucketError(still_listed))
+        if still is not None:
+            left.perhaps.clear()
+        return left
+
+    def clean_up_former(self) -> Former:
+        """Delete what checks have left below the same s3-prefix that did not come to their end."""
+        former, newest = Former(), defaultdict[str, float](float)
+        own = self.bucket.keys.root
+        uploads = self._list("list_multipart_uploads", self._roots, "Uploads") or []
+        objects = self._list("list_objects_v2", self._roots, "Contents") or []
+        versions = self._list_versions(self._roots) if self._has_versions else []
+        now = self._now
+        items = [(one, self._root_of(one["Key"])) for one in uploads + objects + (versions or [])]
+        for one, root in items:
+            moment = one.get("LastModified") or one.get("Initiated")
+            newest[root] = max(newest[root], moment.timestamp() if moment else now)
+        for one, root in items:
+            if root in ("", own):
+                continue
+            if now - newest[root] < FORMER_AGE:
+                former.young += 1
+                continue
+            if "UploadId" in one:
+                trouble = self._abort(one["Key"], one["UploadId"])
+            else:
+                trouble = self._delete(one["Key"], one.get("VersionId"))
+            former.deleted += not trouble
+            if trouble:
+                former.kept[one["Key"]] = trouble
+        return former
+
+    def _root_of(self, key: str) -> str:
+        """Return the root of the check that has stored ``key``, "" if no check can have."""
+        match = re.match(f"{re.escape(self._roots)}[0-9a-f]{{32}}/", key)
+        keys = Keys(match[0].rstrip("/")) if match else None
+        if keys and (keys.parse(key) or keys.parse_staged(key) or key == keys.owner):
+            return keys.root
+        return ""
+
+    def _delete(self, key: str, version: str | None = None) -> BucketError | None:
+        """Delete an object, or one version of it; return why that failed, None if it did not."""
+        answer = self._ask("delete_object", Key=key, **({"VersionId": version} if version else {}))
+        if isinstance(answer, BucketError):
+            return answer
+        self._has_versions |= answer.get("VersionId", "null") != "null"
+        return None
+
+    def _abort(self, key: str, upload_id: str) -> BucketError | None:
+        answer = self._ask("abort_multipart_upload", Key=key, UploadId=upload_id)
+        return answer if isinstance(answer, BucketError) else None
+
+    def _delete_versions(self, root: str) -> str:
+        """Delete old versions, if the bucket keeps them; return why that failed, "" if it did not."""
+        if not self._has_versions:
+            return ""
+        versions = self._list_versions(root)
+        if not versions:
+            return "they could not be listed"
+        troubles = [self._delete(one["Key"], one["VersionId"]) for one in versions]
+        return next((str(trouble) for trouble in troubles if trouble is not None), "")
+
+    def _list_versions(self, prefix: str) -> list[dict[str, Any]] | None:
+        return self._list("list_object_versions", prefix, "Versions", "DeleteMarkers")
+
+    def _list(self, operation: str, prefix: str, *kinds: str) -> list[dict[str, Any]] | None:
+        """Return what there is below ``prefix``; None if the service does not tell."""
+        found: list[dict[str, Any]] = []
+        begin: dict[str, str] = {}
+        for _ in range(_MOST_PAGES):
+            answer = self._ask(operation, Prefix=prefix, **begin)
+            if isinstance(answer, BucketError):
+                return None
+            # A service may ignore the prefix.
+            found += [one for kind in kinds for one in answer.get(kind, ()) if one.get("Key", "").startswith(prefix)]
+            before, begin = begin, {ask: answer[tell] for tell, ask in _MARKERS.items() if answer.get(tell)}
+            if not answer.get("IsTruncated") or begin in ({}, before):
+                break
+        return found
+
+    def _ask(self, operation: str, **options: Any) -> dict[str, Any] | BucketError:
+        """Return the answer, or why there is none; do not even ask where none has come several times."""
+        if self._silences >= _GIVE_UP_AFTER:
+            return BucketError("the bucket does not answer any more")
+        try:
+            answer = self.bucket.ask(operation, **options)
+        except BlobNotFound:
+            answer = {}
+        except BucketError as error:
+            self._silences = 0 if is_answered(error) else self._silences + 1
+            return {} if error.code == "NoSuchUpload" else error
+        self._silences = 0
+        self._now = time.time()
+        with contextlib.suppress(KeyError, ValueError, TypeError):
+            self._now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+        return answer

@@ -1,0 +1,150 @@
+"""What the commands that read a zeo.conf share: options, exit statuses, and the sentence in which an error ends."""
+
+import argparse
+import errno
+import logging
+import os
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ZODB.POSException import StorageError
+
+from ..bases.adapter import kind_of
+from ..blobdir import BlobDirectoryError
+from ..cache.files import CacheDirectoryError
+from ..config import StartRefused
+from ..database.zeoconf import ConfigurationError
+from ..garbage.collector import Refused
+from ..lease import NotOwner, standing
+from ..s3.bucket import Bucket
+from ..s3.errors import BucketError
+
+logger = logging.getLogger(__name__)
+
+# The exit statuses; 2 is argparse's.
+WELL = 0
+FAILED = 1  # the work could not be done
+DAMAGED = 3  # blobs are missing or damaged, or could not be copied
+GARBAGE = 4  # nothing worse than dead objects was found
+UNPROVEN = 5  # blobs carry no SHA-256 in the bucket
+FALLBACK = 6  # blobs are in fallback-blob-dir alone
+
+#: What the system says of a directory that takes no more.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+_EXPECTED = (
+    ConfigurationError,
+    BlobDirectoryError,
+    BucketError,
+    NotOwner,
+    Refused,
+    StorageError,
+)
+
+
+def check_owner(bucket: Bucket, storage: Any, must_be_ours: bool = False) -> bool:
+    """Say whose the prefix of ``bucket`` is; return whether it is that of the database in ``storage``, or free for it.
+
+    Raises NotOwner instead if it is not and ``must_be_ours``; BucketError.
+    """
+    kind = kind_of(storage)
+    found = standing(bucket, kind, kind.own_identity.read())
+    if must_be_ours and not found.is_ours:
+        raise NotOwner(found.whose)
+    logger.log(logging.INFO if found.is_ours else logging.WARNING, "%s", found.whose)
+    return found.is_ours
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that all of them have."""
+    parser.add_argument("-C", "--configure", metavar="FILE", type=Path, required=True, help="the server's zeo.conf")
+    parser.add_argument("--storage", metavar="NAME", help="which storage, where there are several")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def directory(text: str) -> str:
+    """Return ``text``, the value of an option that names a directory."""
+    if not text.strip():  # of a shell variable that is not set, for one
+        raise argparse.ArgumentTypeError("is empty: name a directory")
+    return text
+
+
+def run(name: str, work: Callable[[], int], level: int = logging.INFO) -> int:
+    """Return what ``work``, that of the command ``name``, returns; print an error on stderr. Logs from ``level`` on."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
+    try:
+        with _without_size_of_cache():
+            return work()
+    except BrokenPipeError:
+        raise
+    except StartRefused:
+        return FAILED  # its sentence has been logged
+    except _EXPECTED as error:
+        complain(name, str(error))
+        return FAILED
+    except sqlite3.Error as error:  # the only database of ours is a temporary file
+        complain(name, _of_temporary(_directory_of_sqlite(), str(error)))
+        return FAILED
+    except (OSError, CacheDirectoryError) as error:
+        complain(name, _of_machine(error))
+        return FAILED
+    except KeyboardInterrupt:
+        complain(name, "interrupted; the same command goes on where this one stopped")
+        return 130
+
+
+def complain(name: str, sentence: str) -> None:
+    """Print on stderr why the command ``name`` did not do all of its work."""
+    print(f"zodb-s3blobs {name}: {sentence}", file=sys.stderr)
+
+
+@contextmanager
+def _without_size_of_cache() -> Iterator[None]:
+    """While it lasts, a cache that is opened does not log how much is in it: that of a command is empty."""
+    cache = logging.getLogger("zodb_s3blobs.cache")
+    before = cache.level
+    cache.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        cache.setLevel(before)
+
+
+def _of_machine(error: OSError | CacheDirectoryError) -> str:
+    """Return the sentence for an error of a file of this machine, which may be a temporary one."""
+    # A scratch cache, which is in the temporary directory, tells what the system said as the cause.
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    trouble = str(getattr(cause, "strerror", None) or error)
+    if trouble.startswith("No usable temporary directory"):
+        return f"{trouble}: make room in one of them, or name another one with the environment variable TMPDIR"
+    place = str(getattr(cause, "filename", None) or "")
+    told = f"{place}: {trouble}" if place else trouble
+    try:
+        temporary = tempfile.gettempdir()
+    except OSError:
+        return told
+    inside = temporary + os.sep
+    is_temporary = place.startswith(inside) if place else cause is error or inside in str(error)
+    if getattr(cause, "errno", None) in _FULL and is_temporary:
+        return _of_temporary(temporary, told)
+    return told if cause is error else str(error)
+
+
+def _of_temporary(path: str, trouble: str) -> str:
+    return (
+        f"the temporary directory {path} does not do: {trouble}. Make room there, or name another one with the "
+        f"environment variable TMPDIR, and run it again"
+    )
+
+
+def _directory_of_sqlite() -> str:
+    """Return where SQLite puts its temporary files, which without TMPDIR is not where Python does."""
+    for name in os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tmp", "/usr/tmp", "/tmp":
+        if name and os.path.isdir(name) and os.access(name, os.W_OK | os.X_OK):
+            return name
+    return os.getcwd()

@@ -1,0 +1,135 @@
+"""``zodb-s3blobs export``: copy all blobs into a ZODB blob directory, the way back.
+
+A filestorage with the same Data.fs and that directory as its blob-dir has every revision of every blob again. What is
+in the directory already, and is the same as in the bucket, is skipped. The server may run; what it commits meanwhile,
+the same command fetches later, best when the server has been stopped.
+
+Exit status: 0 every blob of the database is in the directory; 1 the work could not be done, or ended early; 3 some
+blobs are not.
+"""
+
+import argparse
+import logging
+import os
+from contextlib import closing
+
+from .. import fetch
+from ..blobdir import BlobDirectory, BlobDirectoryError, NewBlobFile
+from ..database import zeoconf
+from ..database.blob_index import Named
+from ..database.survey import Outcome, Report, Survey, failure
+from ..metrics import Metrics
+from ..s3.bucket import Bucket
+from ..s3.errors import BlobNotFound, BucketError, Different
+from . import common
+
+logger = logging.getLogger(__name__)
+
+_MEANINGS = {
+    "copied": "blobs of the database that were copied, and have the right SHA-256 unless fallback-blob-dir had them",
+    "unproven": "were copied, but carry no SHA-256 in the bucket: compared by their size or MD5 alone",
+    "there": "were in the directory already",
+    "missing": "neither in the bucket nor in fallback-blob-dir",
+    "archived": "in an archive: restore them, and run it again",
+    "failed": "could not be read, or are damaged in the bucket",
+}
+
+#: The words of what keeps the directory from having everything.
+_TROUBLES = ("missing", "archived", "failed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``export``."""
+    common.add_arguments(parser)
+    parser.add_argument(
+        "--to-blob-dir",
+        metavar="DIR",
+        type=common.directory,
+        required=True,
+        help="the blob directory; made if there is nothing yet, or nothing but lost+found or tmp",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit status that is described above."""
+    return common.run("export", lambda: _export(arguments))
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    served = zeoconf.find(arguments.configure, arguments.storage)
+    config = served.section.config
+    fallback = served.section.open_fallback()
+    with closing(served.section.open_bucket(Metrics())) as bucket, Survey(served) as survey:
+        common.check_owner(bucket, survey.storage)
+        directory = BlobDirectory.create(arguments.to_blob_dir)
+        with closing(directory):
+            report = survey.run(
+                "Exporting", lambda blob: _copy(blob, bucket, fallback, directory), bucket, config.s3_concurrency
+            )
+    report.show(_MEANINGS, _verdict(report, directory), arguments.json)
+    if report.early_end:
+        common.complain("export", report.early_end)
+        return common.FAILED
+    return common.DAMAGED if report.troubles else common.WELL
+
+
+def _verdict(report: Report, directory: BlobDirectory) -> str:
+    counts = report.counts(_TROUBLES, ": ")
+    if report.early_end:
+        return f"Not finished{counts}."
+    if report.troubles:
+        return f"Not all blobs of the database are in {directory.path}{counts}."
+    return f"All blobs of the database are in {directory.path}."
+
+
+def _copy(blob: Named, bucket: Bucket, fallback: BlobDirectory | None, directory: BlobDirectory) -> Outcome:
+    oid, tid = blob.oid, blob.tid
+    try:
+        path = directory.find(oid, tid)
+        if path is not None and _is_right(blob, path, bucket):
+            return Outcome(oid, tid, "there", os.path.getsize(path))
+        file = directory.new_file()
+        try:
+            word, reason = _fetch(oid, tid, bucket, fallback, file)
+            size = os.path.getsize(file.path)
+            file.publish(oid, tid)
+        finally:
+            file.discard()
+    except BlobNotFound as error:
+        return Outcome(oid, tid, "missing", trouble=str(error))
+    except BucketError as error:
+        return failure(oid, tid, 0, error)
+    except OSError as error:
+        raise BlobDirectoryError(
+            f"cannot write to the blob directory {directory.path}: {error.strerror}. Afterwards, run it again"
+        ) from None
+    return Outcome(oid, tid, word, size, reason=reason)
+
+
+def _is_right(blob: Named, path: str, bucket: Bucket) -> bool:
+    """Return whether the file at ``path`` is the blob, as far as the bucket can tell."""
+    try:
+        bucket.find(blob.oid, blob.tid, path)  # where it has none, the directory is the only one to have it
+    except Different:
+        logger.warning("%s is not what the bucket has, and is replaced", path)
+        return False
+    except OSError as error:
+        logger.warning("%s cannot be read (%s), and is replaced", path, error.strerror)
+        return False
+    return True
+
+
+def _fetch(
+    oid: bytes, tid: bytes, bucket: Bucket, fallback: BlobDirectory | None, file: NewBlobFile
+) -> tuple[str, str]:
+    """Write the blob into ``file``; return the word for it, and the reason of the bucket's failure if it failed.
+
+    The errors are those of `fetch.get`: none where the fallback has what the bucket did not give.
+    """
+    try:
+        opened = bucket.open(oid, tid)
+    except (BlobNotFound, BucketError) as error:
+        fetch.get(bucket, fallback, oid, tid, file, error)
+        return "copied", getattr(error, "reason", "")
+    is_from_bucket = fetch.get(bucket, fallback, oid, tid, file, opened)
+    return "copied" if opened.stored.is_proven or not is_from_bucket else "unproven", ""

@@ -1,0 +1,371 @@
+"""``zodb-s3blobs verify``: prove that the database and the bucket belong together.
+
+Every blob that the database names must be in the bucket, where clients can read it. Every object in the bucket must be
+a blob that the database names. Without --checksum no blob is read, but those whose copies in cache-dir or
+fallback-blob-dir have another size; of the others nothing but their size is known. --checksum reads every blob and
+compares its SHA-256; with --sample only some, and all are looked up as without --checksum. A blob whose object carries
+no SHA-256 (another tool copied it, or the service lost its metadata) is compared by its size, or by the MD5 that the
+service tells, and is called unproven. Nothing is changed, but with --repair, and the server may run.
+
+A revision that an undo made has no object if the earlier package of this name, 1.2.1, served the database: its blob is
+that of an earlier revision. As long as the database has not been packed since, it tells which one that is; --repair
+copies that one's object, and overwrites none.
+
+Exit status, the first of these that applies: 3 blobs are missing, damaged, different or archived, so that clients
+cannot read them, or may read wrong bytes; 1 it could not be found out; 6 clients can read all blobs, but some are in
+fallback-blob-dir alone, or are to be repaired: the bucket does not have everything; 5 blobs are unproven; 4 dead
+objects are in the bucket, which the next pack deletes; 0 all is well. Damaged copies in cache-dir and fallback-blob-dir
+are listed, and do not change it.
+"""
+
+import argparse
+import os
+import re
+import stat
+import time
+import zlib
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from ..bases.adapter import repeated, revisions_of
+from ..blobdir import BlobDirectory, BlobDirectoryError
+from ..cache.files import path_in
+from ..database import object_paths, zeoconf
+from ..database.blob_index import Named
+from ..database.survey import Outcome, Report, Survey, failure
+from ..garbage.collector import scan_beside_a_server
+from ..metrics import Metrics
+from ..progress import showing
+from ..s3.bucket import Bucket
+from ..s3.errors import BlobNotFound, BucketError, Damaged
+from . import common
+
+_LISTED = {"good": "in the bucket; not read, so only their sizes are known"}
+
+_CHECKED = {"good": "in the bucket, read, and their SHA-256 is right"}
+
+_SAMPLED = {"unread": "in the bucket; of another part than the one that was read, so only their sizes are known"}
+
+_REPAIRED = {"repaired": "had no object after an undo by zodb-s3blobs 1.2.1, and have a copy of their own now"}
+
+_UNPROVEN = {
+    "unproven": "in the bucket without SHA-256: damage may not show, they were compared by their size or MD5 alone. "
+    "zodb-s3blobs migrate adds it to those that a blob directory has",
+}
+
+_MEANINGS = {
+    "marked": "in the bucket, restored with the database after a pack had marked them as dead",
+    "fallback": "in fallback-blob-dir alone: zodb-s3blobs migrate copies them",
+    "undone": "without an object after an undo by zodb-s3blobs 1.2.1, and read from the revision that it went back to: "
+    "zodb-s3blobs verify --repair copies them",
+    "missing": "neither in the bucket nor in fallback-blob-dir",
+    "damaged": "in the bucket, but not what was stored",
+    "different": "in the bucket without SHA-256, and of another size than in fallback-blob-dir: one of them is damaged",
+    "archived": "in an archive, where clients cannot read them: restore them, and end the lifecycle rule or tier that "
+    "moved them",
+    "failed": "could not be read",
+    "dead": "objects that the database does not know: the next pack deletes them",
+    "others": "objects that the database does not know: the prefix belongs to another one",
+    "retained": "such objects that gc-retention keeps",
+    "newer": "objects newer than the last transaction: being committed, or of another or a restored database",
+    "unknown": "keys that are no blobs",
+    "copy": "files in cache-dir or fallback-blob-dir of another size than their object",
+}
+
+#: The words of what keeps clients from the right bytes.
+_LOST = ("missing", "damaged", "different", "archived")
+
+#: The words of what is in the way of "all is well", the worst first.
+_TROUBLES = (*_LOST, "failed", "fallback", "undone", "unproven", "dead", "copy")
+
+#: The words of what clients can read though the bucket lacks it, and the command that copies it.
+_CURES = {"fallback": "zodb-s3blobs migrate", "undone": "zodb-s3blobs verify --repair"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``verify``."""
+    common.add_arguments(parser)
+    parser.add_argument("--checksum", action="store_true", help="read every blob and compare its checksum")
+    parser.add_argument(
+        "--sample",
+        metavar="N/T",
+        type=_sample,
+        help="with --checksum: read only the Nth of T parts of the blobs, but look up all of them. N is at least 1, "
+        "and counts from 1 again above T: $(date +%%d)/28 every night reads all of them in each month",
+    )
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="give revisions that an undo by zodb-s3blobs 1.2.1 made the objects that they lack; before the first pack",
+    )
+
+
+def _sample(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or not int(match[1]) or not int(match[2]):
+        raise argparse.ArgumentTypeError("must be N/T, such as 1/28 for the first of 28 parts")
+    parts = int(match[2])
+    return (int(match[1]) - 1) % parts + 1, parts
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit status that is described above."""
+    return common.run("verify", lambda: _verify(arguments))
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    if arguments.sample and not arguments.checksum:
+        raise zeoconf.ConfigurationError(
+            "--sample says which blobs --checksum reads: add --checksum, or leave --sample away and all are looked up"
+        )
+    served = zeoconf.find(arguments.configure, arguments.storage)
+    config = served.section.config
+    fallback = served.section.open_fallback()
+    with closing(served.section.open_bucket(Metrics())) as bucket, Survey(served) as survey:
+        is_ours = common.check_owner(bucket, survey.storage, must_be_ours=arguments.repair)
+        scan = scan_beside_a_server(survey.storage, bucket, config.gc_retention)
+        with showing("Listing the bucket", "objects") as progress:
+            survey.inventory.add_held(blob for blob, _, _ in progress.over(scan.run()))
+        look = _Look(
+            survey.storage,
+            bucket,
+            config.cache_dir,
+            fallback,
+            scan.marks,
+            arguments.checksum,
+            arguments.sample or (1, 1),
+            arguments.repair,
+        )
+        report = survey.run("Verifying", look, bucket, config.s3_concurrency)
+        for state in ("dead", "retained", "newer", "unknown"):
+            word = "others" if state == "dead" and not is_ours else state
+            report.objects[word], report.sizes[word] = scan.found[state].objects, scan.found[state].bytes
+        # An outage is no reason to look for the paths of those that it hit: that takes a while. Nor is a copy.
+        of_blobs = [
+            one for one in report.troubles if one.word != "copy" and not (report.early_end and one.word == "failed")
+        ]
+        where = object_paths.find(survey.storage, {outcome.oid for outcome in of_blobs})
+    report.show(_meanings(report, arguments), _verdict(report, arguments), arguments.json, where)
+    if report.early_end:
+        common.complain("verify", report.early_end)
+    return _status(report)
+
+
+def _meanings(report: Report, arguments: argparse.Namespace) -> dict[str, str]:
+    meanings = dict(_CHECKED if arguments.checksum else _LISTED)
+    if arguments.sample:
+        meanings |= _SAMPLED
+    if arguments.checksum or report.objects["unproven"]:
+        meanings |= _UNPROVEN
+    if arguments.repair:
+        meanings |= _REPAIRED
+    return meanings | _MEANINGS
+
+
+def _status(report: Report) -> int:
+    objects = report.objects
+    if any(objects[word] for word in _LOST):
+        return common.DAMAGED
+    if objects["failed"] or report.early_end:
+        return common.FAILED
+    if any(objects[word] for word in _CURES):
+        return common.FALLBACK
+    if objects["unproven"]:
+        return common.UNPROVEN
+    return common.GARBAGE if objects["dead"] else common.WELL
+
+
+def _verdict(report: Report, arguments: argparse.Namespace) -> str:
+    status, counts = _status(report), report.counts(_TROUBLES, ": ")
+    if report.early_end:
+        return f"Not finished{counts}."
+    if status in (common.DAMAGED, common.FAILED):
+        return f"Not well{counts}."
+    if status == common.FALLBACK:
+        cures = [cure for word, cure in _CURES.items() if report.objects[word]]
+        copy = "copies" if len(cures) == 1 else "copy"
+        return f"All blobs can be read, but the bucket lacks some, which {' and '.join(cures)} {copy}{counts}."
+    if status == common.UNPROVEN:
+        return f"No damage is known, but not all blobs carry a SHA-256{counts}."
+    basis = _basis(arguments)
+    if status == common.GARBAGE:
+        return f"All blobs are well{basis}; the next pack has work{counts}."
+    if counts:
+        return f"All blobs are well{basis}, but not all copies of them{counts}."
+    return f"All is well{basis}."
+
+
+def _basis(arguments: argparse.Namespace) -> str:
+    if not arguments.checksum:
+        return " as far as sizes tell (--checksum reads the blobs)"
+    return " as far as part {} of {} tells, which was read".format(*arguments.sample) if arguments.sample else ""
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A file that is a copy of a blob, outside of the bucket; ``size`` in bytes."""
+
+    path: str
+    size: int
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Finds out what there is of a blob. ``marks``: those of the last pack; ``sample``: which part of how many to read.
+
+    ``repair``: whether to give revisions that an undo made the objects that they lack.
+
+    Only the database and the bucket decide how a blob is. A copy tells where to look closer. Any thread may call.
+    """
+
+    storage: Any
+    bucket: Bucket
+    cache_dir: str
+    fallback: BlobDirectory | None
+    marks: dict[bytes, int]
+    checksum: bool
+    sample: tuple[int, int]
+    repair: bool
+
+    def __call__(self, blob: Named) -> Outcome:
+        """Return what was found of ``blob``."""
+        oid, tid = blob.oid, blob.tid
+        cached = _regular_file(path_in(self.cache_dir, oid, tid))
+        try:
+            kept = self._in_fallback(oid, tid)
+        except BlobDirectoryError as error:
+            if blob.size is None:
+                return Outcome(oid, tid, "failed", trouble=f"{self._missing(blob)}; {error}")
+            kept = None
+        if blob.size is None and kept is not None:
+            return Outcome(oid, tid, "fallback", kept.size)
+        advice = _advice(blob, cached or kept)
+        try:
+            if blob.size is None:
+                return self._undone(blob) or self._lost(blob, advice)
+            return self._in_bucket(blob, blob.size, cached, kept, advice)
+        except BlobNotFound as error:
+            return Outcome(oid, tid, "missing", trouble=f"{error}{advice}")
+        except Damaged as error:
+            return Outcome(oid, tid, "damaged", blob.size or 0, f"{error}{advice}")
+        except BucketError as error:
+            return failure(oid, tid, blob.size or 0, error, advice)
+
+    def _in_fallback(self, oid: bytes, tid: bytes) -> _Copy | None:
+        path = self.fallback.find(oid, tid) if self.fallback is not None else None
+        if path is None:
+            return None
+        try:
+            return _Copy(path, os.path.getsize(path))
+        except FileNotFoundError:
+            return None  # packed away meanwhile
+        except OSError as error:
+            raise BlobDirectoryError(f"the blob file {path} cannot be read: {error.strerror}") from None
+
+    def _missing(self, blob: Named) -> str:
+        return f"{self.bucket.keys.key(blob.oid, blob.tid)} is not in bucket {self.bucket.name}"
+
+    def _undone(self, blob: Named) -> Outcome | None:
+        """Return the outcome of a ``blob`` without an object that repeats one which has; None if it does not.
+
+        Raises BlobNotFound and BucketError.
+        """
+        source = repeated(self.storage, blob.oid, blob.tid)
+        stored = self.bucket.look_up(blob.oid, source) if source is not None else None
+        if source is None or stored is None:
+            return None
+        if self.repair:
+            if self.bucket.look_up(blob.oid, blob.tid) is None:  # still: the listing may be old
+                self.bucket.copy(blob.oid, source, blob.tid)
+            return Outcome(blob.oid, blob.tid, "repaired", stored.size)
+        trouble = f"{self._missing(blob)}; its bytes are those of {self.bucket.keys.key(blob.oid, source)}"
+        return Outcome(blob.oid, blob.tid, "undone", stored.size, trouble)
+
+    def _lost(self, blob: Named, advice: str) -> Outcome:
+        """Return the outcome of a ``blob`` that is nowhere; BucketError."""
+        earlier = {tid for tid in self.bucket.list_tids(blob.oid) if tid < blob.tid}
+        unknown = earlier - revisions_of(self.storage).loadable(blob.oid, earlier)
+        if unknown:
+            keys = ", ".join(self.bucket.keys.key(blob.oid, tid) for tid in sorted(unknown))
+            advice += (
+                f"; if an undo by zodb-s3blobs 1.2.1 made this revision, its bytes are those of one of {keys}, and the "
+                f"pack since then took away what tells which: look at them, and copy the right one to the missing key"
+            )
+        return Outcome(blob.oid, blob.tid, "missing", trouble=f"{self._missing(blob)}{advice}")
+
+    def _in_bucket(self, blob: Named, size: int, cached: _Copy | None, kept: _Copy | None, advice: str) -> Outcome:
+        """Return what was found of ``blob``, whose object has ``size`` bytes. Raises as `Bucket.verify`."""
+        oid, tid = blob.oid, blob.tid
+        key = self.bucket.keys.key(oid, tid)
+        if blob.archived and _is_restored_for_a_while(key, size, self.bucket):
+            trouble = (
+                f"{key} is archived, and its restored copy can be read until it expires. Copy it to another storage "
+                f"class, and end the lifecycle rule{advice}"
+            )
+            return Outcome(oid, tid, "archived", size, trouble)
+        other_cached = cached if cached is not None and cached.size != size else None
+        other_kept = kept if kept is not None and kept.size != size else None
+        is_read = bool(other_cached or other_kept) or (self.checksum and self._is_in_sample(blob))
+        if is_read and not self.bucket.verify(oid, tid).is_proven:
+            return _of_unproven(blob, f"{key} has {size} bytes and no SHA-256", other_cached, other_kept)
+        copies = []
+        if other_cached is not None:
+            trouble = "the file is damaged. Delete it: the server fetches the blob again"
+            copies.append(_of_copy(blob, key, other_cached, trouble))
+        if other_kept is not None:
+            trouble = "trust the object. The file is damaged, or of another database"
+            copies.append(_of_copy(blob, key, other_kept, trouble))
+        if (dead_since := self.marks.get(oid + tid)) is not None:
+            day = time.strftime("%Y-%m-%d", time.gmtime(dead_since))
+            trouble = f"{key} is there; the next pack takes away its mark of {day}"
+            return Outcome(oid, tid, "marked", size, trouble, copies=tuple(copies))
+        word = "good" if is_read or not self.checksum else "unread"
+        return Outcome(oid, tid, word, size, copies=tuple(copies))
+
+    def _is_in_sample(self, blob: Named) -> bool:
+        part, parts = self.sample
+        return zlib.crc32(blob.oid + blob.tid) % parts == part - 1
+
+
+def _of_unproven(blob: Named, fact: str, cached: _Copy | None, kept: _Copy | None) -> Outcome:
+    """Return the outcome of a ``blob`` whose object carries no SHA-256; ``cached``, ``kept``: copies of other sizes."""
+    size = blob.size or 0
+    which = "one of the two is damaged, and nothing tells which: compare both with a backup"
+    if kept is not None:
+        trouble = f"{fact}, but {kept.path} has {kept.size} bytes: {which}"
+        return Outcome(blob.oid, blob.tid, "different", size, trouble)
+    trouble = f"{fact}, but {cached.path} in cache-dir has {cached.size} bytes: {which}" if cached is not None else ""
+    return Outcome(blob.oid, blob.tid, "unproven", size, trouble)
+
+
+def _of_copy(blob: Named, key: str, copy: _Copy, trouble: str) -> Outcome:
+    """Return the outcome of a ``copy`` of another size than the object, which is right."""
+    reason = f"{copy.path} has {copy.size} bytes, but {key} has {blob.size} and the right SHA-256: {trouble}"
+    return Outcome(blob.oid, blob.tid, "copy", copy.size, reason)
+
+
+def _advice(blob: Named, copy: _Copy | None) -> str:
+    """Return what to say of a ``copy`` of a ``blob`` that the bucket does not give, if there is one."""
+    if copy is None:
+        return ""
+    size = f" of {copy.size} bytes" if copy.size != blob.size else ""
+    return f"; {copy.path} is a copy{size}"
+
+
+def _regular_file(path: str) -> _Copy | None:
+    """Return the file at ``path``; None if there is none that can be looked at, or that the cache would not serve."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return _Copy(path, found.st_size) if stat.S_ISREG(found.st_mode) else None
+
+
+def _is_restored_for_a_while(key: str, size: int, bucket: Bucket) -> bool:
+    """Ask for an object of an archive class; BucketError with the reason "archived" if it has to be restored first.
+
+    Not every service archives what it lists in such a class: then the object can be read as any other.
+    """
+    first_byte = {"Range": "bytes=0-0"} if size else {}
+    return "Restore" in bucket.ask("get_object", Key=key, **first_byte, **bucket.read_options)

@@ -1,0 +1,1 @@
+"""A database as a command reads it, beside its server."""

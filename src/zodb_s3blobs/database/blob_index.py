@@ -1,0 +1,65 @@
+"""Which blobs a database names and which a bucket holds, side by side in a temporary file: there may be millions."""
+
+import itertools
+import sqlite3
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from ..s3.bucket import Listed
+
+_BATCH = 10_000
+
+
+class Named(NamedTuple):
+    """A blob that the database names, and what a listing of the bucket tells of its object.
+
+    ``size``: in bytes, None if there is no object; ``archived``: whether its storage class is one of archives.
+    """
+
+    oid: bytes
+    tid: bytes
+    size: int | None
+    archived: bool
+
+
+class Inventory:
+    """The blobs of a database and of a bucket. Belongs to one thread, until `close`."""
+
+    def __init__(self) -> None:
+        # SQLite keeps such a database in memory as long as it is small, then in a file that nobody else can open.
+        self._tables = sqlite3.connect("")
+        for table in "named (oid BLOB, tid BLOB", "held (oid BLOB, tid BLOB, size INTEGER, archived INTEGER":
+            self._tables.execute(f"CREATE TABLE {table}, PRIMARY KEY (oid, tid)) WITHOUT ROWID")
+
+    def close(self) -> None:
+        """Delete the temporary file."""
+        self._tables.close()
+
+    def add_named(self, blobs: Iterable[tuple[bytes, bytes]]) -> None:
+        """Add blobs (oid, tid) that the database names; a blob that it names twice counts once."""
+        self._add("INSERT OR IGNORE INTO named VALUES (?, ?)", blobs)
+
+    def add_held(self, blobs: Iterable[Listed]) -> None:
+        """Add blobs that the bucket holds."""
+        rows = ((blob.oid, blob.tid, blob.size, blob.archived) for blob in blobs)
+        self._add("INSERT OR REPLACE INTO held VALUES (?, ?, ?, ?)", rows)
+
+    def _add(self, statement: str, rows: Iterable[tuple]) -> None:
+        iterator = iter(rows)
+        while batch := list(itertools.islice(iterator, _BATCH)):
+            with self._tables:
+                self._tables.executemany(statement, batch)
+
+    def __len__(self) -> int:
+        """Return how many blobs the database names."""
+        return self._tables.execute("SELECT count(*) FROM named").fetchone()[0]
+
+    def named(self) -> Iterator[Named]:
+        """Yield all blobs that the database names, by oid and tid."""
+        rows = self._tables.execute("SELECT oid, tid, size, archived FROM named LEFT JOIN held USING (oid, tid)")
+        return (Named(oid, tid, size, bool(archived)) for oid, tid, size, archived in rows)
+
+    def is_named(self, oid: bytes, tid: bytes) -> bool:
+        """Return whether the database names that blob."""
+        found = self._tables.execute("SELECT 1 FROM named WHERE oid = ? AND tid = ?", (oid, tid))
+        return found.fetchone() is not None

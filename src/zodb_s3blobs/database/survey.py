@@ -1,0 +1,275 @@
+"""One pass over all blobs that a database names, many at a time, and what came of it."""
+
+import datetime
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from textwrap import wrap
+from typing import Any
+
+from persistent.timestamp import TimeStamp
+from ZODB.blob import is_blob_record
+from ZODB.FileStorage import FileStorage
+from ZODB.utils import oid_repr, tid_repr
+
+from ..garbage.collector import is_live
+from ..progress import showing
+from ..s3.bucket import Bucket
+from ..s3.errors import BucketError
+from ..workers import in_parallel
+from .blob_index import Inventory, Named
+from .zeoconf import Served
+
+#: After how many failures in a row to give up: what the bucket refuses that often, it will refuse again.
+_GIVE_UP_AFTER = 20
+
+#: The reasons of failures after which it is asked whether the bucket answers at all.
+_OUTAGES = ("timeout", "connection", "foreign")
+
+#: The columns of a terminal.
+_WIDTH = 80
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found of blob (oid, tid): one of the command's words for it, its bytes, and the trouble if there is.
+
+    ``reason``: that of the BucketError which kept the bucket from giving or taking the blob, if one did. ``copies``:
+    what was found of copies of the blob that are not in the bucket, with words of their own.
+    """
+
+    oid: bytes
+    tid: bytes
+    word: str
+    size: int = 0
+    trouble: str = ""
+    reason: str = ""
+    copies: tuple["Outcome", ...] = ()
+
+
+def failure(oid: bytes, tid: bytes, size: int, error: BucketError, advice: str = "") -> Outcome:
+    """Return the outcome of a blob of ``size`` bytes that the bucket did not give or take.
+
+    Its word is "archived", with ``advice`` after the message of ``error``, or "failed".
+    """
+    if error.reason == "archived":
+        return Outcome(oid, tid, "archived", size, f"{error}{advice}", error.reason)
+    return Outcome(oid, tid, "failed", size, str(error), error.reason)
+
+
+class _EndOfFile(logging.Filter):
+    """Drops what FileStorage calls damage where it is the transaction that a server is just writing.
+
+    ``storage`` tells where the last whole transaction of its file, or files, ended when it was opened.
+    """
+
+    def __init__(self, storage: Any) -> None:
+        super().__init__()
+        self._ends = dict(_ends(storage))
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether to log ``record``."""
+        if not str(record.msg).startswith("%s truncated") or not isinstance(record.args, tuple):
+            return True
+        path, position = record.args
+        return not isinstance(position, int) or position < self._ends.get(str(path), position + 1)
+
+
+def _ends(storage: Any) -> Iterator[tuple[str, int]]:
+    """Yield the path and size of each file of ``storage``, in whatever it is wrapped."""
+    if isinstance(storage, FileStorage):
+        yield os.path.abspath(storage.getName()), storage.getSize()
+        return
+    for name in "base", "changes":
+        if (part := vars(storage).get(name)) is not None:
+            yield from _ends(part)
+
+
+@contextmanager
+def _filtering(filter: logging.Filter) -> Iterator[None]:
+    log = logging.getLogger("ZODB.FileStorage")
+    log.addFilter(filter)
+    try:
+        yield
+    finally:
+        log.removeFilter(filter)
+
+
+def _moment(tid: bytes) -> str:
+    try:
+        moment = datetime.datetime.fromtimestamp(TimeStamp(tid).timeTime(), datetime.timezone.utc)
+    except (ValueError, OverflowError):
+        return ""
+    return f" of {moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+@dataclass
+class Report:
+    """How many blobs there were of each word, their bytes, and those with trouble."""
+
+    objects: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[str] = field(default_factory=Counter)
+    troubles: list[Outcome] = field(default_factory=list)
+    #: Why the work ended before all blobs were looked at, if it did.
+    early_end: str = ""
+
+    def add(self, outcome: Outcome) -> None:
+        """Count ``outcome``."""
+        self.objects[outcome.word] += 1
+        self.sizes[outcome.word] += outcome.size
+        if outcome.trouble:
+            self.troubles.append(outcome)
+        for copy in outcome.copies:
+            self.add(copy)
+
+    def retract(self, outcomes: Collection[Outcome]) -> None:
+        """Take back ``outcomes``: they are no blobs of the database any more."""
+        for outcome in outcomes:
+            self.objects[outcome.word] -= 1
+            self.sizes[outcome.word] -= outcome.size
+        retracted = set(outcomes)
+        self.troubles = [outcome for outcome in self.troubles if outcome not in retracted]
+
+    def counts(self, words: Iterable[str], begin: str = "") -> str:
+        """Return how many blobs there were of each of the ``words``, such as "1 missing, 2 failed", after ``begin``.
+
+        Words without blobs are left out; "" if all are.
+        """
+        counts = ", ".join(f"{self.objects[word]:,} {word}" for word in words if self.objects[word])
+        return counts and f"{begin}{counts}"
+
+    def show(
+        self, meanings: dict[str, str], verdict: str, as_json: bool, where: Mapping[bytes, str] | None = None
+    ) -> None:
+        """Print the report, with ``verdict`` as its last line.
+
+        ``meanings``: what to say of each word, in the order of the lines; ``where``: oid -> path in the database, as
+        far as that is known.
+        """
+        where = where or {}
+        if as_json:
+            counts = {word: {"objects": self.objects[word], "bytes": self.sizes[word]} for word in meanings}
+            problems = [
+                {
+                    "oid": oid_repr(one.oid),
+                    "tid": tid_repr(one.tid),
+                    "problem": one.word,
+                    "reason": one.trouble,
+                    "path": where.get(one.oid),
+                }
+                for one in self.troubles
+            ]
+            print(json.dumps({"found": counts, "problems": problems}, indent=1))
+            return
+        for one in self.troubles:
+            place = f" at {where[one.oid]}" if one.oid in where else ""
+            print(
+                f"{one.word}: oid {oid_repr(one.oid)} tid {tid_repr(one.tid)}{_moment(one.tid)}{place}: {one.trouble}"
+            )
+        if self.troubles:
+            print()
+        for line in self._table(meanings):
+            print(line)
+        print(f"\n{verdict}")
+
+    def _table(self, meanings: dict[str, str]) -> Iterator[str]:
+        objects = {word: f"{self.objects[word]:,}" for word in meanings}
+        sizes = {word: f"{self.sizes[word]:,}" for word in meanings}
+        columns = [*meanings], ["objects", *objects.values()], ["bytes", *sizes.values()]
+        first, second, third = (max(map(len, column)) for column in columns)
+        yield f"{'':<{first}}  {'objects':>{second}}  {'bytes':>{third}}"
+        for word, meaning in meanings.items():
+            row = f"{word:<{first}}  {objects[word]:>{second}}  {sizes[word]:>{third}}  "
+            yield from wrap(meaning, _WIDTH, initial_indent=row, subsequent_indent=" " * len(row))
+
+
+class Survey:
+    """The blobs of the storage that ``served`` describes, as they are now. A context manager; belongs to one thread.
+
+    The database is read once, from one end to the other, beside a running server.
+    """
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+        with ExitStack() as undo:
+            #: The storage, opened read-only.
+            self.storage = served.open_read_only()
+            undo.callback(self.storage.close)
+            undo.enter_context(_filtering(_EndOfFile(self.storage)))
+            self.inventory = Inventory()
+            undo.callback(self.inventory.close)
+            with (
+                showing("Reading the database", "transactions") as progress,
+                closing(self.storage.iterator()) as transactions,
+            ):
+                self.inventory.add_named(
+                    (record.oid, record.tid)
+                    for transaction in progress.over(transactions)
+                    for record in transaction
+                    if record.data and is_blob_record(record.data)
+                )
+            self._undo = undo.pop_all()
+
+    def __enter__(self) -> "Survey":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._undo.close()
+
+    def list_bucket(self, bucket: Bucket) -> None:
+        """List the bucket into the inventory. What the database named before is there by now, if ever."""
+        with showing("Listing the bucket", "objects") as progress:
+            self.inventory.add_held(progress.over(bucket.list_blobs()))
+
+    def run(
+        self,
+        what: str,
+        work: Callable[[Named], Outcome],
+        bucket: Bucket,
+        threads: int,
+    ) -> Report:
+        """Return what ``work``, in ``threads`` threads, finds of each blob.
+
+        It ends early when ``bucket`` does not answer, or fails again and again.
+        """
+        report = Report()
+        failures = 0  # in a row
+        with (
+            showing(what, "blobs", len(self.inventory)) as progress,
+            closing(in_parallel(work, self.inventory.named(), threads)) as outcomes,
+        ):
+            for outcome in outcomes:
+                report.add(outcome)
+                progress.step(outcome.size)
+                # A damaged object tells nothing of the others.
+                failures = failures + 1 if outcome.word == "failed" and outcome.reason != "damaged" else 0
+                if failures == _GIVE_UP_AFTER:
+                    report.early_end = f"{failures} blobs in a row failed, so the rest was not tried. {outcome.trouble}"
+                elif outcome.reason in _OUTAGES:
+                    report.early_end = _outage(bucket)
+                if report.early_end:
+                    break
+        self._look_again(report)
+        return report
+
+    def _look_again(self, report: Report) -> None:
+        """Take back the missing blobs that have been packed away since."""
+        missing = [outcome for outcome in report.troubles if outcome.word == "missing"]
+        if not missing:
+            return
+        with closing(self._served.open_read_only()) as storage:
+            report.retract([one for one in missing if not is_live(storage, one.oid, one.tid)])
+
+
+def _outage(bucket: Bucket) -> str:
+    """Ask whether ``bucket`` answers at all; return the sentence to end with if it does not, "" if it does."""
+    try:
+        bucket.probe()
+    except BucketError as error:
+        if error.reason in _OUTAGES:
+            return f"bucket {bucket.name} does not answer, so the rest was not tried. {error}"
+    return ""

@@ -1,0 +1,115 @@
+"""The server's own zeo.conf, as the commands read it."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ZEO.runzeo import ZEOOptions
+
+from ..config import S3BlobStorageFactory
+
+
+class ConfigurationError(Exception):
+    """The configuration cannot be used for this; the message says why and what to do."""
+
+
+@dataclass
+class Served:
+    """A storage that a zeo.conf has the server serve; ``section``: the ``<s3blobstorage>`` that it is or contains."""
+
+    opener: Any
+    section: S3BlobStorageFactory
+
+    def open_read_only(self) -> Any:
+        """The storage beside a running server, with all wrappers of the configuration, but without blobs.
+
+        ConfigurationError if it cannot be opened so.
+        """
+        databases = list(_databases(self.section.config.base))
+        if not all(hasattr(database, "read_only") for database in databases):
+            raise ConfigurationError(
+                "the storage inside s3blobstorage cannot be opened beside a running server: only a filestorage can, "
+                "by itself, in a wrapper, or as both base and changes of a demostorage"
+            )
+        self.check_database_exists()
+        for database in databases:
+            database.read_only = True
+        return self._open(self.opener)
+
+    def check_database_exists(self) -> None:
+        """Raise ConfigurationError if a file of the database is not there: no command is to make an empty one."""
+        for database in _databases(self.section.config.base):
+            path = getattr(database, "path", None)
+            if path is None:
+                continue  # not a filestorage
+            if not os.path.exists(path):
+                raise ConfigurationError(
+                    f"there is no database at {path}: correct the path in the filestorage section, or restore the file"
+                )
+            database.create = False  # `create true` would empty it
+
+    def _open(self, opener: Any) -> Any:
+        if opener is self.section:
+            return opener.config.base.open()
+        # A wrapper opens what is inside by itself: give it what is inside of ours.
+        inside = opener.config.base
+        opener.config.base = SimpleNamespace(open=lambda: self._open(inside))
+        try:
+            return opener.open()
+        finally:
+            opener.config.base = inside
+
+
+def find(path: Path, name: str | None = None) -> Served:
+    """The storage ``name`` of the file ``path``; the name may be left out where only one has an ``<s3blobstorage>``.
+
+    A file that runzeo would refuse ends the process as it would end runzeo.
+    """
+    if not path.is_file():
+        raise ConfigurationError(f"there is no file {path}: name the zeo.conf of the server with -C")
+    options = _Options()
+    try:
+        options.realize(["-C", str(path)], doc="See runzeo --help.")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigurationError(
+            f"{path}, or a file that it includes, is not in UTF-8 (line {line}): save it in that encoding"
+        ) from None
+    found = {storage.name: (storage, _inside(storage)) for storage in options.storages}
+    ours = {name: Served(opener, section) for name, (opener, section) in found.items() if section is not None}
+    if name is None and len(ours) == 1:
+        return next(iter(ours.values()))
+    if name in ours:
+        return ours[name]
+    names = ", ".join(ours) or "none"
+    raise ConfigurationError(f"name one of the storages with s3blobstorage of {path} with --storage: {names}")
+
+
+class _Options(ZEOOptions):
+    #: The server's log is the server's: whoever runs a command may not be the one who may write it.
+    logsectionname = None
+
+
+def _inside(opener: Any) -> S3BlobStorageFactory | None:
+    while opener is not None and not isinstance(opener, S3BlobStorageFactory):
+        opener = getattr(opener.config, "base", None)
+    return opener
+
+
+def _databases(opener: Any) -> Iterator[Any]:
+    """Yield the configurations of the storages that hold the records of ``opener``, in whatever they are wrapped.
+
+    None stands for a part of a demostorage that has no section: it is in the server's memory.
+    """
+    config = opener.config
+    if hasattr(config, "factories"):  # a demostorage
+        for factory in config.factories:
+            yield from _databases(factory)
+        yield from [None] * (2 - len(config.factories))
+    elif getattr(config, "base", None) is not None:
+        yield from _databases(config.base)
+    else:
+        yield config

@@ -1,0 +1,1 @@
+"""Garbage collection: which blobs are dead, and their safe deletion."""

@@ -1,0 +1,143 @@
+"""ZEO's own figures: read from its server when they are scraped, and the lag of its event loop.
+
+What is read are attributes that ZEO keeps for itself. None of it is touched, and what a future ZEO does not have is
+left out of the scrape.
+"""
+
+import threading
+import time
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from prometheus_client import Histogram
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from ZODB.TimeStamp import TimeStamp
+from ZODB.utils import z64
+
+from ..metrics import LATENCIES, Metrics
+
+#: How often, in seconds, the event loop is asked for a sign of life.
+_PROBE_EVERY = 1.0
+
+
+def attach(server: Any, name: str, metrics: Metrics) -> None:
+    """ZEO's ``server`` serves the storage of ``metrics`` as ``name`` from now on."""
+    metrics.name = name
+    metrics.zeo = _readings(server, name)
+    if metrics.exporter is not None:
+        loop = getattr(server.acceptor, "event_loop", None)
+        if loop is not None and getattr(metrics.exporter.loop, "loop", None) is not loop:
+            metrics.exporter.loop = LoopLag(loop)
+
+
+class Reading:
+    """One figure, a Prometheus collector: ``read`` is called when it is scraped."""
+
+    def __init__(
+        self,
+        kind: type[CounterMetricFamily] | type[GaugeMetricFamily],
+        name: str,
+        documentation: str,
+        read: Callable[[], float],
+    ) -> None:
+        self._make = lambda: kind(name, documentation, value=float(read()))
+
+    def collect(self) -> Iterable[Metric]:
+        """Read it."""
+        yield self._make()
+
+
+def _readings(server: Any, name: str) -> list[Collector]:
+    # They are made after the storage is registered, and so looked up each time.
+    def stats() -> Any:
+        return server.stats[name]
+
+    def last_transaction() -> float:
+        tid = server.storages[name].lastTransaction()
+        return TimeStamp(tid).timeTime() if tid != z64 else 0
+
+    counter, gauge = CounterMetricFamily, GaugeMetricFamily
+    return [
+        Reading(gauge, "zeo_connections", "Clients that are connected.", lambda: len(stats().connections)),
+        Reading(counter, "zeo_loads_total", "Objects that were loaded; blobs do not count.", lambda: stats().loads),
+        Reading(counter, "zeo_stores_total", "Objects that were stored; blobs do not count.", lambda: stats().stores),
+        Reading(counter, "zeo_commits_total", "Transactions that were committed.", lambda: stats().commits),
+        Reading(
+            counter,
+            "zeo_aborts_total",
+            "Transactions that were aborted; failed votes mostly do not count.",
+            lambda: stats().aborts,
+        ),
+        Reading(counter, "zeo_conflicts_total", "Votes that failed for a conflict.", lambda: stats().conflicts),
+        Reading(
+            gauge, "zeo_active_transactions", "Transactions that have begun and not ended.", lambda: stats().active_txns
+        ),
+        Reading(
+            gauge,
+            "zeo_commit_lock_held_since_timestamp_seconds",
+            "When the commit lock was taken; 0 while it is free.",
+            lambda: stats().lock_time or 0,
+        ),
+        Reading(
+            gauge,
+            "zeo_commit_lock_waiting",
+            "Transactions that wait for the commit lock.",
+            lambda: len(server.lock_managers[name].waiting),
+        ),
+        Reading(
+            gauge,
+            "zeo_last_transaction_timestamp_seconds",
+            "When the last transaction was committed; 0 if none.",
+            last_transaction,
+        ),
+    ]
+
+
+class LoopLag:
+    """How long ZEO's event loop ``loop`` takes to come to what it is asked to do; a Prometheus collector.
+
+    A thread asks it once a second and ends with the loop.
+    """
+
+    def __init__(self, loop: AbstractEventLoop) -> None:
+        self.loop = loop
+        self._since = 0.0
+        self._answered = threading.Event()
+        self._lag = Histogram(
+            "zeo_event_loop_lag_seconds",
+            "How long the event loop took to come to a task that was handed to it.",
+            buckets=LATENCIES,
+            registry=None,
+        )
+        threading.Thread(target=self._ask, name="s3blobs event loop probe", daemon=True).start()
+
+    def collect(self) -> Iterable[Metric]:
+        """The lags so far, and whether the loop owes an answer."""
+        yield from self._lag.collect()
+        yield GaugeMetricFamily(
+            "zeo_event_loop_blocked_since_timestamp_seconds",
+            "When a task was handed to the event loop that it has not come to yet; 0 if there is none.",
+            value=self._since,
+        )
+
+    def _ask(self) -> None:
+        while True:
+            self._answered.clear()
+            self._since = time.time()
+            try:
+                self.loop.call_soon_threadsafe(self._answer, time.monotonic())
+            except RuntimeError:  # it has been closed
+                break
+            while not self._answered.wait(_PROBE_EVERY):
+                if self.loop.is_closed():
+                    break
+            time.sleep(_PROBE_EVERY)
+        self._since = 0.0
+
+    def _answer(self, asked: float) -> None:
+        # On the loop.
+        self._lag.observe(time.monotonic() - asked)
+        self._since = 0.0
+        self._answered.set()

@@ -1,0 +1,328 @@
+"""The boto3 client of one bucket: connections, time limits, repetitions, and answers that are not S3's.
+
+What is ours here hangs on two events that botocore offers: `before-send` has every request go out over sessions of our
+own, which refuse answers that S3 cannot have given, and `needs-retry` decides on repetitions.
+"""
+
+import contextlib
+import datetime
+import logging
+import os
+import random
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+import boto3
+import botocore.config
+import botocore.exceptions
+import botocore.httpsession
+import botocore.session
+import botocore.utils
+
+from .errors import BucketError, ForeignAnswer, ask, code_and_reason, code_of, interruption
+
+T = TypeVar("T")
+
+#: After how many seconds without traffic firewalls, NAT and load balancers may have forgotten a connection. Probes of
+#: the kernel keep one known that is not used, and one that is older is not taken from the pool any more.
+_IDLE = 60
+
+#: What they log at level debug repeats access keys, signatures and the key of SSE-C.
+_TALKATIVE = ("boto3", "botocore", "s3transfer")
+
+#: The statuses that mean: not now. 509 and 520 to 524 are those of proxies before a service.
+_PASSING_STATUSES = {408, 429, 500, 502, 503, 504, 509, *range(520, 525)}
+_PASSING_CODES = {"OperationAborted", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"}
+
+#: Requests that a service works on long after their connection is gone. Nobody is to ask for the work a second time
+#: while it may still be going on: behind a connection that broke, or a proxy that did not want to wait.
+_LONG_WORK = {"CopyObject", "UploadPartCopy"}
+_STATUSES_OF_IMPATIENT_PROXIES = {408, 502, 504, *range(520, 525)}
+
+#: The most seconds between two tries.
+_LONGEST_PAUSE = 20.0
+
+
+@dataclass
+class BucketSettings:
+    """How to reach the bucket; the names are those of the configuration keys. Times in seconds, sizes in bytes."""
+
+    bucket_name: str
+    s3_prefix: str = ""
+    s3_endpoint_url: str | None = None
+    s3_region: str | None = None
+    s3_access_key: str | None = field(default=None, repr=False)
+    s3_secret_key: str | None = field(default=None, repr=False)
+    s3_use_ssl: bool = True
+    s3_ca_file: str | None = None
+    s3_addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    s3_sse_customer_key: bytes | None = field(default=None, repr=False)
+    s3_sse: str | None = None
+    s3_sse_kms_key_id: str | None = None
+    s3_storage_class: str | None = None
+    s3_checksums: Literal["when_supported", "when_required"] = "when_required"
+    s3_multipart_threshold: int = 8 << 20
+    s3_concurrency: int = 16
+    s3_connect_timeout: float = 5
+    s3_read_timeout: float = 30
+    s3_max_attempts: int = 3
+    #: How long the service may take to copy up to 64 MiB inside the bucket; it is silent until it is done.
+    copy_timeout: float = 120
+
+
+class Connection:
+    """A boto3 client, and `ask`, through which every use of it goes. Making one sends no request.
+
+    Any thread may call. Raises BucketError if the settings are of no use.
+    """
+
+    def __init__(self, settings: BucketSettings) -> None:
+        self._settings = settings
+        session = botocore.session.get_session()
+        session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_timestamp)
+        for name in _TALKATIVE:
+            talkative = logging.getLogger(name)
+            talkative.setLevel(max(talkative.getEffectiveLevel(), logging.INFO))
+        self.client = ask(f"set up the connection to bucket {settings.bucket_name}", lambda: _client(session, settings))
+        #: Where requests go; without s3-endpoint-url, boto3 may have found another than Amazon's.
+        self.endpoint_url: str = self.client.meta.endpoint_url
+        self._proxies = botocore.utils.get_environ_proxies(self.endpoint_url)
+        verify = settings.s3_ca_file or session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+        self._sessions = _Sessions(settings, verify or True, self._proxies, settings.s3_read_timeout)
+        self._patient_sessions = _Sessions(settings, verify or True, self._proxies, settings.copy_timeout)
+        events = self.client.meta.events
+        events.register_first("before-send.s3", self._send)
+        events.register_last("needs-retry.s3", _Repetitions(settings.s3_max_attempts).pause)
+        if settings.s3_checksums == "when_required":
+            # The one checksum that every service understands and refuses a damaged body by.
+            for operation in ("PutObject", "UploadPart", "DeleteObjects"):
+                events.register_last(f"before-call.s3.{operation}", _add_content_md5)
+
+    def ask(self, what: str, call: Callable[[], T]) -> T:
+        """Return what ``call`` returns, with the errors of `s3errors.ask`, and what the settings tell about them."""
+        return ask(what, call, self._hint)
+
+    def _send(self, request: Any, event_name: str, **kwargs: Any) -> Any:
+        operation = event_name.rpartition(".")[2]
+        sessions = self._patient_sessions if operation in _LONG_WORK else self._sessions
+        answer = sessions.current().send(request)
+        check_answer(operation, answer)
+        return answer
+
+    def close(self) -> None:
+        """Close the connections that are not in use; those that are close when they come to an end."""
+        self.client.close()
+        self._sessions.close()
+        self._patient_sessions.close()
+
+    def _hint(self, error: BucketError) -> str:
+        """Return what to add to the message of ``error``."""
+        endpoint, bucket = urlsplit(self.endpoint_url), self._settings.bucket_name
+        reasons = "timeout", "connection", "foreign", "server", "throttled"  # 503 is what proxies say of a host unknown
+        if error.reason in reasons and endpoint.scheme in self._proxies:
+            variable = f"{endpoint.scheme.upper()}_PROXY"
+            return (
+                f". Requests go through the proxy that {variable} names in the environment: check it, or have NO_PROXY "
+                f"name {endpoint.hostname}"
+            )
+        if error.code == "SSLError" and self._settings.s3_ca_file and "is not trusted" in str(error):
+            return ". s3-ca-file is set, and the file does not hold that authority"
+        wrong_place = error.reason == "foreign" or error.code in ("NoSuchBucket", "404", "InvalidBucketName")
+        inside = (endpoint.hostname or "").startswith(f"{bucket.lower()}.") or bucket in endpoint.path.split("/")
+        if wrong_place and self._settings.s3_endpoint_url and inside:
+            return ". s3-endpoint-url contains the name of the bucket: leave it out there"
+        return ""
+
+
+def _client(session: Any, settings: BucketSettings) -> Any:
+    config = botocore.config.Config(
+        # botocore's own repetitions stop for good once their budget is used up, which an outage does in seconds.
+        retries={"mode": "standard", "total_max_attempts": 1},
+        request_checksum_calculation=settings.s3_checksums,
+        response_checksum_validation=settings.s3_checksums,
+        s3={"addressing_style": settings.s3_addressing_style},
+    )
+    return boto3.session.Session(botocore_session=session).client(
+        "s3",
+        endpoint_url=settings.s3_endpoint_url,
+        region_name=settings.s3_region,
+        aws_access_key_id=settings.s3_access_key,
+        aws_secret_access_key=settings.s3_secret_key,
+        use_ssl=settings.s3_use_ssl,
+        config=config,
+    )
+
+
+class _Sessions:
+    """HTTP sessions whose connections are never trusted when they have been idle for long.
+
+    A session has a pool of connections. It is replaced after `_IDLE` seconds, which costs a handshake for each
+    connection, and closed when as much time has passed again and nobody uses it any more.
+    """
+
+    def __init__(
+        self, settings: BucketSettings, verify: bool | str, proxies: dict[str, str], read_timeout: float
+    ) -> None:
+        self._make = lambda: botocore.httpsession.URLLib3Session(
+            verify=verify,
+            proxies=proxies,
+            timeout=(settings.s3_connect_timeout, read_timeout),
+            # Each of these has threads of its own: uploads, staged uploads, their parts, copies, small downloads, large
+            # ones, and their parts.
+            max_pool_connections=7 * settings.s3_concurrency,
+            socket_options=_socket_options(),
+        )
+        self._lock = threading.Lock()
+        self._made = time.monotonic()
+        self._session = self._make()
+        self._before: Any = None
+
+    def current(self) -> Any:
+        """Return the session to send a request with."""
+        with self._lock:
+            if time.monotonic() - self._made > _IDLE:
+                if self._before is not None:
+                    self._before.close()
+                self._before, self._session, self._made = self._session, self._make(), time.monotonic()
+            return self._session
+
+    def close(self) -> None:
+        """Close the connections that are not in use."""
+        with self._lock:
+            for session in filter(None, (self._before, self._session)):
+                session.close()
+
+
+def _socket_options() -> list[tuple[int, int, int]]:
+    """Return what to set on each socket: send at once; have the kernel ask after `_IDLE` seconds, thrice a minute."""
+    idle = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", None))  # Linux, macOS
+    tcp = {idle: _IDLE, getattr(socket, "TCP_KEEPINTVL", None): _IDLE // 3, getattr(socket, "TCP_KEEPCNT", None): 3}
+    return [
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        *((socket.IPPROTO_TCP, option, value) for option, value in tcp.items() if option is not None),
+    ]
+
+
+class _Repetitions:
+    """Which requests are sent again: botocore's event needs-retry. ``most``: how often one is sent at all."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+
+    def pause(
+        self, attempts: int, operation: Any, response: Any, caught_exception: Any, request_dict: Any, **kwargs: Any
+    ) -> float | None:
+        """Return after how many seconds to send a request again, None if it is not to be sent again.
+
+        Raises what made the caller of the transfer end it.
+        """
+        if caught_exception is not None:
+            inside = interruption(caught_exception)
+            if inside is not None:
+                raise inside
+            passing = _is_passing(caught_exception, operation.name)
+            if isinstance(caught_exception, botocore.exceptions.ConnectionClosedError) and request_dict["body"]:
+                # Whoever closes it may do so without having read the body, and have said why: a proxy that limits
+                # its size. So ask before sending the body the next time.
+                request_dict["headers"]["Expect"] = "100-continue"
+        else:
+            status, code = response[1]["ResponseMetadata"]["HTTPStatusCode"], code_of(response[1].get("Error", {}))
+            passing = status in _PASSING_STATUSES or code in _PASSING_CODES
+            if operation.name in _LONG_WORK and status in _STATUSES_OF_IMPATIENT_PROXIES:
+                passing = False
+        if not passing or attempts >= self._most:
+            return None
+        return min(_LONGEST_PAUSE, 2.0 ** (attempts - 1)) * random.random()
+
+
+def _is_passing(error: Exception, operation: str) -> bool:
+    """Whether the next try may succeed where this one raised ``error``."""
+    if isinstance(error, ForeignAnswer):
+        return error.status < 300
+    if operation in _LONG_WORK:
+        never_arrived = botocore.exceptions.EndpointConnectionError, botocore.exceptions.ConnectTimeoutError
+        return isinstance(error, never_arrived)
+    return code_and_reason(error)[1] in ("timeout", "connection")
+
+
+# Answers that S3 cannot have given
+
+_REDIRECTIONS = {301, 302, 303, 307, 308}
+
+#: What an answer of S3 with a status of success always has: an ETag in its headers, or something in its body.
+_WITH_ETAG = {"PutObject", "UploadPart"}
+_ALWAYS_IN_THE_BODY = {
+    "CopyObject": re.compile(rb"<(\w+:)?ETag>"),
+    "UploadPartCopy": re.compile(rb"<(\w+:)?ETag>"),
+    "CompleteMultipartUpload": re.compile(rb"<(\w+:)?ETag>"),
+    "CreateMultipartUpload": re.compile(rb"<(\w+:)?UploadId>"),
+    "ListObjectsV2": re.compile(rb"<(\w+:)?\w+Result[\s/>]"),
+    "ListMultipartUploads": re.compile(rb"<(\w+:)?\w+Result[\s/>]"),
+    "ListObjectVersions": re.compile(rb"<(\w+:)?\w+Result[\s/>]"),
+}
+_PAGE = re.compile(rb"(?i)\s*<(!doctype html|html)")
+_ERROR = re.compile(rb"\s*(<\?xml[^>]*>\s*)?<(\w+:)?Error[\s>]")
+
+
+def check_answer(operation: str, answer: Any) -> None:
+    """Raise ForeignAnswer if S3 cannot have answered so.
+
+    A maintenance page, a captive portal or another web server may answer anything with status 200, and what it was
+    asked to store is lost. What gateways say with status 5xx, and proxies of the size or the pace of requests, they
+    say rightly.
+    """
+    status = answer.status_code
+    if status in (408, 413, 429) or status >= 500:
+        return
+    if status in _REDIRECTIONS and operation == "HeadBucket" and "x-amz-bucket-region" not in answer.headers:
+        answer.status_code = 404  # or boto3, which asks where the bucket is, asks the same of this answer, for ever
+        return
+    streams = operation == "GetObject" and status < 300
+    body = b"" if streams else answer.content
+    if _is_success_of_s3(operation, answer.headers, body) if status < 300 else not _is_page(answer.headers, body):
+        return
+    if streams:
+        answer.raw.close()
+    raise ForeignAnswer(status)
+
+
+def _is_success_of_s3(operation: str, headers: Any, body: bytes) -> bool:
+    if operation in _WITH_ETAG:
+        return "etag" in headers
+    if operation in _ALWAYS_IN_THE_BODY:
+        # An error that S3 met after it had sent the status is botocore's business.
+        return bool(_ALWAYS_IN_THE_BODY[operation].search(body) or _ERROR.match(body))
+    if operation in ("GetObject", "HeadObject"):
+        # Not all services tell an ETag, and not all blobs have been stored by us.
+        ours = "x-amz-meta-sha256" in headers
+        return ours or (not _is_page(headers, body) and ("etag" in headers or "last-modified" in headers))
+    return not _is_page(headers, body)
+
+
+def _is_page(headers: Any, body: bytes) -> bool:
+    """Whether it is a page for people, or an answer of another application."""
+    if any(name.lower().startswith("x-amz") for name in headers):
+        return False  # some services send errors and empty answers as HTML
+    content_type = (headers.get("content-type") or "").lower()
+    return content_type.startswith(("text/html", "application/xhtml", "application/json")) or bool(_PAGE.match(body))
+
+
+def _parse_timestamp(value: Any) -> datetime.datetime:
+    # As botocore's, which takes two thirds of the time of a listing; in Python 3.10 the time zone may not be Z.
+    with contextlib.suppress(AttributeError, ValueError):
+        parsed = datetime.datetime.fromisoformat(value.replace("Z", "+00:00"))
+        if parsed.tzinfo is not None:
+            return parsed
+    return botocore.utils.parse_timestamp(value)
+
+
+def _add_content_md5(params: dict[str, Any], **kwargs: Any) -> None:
+    if params["body"] is not None:
+        params["headers"].setdefault("Content-MD5", botocore.utils.calculate_md5(params["body"]))

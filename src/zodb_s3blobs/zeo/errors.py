@@ -1,0 +1,174 @@
+"""The last net: whatever goes wrong in a ZEO server, its client gets an answer, and one that it can decode.
+
+ZEO sends an exception as the name of its class, and its attributes or else its arguments. A client that cannot decode
+these, because they are objects of a library that it does not have, answers its caller never. What the parts of a
+storage raise is made a plain StorageError long before it comes here; this is for what nobody thought of.
+"""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+from ZEO.asyncio.server import Delay
+from ZODB import POSException
+from ZODB.POSException import (
+    BTreesConflictError,
+    ConflictError,
+    MultipleUndoErrors,
+    POSError,
+    POSKeyError,
+    ReadConflictError,
+    ReadOnlyError,
+    StorageError,
+    StorageTransactionError,
+)
+
+logger = logging.getLogger(__name__)
+
+_CONFLICT = ("message", "oid", "serials", "class_name")
+
+#: The classes that stock clients make again, and the attributes they do it from; without any, from the arguments.
+#: What has another class, they raise as a ZEO.Exceptions.ServerException, which is a StorageError.
+REMADE: dict[type[BaseException], tuple[str, ...]] = {
+    KeyError: (),
+    TypeError: (),
+    POSKeyError: (),
+    ReadOnlyError: (),
+    StorageTransactionError: (),
+    ConflictError: _CONFLICT,
+    ReadConflictError: _CONFLICT,
+    BTreesConflictError: ("p1", "p2", "p3", "reason"),
+    MultipleUndoErrors: ("_errs",),
+}
+
+#: How deep lists may be in lists; ZODB's go two deep, and msgpack has a limit.
+_DEEPEST = 10
+
+#: What ZEO calls the flag of a reply that is an exception.
+_EXCEPTION = 2
+
+
+def guard(connection: Any) -> None:
+    """Let all errors that leave through ``connection``, a ZEO ServerProtocol, be plain, and no reply get lost."""
+
+    def send_error(message_id: Any, error: BaseException, send_error: bool = False) -> None:
+        send_reply(message_id, plain(error), flag=_EXCEPTION)
+
+    def send_reply(message_id: Any, result: Any, send_error: bool = False, flag: int = 0) -> None:
+        # As ZEO's, which after "Couldn't pickle response" goes on to write the result that could not be encoded. That
+        # fails, or with a full connection stays in its queue and spoils all that follows.
+        if isinstance(result, Delay):
+            result.set_sender(message_id, connection)
+            return
+        try:
+            message = connection.encode(message_id, flag, ".reply", result)
+        except Exception:
+            logger.exception("A reply of the type %s cannot be sent to a client", type(result))
+            if flag == _EXCEPTION:
+                connection.close()
+            else:
+                connection.send_error(message_id, StorageError(f"The server cannot send its reply; {_SEE_LOG}"))
+        else:
+            connection.write_message(message)
+
+    connection.send_error = send_error
+    connection.send_reply = send_reply
+
+
+def plain(error: BaseException) -> tuple[str, Any]:
+    """Return what a client is sent for ``error``: the name of a class, and the attributes or arguments of it.
+
+    These hold nothing but plain values. What cannot go as it is becomes a StorageError, and is logged.
+    """
+    try:
+        sent = _as_it_is(error)
+    except Exception:  # attributes that it ought to have
+        sent = None
+    if sent is not None and is_plain(sent[1]):
+        return sent
+    text = _text(error)
+    logger.error("A client is sent a StorageError in place of this: %s", text, exc_info=error)
+    return _name(StorageError), (text,)
+
+
+def _as_it_is(error: BaseException) -> tuple[str, Any] | None:
+    """Return the same for an exception of ZODB, or of a class that is derived from one that clients make again."""
+    kind = type(error)
+    if kind.__module__ == POSException.__name__ and kind not in REMADE:
+        return _name(kind), error.__dict__ or error.args
+    known = next((base for base in kind.__mro__ if base in REMADE), None)
+    if known is None or (known is not kind and not issubclass(known, POSError)):
+        return None
+    attributes = {name: getattr(error, name) for name in REMADE[known]}
+    if isinstance(error, MultipleUndoErrors):
+        # FileStorage's reasons are exceptions. All that anybody does with a reason is to show it.
+        attributes["_errs"] = [(oid, str(why) if isinstance(why, POSError) else why) for oid, why in error._errs]
+        if not error._errs:
+            return None  # clients look at the first
+    return _name(known), attributes or error.args
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__name__}"
+
+
+def is_plain(value: Any, depth: int = _DEEPEST) -> bool:
+    """Whether any client can decode ``value``, be it sent as a pickle or by msgpack."""
+    kind = type(value)
+    if kind in (type(None), bool, float, bytes):
+        return True
+    if kind is int:
+        return -(1 << 63) <= value < 1 << 64
+    if kind is str:
+        return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+    if kind in (tuple, list):
+        return depth > 0 and all(is_plain(item, depth - 1) for item in value)
+    if kind is dict:
+        return all(type(key) is str for key in value) and is_plain([*value, *value.values()], depth)
+    return False
+
+
+_SEE_LOG = "the server's log has more"
+
+
+def _text(error: BaseException) -> str:
+    """Return what a client may know of ``error``: its text only if it was written to be seen by others."""
+    kind = type(error)
+    if kind.__module__.partition(".")[0] == (__package__ or "").partition(".")[0]:
+        presentable = True
+    elif isinstance(error, OSError):
+        presentable = kind.__module__ == "builtins" and error.errno is not None and is_plain(error.args)
+    else:
+        presentable = isinstance(error, POSError) and is_plain(error.args)
+    if presentable:
+        try:
+            text = f"{kind.__name__}: {error}"
+            if is_plain(text):
+                return text
+        except Exception:
+            pass  # an exception without the attributes that its text is made from
+    return f"{kind.__module__}.{kind.__qualname__} in the server; {_SEE_LOG}"
+
+
+# ZEO answers when it has caught an Exception. There are others: an asyncio.CancelledError, or the panic of a library
+# that is written in Rust.
+
+
+@contextmanager
+def exceptions_only() -> Iterator[None]:
+    """Raise a StorageError in place of what is no Exception; for threads, which no signal is to end."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        raise StorageError(_text(error)) from error
+
+
+def check(future: Future) -> None:
+    """Raise a StorageError if ``future``, which is done, has failed with what is no Exception."""
+    error = None if future.cancelled() else future.exception()
+    if error is not None and not isinstance(error, Exception):
+        raise StorageError(_text(error)) from error
