@@ -15,6 +15,7 @@ import pytest
 import transaction
 import ZODB
 import ZODB.config
+from bases import Base
 from persistent.timestamp import TimeStamp
 from zc.zlibstorage import ZlibStorage
 from zeoserver import CONFIG, SECTION
@@ -34,7 +35,9 @@ COMPRESSED = f"%import zc.zlibstorage\n<zlibstorage>\n{PLAIN}\n</zlibstorage>"
 
 
 class Old:
-    """A database with one blob, and its bucket, which `becomes_old` makes one as 1.2.1 leaves it.
+    """A database, and its bucket, which `becomes_old` makes one as 1.2.1 leaves it.
+
+    It has a blob that the tests write, and another one: where not one is live, a pack deletes nothing.
 
     ``revisions``: the tids of the blob; ``undone``: those of them that have been made by an undo.
     """
@@ -77,6 +80,9 @@ class Old:
 
     def write(self, data):
         """Commit a revision."""
+        if not self.revisions:
+            with self.db.transaction() as connection:
+                connection.root()["other"] = Blob(b"live")
         with self.db.transaction() as connection:
             root = connection.root()
             blob = root["blob"] if "blob" in root else root.setdefault("blob", Blob())
@@ -311,14 +317,11 @@ def test_it_is_kept_for_a_creation_that_was_brought_back(old):
 
 
 def test_a_creation_that_was_undone_keeps_nothing(old, caplog):
-    with old.db.transaction() as connection:
-        connection.root()["other"] = Blob(b"live")
     old.write(b"one")
     old.undo()
     old.becomes_old()
     old.pack()
     assert old.held() == []
-    assert len(old.keys()) == 1
     assert "only copy" not in caplog.text
 
 
@@ -347,9 +350,21 @@ def test_an_oid_that_a_crash_gave_to_another_object_keeps_no_blob(old, s3, caplo
     old.write(b"one")
     root_tid = old.storage.load(p64(0))[1]
     s3.put(old.bucket, [KEYS.key(p64(0), p64(u64(root_tid) - 1))])
+    assert len(old.keys()) == 3
     old.pack()
-    assert old.keys() == [old.key(old.revisions[0])]
+    assert old.held() == [0]
+    assert len(old.keys()) == 2
     assert "only copy" not in caplog.text
+
+
+def test_what_is_kept_does_not_pass_for_a_blob_of_the_database(s3, bucket_name, put, collector):
+    """A database that is not the right one may have such revisions as well."""
+    put((p64(1), p64(10)), (p64(2), p64(10)))
+    assert collector().collect(Base((p64(1), p64(50)))) == 0
+    assert len(s3.keys(bucket_name)) == 2
+    put((p64(3), p64(10)))
+    assert collector().collect(Base((p64(1), p64(50)), (p64(3), p64(10)))) == 1
+    assert len(s3.keys(bucket_name)) == 2
 
 
 @pytest.mark.parametrize(("base", "wrap"), [(COMPRESSED, lambda storage: storage), (PLAIN, ZlibStorage)])
@@ -377,12 +392,12 @@ def test_a_retention_marks_none_of_them(undone, s3, tmp_path):
 
 def test_verify_tells_it_and_repairs_it_and_then_all_is_ordinary(undone, s3):
     found, (reason,) = undone.verify(status=FALLBACK)
-    assert found == {"good": 2, "undone": 1}
+    assert found == {"good": 3, "undone": 1}
     assert undone.key(undone.revisions[2]) in reason and undone.key(undone.revisions[0]) in reason
     assert undone.held() == [0, 1]
-    assert undone.verify("--repair") == ({"good": 2, "repaired": 1}, [])
+    assert undone.verify("--repair") == ({"good": 3, "repaired": 1}, [])
     assert undone.held() == [0, 1, 2]
-    assert undone.verify("--repair") == ({"good": 3}, [])
+    assert undone.verify("--repair") == ({"good": 4}, [])
     undone.pack()
     assert undone.held() == [2]
     undone.close()
@@ -396,17 +411,17 @@ def test_all_undone_revisions_are_repaired_beside_the_open_database(old):
     old.undo()
     old.becomes_old()
     assert old.value() == b"two"
-    assert old.verify("--repair")[0] == {"good": 2, "repaired": 2}
+    assert old.verify("--repair")[0] == {"good": 3, "repaired": 2}
     objects = {tid: old.s3.client.get_object(Bucket=old.bucket, Key=old.key(tid)) for tid in old.revisions}
     assert [objects[tid]["Body"].read() for tid in old.revisions] == [b"one", b"two", b"one", b"two"]
-    assert old.verify()[0] == {"good": 4}
+    assert old.verify()[0] == {"good": 5}
 
 
 def test_after_a_pack_verify_calls_it_missing_and_names_the_keys_that_may_have_its_bytes(undone):
     undone.pack()
     for arguments in (), ("--repair",):
         found, (reason,) = undone.verify(*arguments, status=DAMAGED)
-        assert found == {"missing": 1}
+        assert found == {"good": 1, "missing": 1}
         assert all(undone.key(tid) in reason for tid in undone.revisions)
     assert undone.held() == [0, 1]
 

@@ -157,6 +157,11 @@ class Scan:
                     self.has_wrong_marks = True
                 yield blob, state, since
 
+    @property
+    def has_live(self) -> bool:
+        """After the scan: whether there is a blob that the database has; it has not those that may be only copies."""
+        return self.found["live"].objects > self.only_copies
+
     def refusal(self, max_delete_percent: int) -> str | None:
         """After the scan: return why the dead blobs must not be deleted, None if they may."""
         dead, orphans = self.found["dead"], self.orphans
@@ -169,7 +174,7 @@ class Scan:
                 f"gc-max-delete-percent is 0, so none of the {dead.objects} dead blobs in bucket {name} is deleted, "
                 f"{dead.bytes} bytes"
             )
-        if not self.found["live"].objects and dead.objects > _DELETED_WITHOUT_A_LIVE_ONE:
+        if not self.has_live and dead.objects > _DELETED_WITHOUT_A_LIVE_ONE:
             return (
                 f"{dead.objects} of {ours} blobs in bucket {name} are dead, {dead.bytes} bytes, and not one is live: "
                 f"none was deleted. Is this the database that belongs to s3-prefix {prefix!r}: the right Data.fs, and "
@@ -430,7 +435,7 @@ class Collector:
             if on_probation or not self._max_delete_percent:
                 self._log_nothing_deleted(scan, on_probation)
                 return 0
-            if refusal is not None and not scan.found["live"].objects:
+            if refusal is not None and not scan.has_live:
                 # No error: where the last blob has been removed it is right, and the pack of the base stands.
                 logger.warning("%s", refusal)
                 return 0
