@@ -158,7 +158,7 @@ def collector(open_bucket, cache, in_flight, metrics):
         bucket = open_bucket(**changes)
         registry = uploads.in_flight if uploads is not None else in_flight
         staging = uploads.staging if uploads is not None else Staging(bucket, DaemonPool(1), metrics, 1, 60, 0)
-        lease = Lease(bucket, FakeDatabase(), metrics)
+        lease = Lease(bucket, FakeDatabase(), metrics, "1")
         leases.append(lease)
         return Collector(bucket, cache, registry, staging, lease, metrics, retention, max_delete_percent, identity)
 

@@ -1,4 +1,4 @@
-"""A file that a blob is read into, as `zodb_s3blobs.s3.bucket.Target`."""
+"""A file that a blob is read into, as `zodb_s3blobs.s3.download.Target`."""
 
 
 class Target:

@@ -26,8 +26,9 @@ from ZODB.POSException import StorageError
 from ZODB.utils import p64
 
 from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.s3.bucket import PART, Bucket
+from zodb_s3blobs.s3.bucket import Bucket
 from zodb_s3blobs.s3.client import BucketSettings
+from zodb_s3blobs.s3.download import PART
 from zodb_s3blobs.s3.errors import BlobNotFound, BucketError, Damaged
 
 OID = p64(1)

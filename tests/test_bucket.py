@@ -13,9 +13,11 @@ from target import Target
 from ZODB.utils import p64
 
 from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.s3 import bucket as bucket_module
-from zodb_s3blobs.s3.bucket import PART, Bucket, Listed
+from zodb_s3blobs.s3 import upload as upload_module
+from zodb_s3blobs.s3.bucket import Bucket
+from zodb_s3blobs.s3.download import PART
 from zodb_s3blobs.s3.errors import MISCONFIGURED, BlobNotFound, BucketError, Damaged, TransferCancelled
+from zodb_s3blobs.s3.listing import Listed
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -563,7 +565,7 @@ def test_a_copy_has_the_bytes_and_the_metadata(s3, bucket, put, stored):
 @pytest.fixture
 def small_copies(monkeypatch):
     """Copy in parts of `PART` bytes what is larger than that."""
-    monkeypatch.setattr(bucket_module, "COPY_PART", PART)
+    monkeypatch.setattr(upload_module, "COPY_PART", PART)
 
 
 def test_a_large_blob_is_copied_in_parts_side_by_side(small_copies, s3, open_bucket, put, stored):

@@ -40,8 +40,8 @@ def no_endpoint_left():
     """Each test closes what it opens, and none is disturbed by one that does not."""
     yield
     left = endpoint._endpoint
-    for _, metrics in left.exporter.storages() if left else ():
-        endpoint.leave(metrics)
+    for _, exported in left.exporter.storages() if left else ():
+        endpoint.leave(exported)
     assert left is None
 
 

@@ -15,10 +15,9 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from promtool import promtool
 from zeoserver import Figures
 
-from zodb_s3blobs.metrics import Metrics
 from zodb_s3blobs.monitoring import exporter as exporter_module
-from zodb_s3blobs.monitoring.exporter import Exporter
-from zodb_s3blobs.monitoring.zeo_stats import Reading
+from zodb_s3blobs.monitoring.exporter import Exported, Exporter
+from zodb_s3blobs.monitoring.zeostats import Reading
 
 
 @pytest.fixture
@@ -28,12 +27,12 @@ def exporter():
 
 @pytest.fixture
 def add(exporter):
-    """Exports the metrics of one more storage and returns them."""
+    """Exports one more storage and returns it."""
 
     def add(name="1"):
-        metrics = Metrics(name)
-        exporter.add(metrics)
-        return metrics
+        exported = Exported(name)
+        exporter.add(exported)
+        return exported
 
     return add
 
@@ -54,9 +53,9 @@ def broken():
 
 
 def test_every_series_of_a_storage_has_its_name_as_a_label(exporter, add):
-    metrics = add("one")
-    metrics.storage_info.labels("bucket", "prefix", "endpoint").set(1)
-    metrics.zeo = [Reading(GaugeMetricFamily, "zeo_something", "Something.", lambda: 7)]
+    exported = add("one")
+    exported.metrics.storage_info.labels("bucket", "prefix", "endpoint").set(1)
+    exported.zeo = [Reading(GaugeMetricFamily, "zeo_something", "Something.", lambda: 7)]
     figures = scrape(exporter)
     of_storages = [
         sample
@@ -76,10 +75,10 @@ def test_what_belongs_to_no_storage_has_no_such_label(exporter, add):
 
 
 def test_values_and_other_labels_are_those_of_the_instruments(exporter, add):
-    metrics = add()
-    metrics.cache_hits.inc(3)
-    metrics.s3_attempt_failures.labels("put", "418").inc()
-    metrics.upload_duration.observe(0.3)
+    exported = add()
+    exported.metrics.cache_hits.inc(3)
+    exported.metrics.s3_attempt_failures.labels("put", "418").inc()
+    exported.metrics.upload_duration.observe(0.3)
     figures = scrape(exporter)
     assert figures("s3blobs_cache_hits_total", storage="1") == 3
     assert figures("s3blobs_s3_attempt_failures_total", storage="1", operation="put", code="418") == 1
@@ -89,9 +88,9 @@ def test_values_and_other_labels_are_those_of_the_instruments(exporter, add):
 
 
 def test_a_name_that_becomes_known_later_is_the_label_from_then_on(exporter, add):
-    metrics = add()
-    metrics.name = "main"
-    metrics.cache_hits.inc()
+    exported = add()
+    exported.name = "main"
+    exported.metrics.cache_hits.inc()
     assert scrape(exporter)("s3blobs_cache_hits_total") == 1
     assert scrape(exporter)("s3blobs_cache_hits_total", storage="main") == 1
 
@@ -105,7 +104,7 @@ def test_a_label_with_special_characters_arrives_as_it_is(exporter, add):
 def test_storages_of_one_name_are_told_apart(exporter, add):
     # Prometheus refuses a whole scrape with a series that is in it twice.
     for number, name in enumerate(["1", "1", "1-2", "1", "1-2"]):
-        add(name).cache_files.set(number)
+        add(name).metrics.cache_files.set(number)
     values = [
         (sample.labels["storage"], sample.value)
         for sample in scrape(exporter).samples
@@ -117,8 +116,8 @@ def test_storages_of_one_name_are_told_apart(exporter, add):
 
 
 def test_no_created_series(exporter, add):
-    metrics = add()
-    assert any(sample.name.endswith("_created") for sample in next(iter(metrics.cache_hits.collect())).samples)
+    exported = add()
+    assert any(sample.name.endswith("_created") for sample in next(iter(exported.metrics.cache_hits.collect())).samples)
     assert not [name for name in scrape(exporter).names() if name.endswith("_created")]
 
 
@@ -176,9 +175,9 @@ def test_the_families_of_one_name_come_together_with_one_help_and_one_type(expor
 
 def test_promtool_has_nothing_to_say_about_it(exporter, add):
     for name in "one", "two":
-        metrics = add(name)
-        metrics.storage_info.labels("bucket", "prefix", "endpoint").set(1)
-        metrics.zeo = [Reading(GaugeMetricFamily, "zeo_connections", "Clients.", lambda: 1)]
+        exported = add(name)
+        exported.metrics.storage_info.labels("bucket", "prefix", "endpoint").set(1)
+        exported.zeo = [Reading(GaugeMetricFamily, "zeo_connections", "Clients.", lambda: 1)]
     done = subprocess.run(
         [promtool(), "check", "metrics"], input=scrape(exporter).text, capture_output=True, text=True, timeout=60
     )
@@ -187,10 +186,10 @@ def test_promtool_has_nothing_to_say_about_it(exporter, add):
 
 def test_openmetrics_has_the_same_figures(exporter, add):
     for name in "one", "two":
-        metrics = add(name)
-        metrics.storage_info.labels("bucket", "prefix", "endpoint").set(1)
-        metrics.upload_duration.observe(2)
-        metrics.load_duration.labels("hit").observe(0.1)
+        exported = add(name)
+        exported.metrics.storage_info.labels("bucket", "prefix", "endpoint").set(1)
+        exported.metrics.upload_duration.observe(2)
+        exported.metrics.load_duration.labels("hit").observe(0.1)
     families = list(parse_openmetrics(openmetrics.generate_latest(exporter.registry).decode()))
     names = {sample.name for family in families for sample in family.samples}
     assert names == scrape(exporter).names()
@@ -202,13 +201,13 @@ def test_openmetrics_has_the_same_figures(exporter, add):
 
 def test_what_cannot_be_read_is_left_out_and_the_rest_is_there(exporter, add):
     one, two = add("one"), add("two")
-    for metrics in one, two:
-        metrics.zeo = [
+    for exported in one, two:
+        exported.zeo = [
             Reading(GaugeMetricFamily, "zeo_first", "Something.", lambda: 1),
             Reading(GaugeMetricFamily, "zeo_second", "Something.", lambda: 2),
         ]
     whole = scrape(exporter)
-    one.staged_bytes.set_function(broken)
+    one.metrics.staged_bytes.set_function(broken)
     one.zeo[0] = Reading(GaugeMetricFamily, "zeo_first", "Something.", broken)
     left = scrape(exporter)
     assert whole.names(storage="one") - left.names(storage="one") == {"s3blobs_staged_bytes", "zeo_first"}
@@ -217,17 +216,17 @@ def test_what_cannot_be_read_is_left_out_and_the_rest_is_there(exporter, add):
 
 
 def test_a_figure_that_is_no_number_is_left_out(exporter, add):
-    metrics = add()
-    metrics.zeo = [Reading(GaugeMetricFamily, "zeo_first", "Something.", lambda: "many")]
-    metrics.staged_blobs.set_function(lambda: None)
+    exported = add()
+    exported.zeo = [Reading(GaugeMetricFamily, "zeo_first", "Something.", lambda: "many")]
+    exported.metrics.staged_blobs.set_function(lambda: None)
     assert scrape(exporter).names() & {"zeo_first", "s3blobs_staged_blobs"} == set()
     assert scrape(exporter)("s3blobs_bucket_up", storage="1") == 0
 
 
 def test_it_is_logged_once_for_each(exporter, add, caplog):
-    metrics = add()
-    metrics.staged_bytes.set_function(broken)
-    metrics.zeo = [Reading(GaugeMetricFamily, "zeo_first", "Something.", broken)]
+    exported = add()
+    exported.metrics.staged_bytes.set_function(broken)
+    exported.zeo = [Reading(GaugeMetricFamily, "zeo_first", "Something.", broken)]
     for _ in range(3):
         scrape(exporter)
     records = [record for record in caplog.records if record.levelno >= logging.WARNING]
@@ -236,10 +235,10 @@ def test_it_is_logged_once_for_each(exporter, add, caplog):
 
 
 def test_it_is_exported_again_when_it_can_be_read_again(exporter, add):
-    metrics = add()
-    metrics.staged_bytes.set_function(broken)
+    exported = add()
+    exported.metrics.staged_bytes.set_function(broken)
     assert "s3blobs_staged_bytes" not in scrape(exporter).names()
-    metrics.staged_bytes.set_function(lambda: 5)
+    exported.metrics.staged_bytes.set_function(lambda: 5)
     assert scrape(exporter)("s3blobs_staged_bytes", storage="1") == 5
 
 
@@ -280,9 +279,9 @@ def test_scrapes_while_storages_come_and_go_and_count(exporter, add):
         exporter.remove(add("other"))
 
     def count():
-        steady.cache_hits.inc()
-        steady.s3_attempt_failures.labels("put", str(steady.cache_hits._value.get())).inc()
-        steady.s3_attempt_failures.clear()
+        steady.metrics.cache_hits.inc()
+        steady.metrics.s3_attempt_failures.labels("put", str(steady.metrics.cache_hits._value.get())).inc()
+        steady.metrics.s3_attempt_failures.clear()
 
     threads = [threading.Thread(target=repeat, args=(function,)) for function in (come_and_go, come_and_go, count)]
     for thread in threads:

@@ -9,7 +9,7 @@ from ZODB.utils import p64
 
 from zodb_s3blobs.fetch import Fetcher
 from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.s3.bucket import PART
+from zodb_s3blobs.s3.download import PART
 from zodb_s3blobs.s3.errors import BlobNotFound, BucketError
 
 pytestmark = pytest.mark.usefixtures("no_pauses")

@@ -16,7 +16,7 @@ from ZODB.serialize import referencesf
 from ZODB.tests.StorageTestBase import zodb_pickle
 from ZODB.utils import p64, z64
 
-from zodb_s3blobs.bases.adapter import kind_of
+from zodb_s3blobs.bases import kind_of
 from zodb_s3blobs.identity import Identity
 
 

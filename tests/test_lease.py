@@ -59,7 +59,7 @@ def new_lease(open_bucket):
 
     def new_lease(identity=None, bucket=None, tids=(1,)):
         database = FakeDatabase(identity or f"database {len(leases)}", tids)
-        leases.append(Lease(bucket or open_bucket(), database, Metrics(f"storage {len(leases)}")))
+        leases.append(Lease(bucket or open_bucket(), database, Metrics(), f"storage {len(leases)}"))
         return leases[-1]
 
     yield new_lease
@@ -915,7 +915,7 @@ def of_database(open_bucket):
 
     def of_database(database):
         number = len(leases)
-        leases.append(Lease(open_bucket(), FakeDatabase(database, shared=True), Metrics(f"storage {number}")))
+        leases.append(Lease(open_bucket(), FakeDatabase(database, shared=True), Metrics(), f"storage {number}"))
         return leases[-1]
 
     yield of_database

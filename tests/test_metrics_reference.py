@@ -11,9 +11,8 @@ from types import SimpleNamespace
 from ZEO.monitor import StorageStats
 from ZODB.utils import z64
 
-from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.monitoring import zeo_stats as zeostats
-from zodb_s3blobs.monitoring.exporter import Exporter
+from zodb_s3blobs.monitoring import zeostats
+from zodb_s3blobs.monitoring.exporter import Exported, Exporter
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -26,10 +25,10 @@ def reference():
         storages={"1": SimpleNamespace(lastTransaction=lambda: z64)},
         acceptor=SimpleNamespace(event_loop=asyncio.new_event_loop()),
     )
-    exporter, metrics = Exporter(), Metrics()
-    exporter.add(metrics)
-    zeostats.attach(server, "1", metrics)
-    metrics.storage_info.labels("bucket", "prefix", "endpoint").set(1)
+    exporter, exported = Exporter(), Exported("1")
+    exporter.add(exported)
+    zeostats.attach(server, "1", exported)
+    exported.metrics.storage_info.labels("bucket", "prefix", "endpoint").set(1)
     lines = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
     for family in exporter.collect():
         name = f"{family.name}_total" if family.type == "counter" else family.name

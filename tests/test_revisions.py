@@ -14,7 +14,8 @@ from ZODB.FileStorage.format import CorruptedDataError
 from ZODB.MappingStorage import MappingStorage
 from ZODB.utils import p64, u64, z64
 
-from zodb_s3blobs.bases.adapter import is_live, kind_of, revisions_of
+from zodb_s3blobs.bases import kind_of
+from zodb_s3blobs.bases.adapter import is_live, revisions_of
 
 
 @pytest.fixture(params=["FileStorage", "MappingStorage"])

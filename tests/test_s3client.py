@@ -13,9 +13,9 @@ import pytest
 from webserver import Objects, WebServer, make_certificate
 from ZODB.utils import p64
 
-from zodb_s3blobs.s3 import bucket as bucket_module
 from zodb_s3blobs.s3 import client as s3client
-from zodb_s3blobs.s3.bucket import PART
+from zodb_s3blobs.s3 import upload as upload_module
+from zodb_s3blobs.s3.download import PART
 from zodb_s3blobs.s3.errors import BucketError
 
 OID, TID, OTHER_TID = p64(1), p64(2), p64(3)
@@ -81,7 +81,7 @@ def test_an_upload_that_is_answered_by_something_else_has_failed(
 @pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
 @pytest.mark.parametrize("size", [4, LARGE])
 def test_a_copy_that_is_answered_by_something_else_has_failed(s3, open_bucket, new_file, monkeypatch, page, size):
-    monkeypatch.setattr(bucket_module, "COPY_PART", PART)
+    monkeypatch.setattr(upload_module, "COPY_PART", PART)
     bucket = open_bucket(s3_max_attempts=1)
     bucket.put(OID, TID, new_file(os.urandom(size)))
     for operation in "CopyObject", "UploadPartCopy":
@@ -245,7 +245,7 @@ def test_a_copy_for_which_a_proxy_did_not_wait_is_not_asked_for_again(s3, bucket
 @quick
 @pytest.mark.parametrize("size", [4, LARGE])
 def test_a_copy_whose_answer_is_lost_is_looked_up(s3, open_bucket, new_file, stored, monkeypatch, size):
-    monkeypatch.setattr(bucket_module, "COPY_PART", PART)
+    monkeypatch.setattr(upload_module, "COPY_PART", PART)
     bucket = open_bucket()
     bucket.put(OID, TID, new_file(os.urandom(size)))
     for operation in "CopyObject", "CompleteMultipartUpload":

@@ -13,7 +13,7 @@ from target import Target
 from ZODB.utils import p64
 
 from zodb_s3blobs.metrics import S3_CODES, S3_FAILURES, S3_OPERATIONS
-from zodb_s3blobs.s3.bucket import PART
+from zodb_s3blobs.s3.download import PART
 from zodb_s3blobs.s3.errors import BlobNotFound, BucketError, TransferCancelled
 
 pytestmark = pytest.mark.usefixtures("no_pauses")

@@ -349,7 +349,7 @@ HOSTILE_OWNERS = {
 @pytest.mark.parametrize("data", HOSTILE_OWNERS.values(), ids=HOSTILE_OWNERS)
 def test_whatever_owner_json_says_it_keeps_the_prefix(s3, bucket_name, bucket, caplog, data):
     s3.client.put_object(Bucket=bucket_name, Key="owner.json", Body=data)
-    lease = Lease(bucket, FakeDatabase(), Metrics())
+    lease = Lease(bucket, FakeDatabase(), Metrics(), "1")
     tracemalloc.start()
     try:
         with pytest.raises(NotOwner) as caught:

@@ -25,7 +25,7 @@ from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import POSKeyError, StorageError
 from ZODB.utils import p64, u64
 
-from zodb_s3blobs.bases.adapter import kind_of
+from zodb_s3blobs.bases import kind_of
 
 DAY = 24 * 3600
 

@@ -20,7 +20,7 @@ from ZODB.tests.MinPO import MinPO
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.TimeStamp import TimeStamp
 
-from zodb_s3blobs.monitoring import zeo_stats as zeostats
+from zodb_s3blobs.monitoring import zeostats
 
 FIGURES = {
     "zeo_connections",
@@ -404,7 +404,7 @@ def test_a_figure_that_is_no_number_is_left_out(serve, value):
 def test_a_zeo_without_such_a_loop_starts_all_the_same(serve, acceptor):
     server = serve()
     storage = server.storages["1"]
-    storage.metrics.exporter.loop = None
+    storage.exported.exporter.loop = None
     other = SimpleNamespace(
         storages={"other": storage},
         stats=server.stats,

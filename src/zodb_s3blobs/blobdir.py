@@ -16,6 +16,8 @@ from typing import Protocol
 
 from ZODB.blob import BLOB_SUFFIX, LAYOUT_MARKER, FilesystemHelper
 
+from .errors import S3BlobsError
+
 _LAYOUTS = ("bushy", "lawn")
 _READ = 1 << 20
 
@@ -37,7 +39,7 @@ class Target(Protocol):
     def clear(self) -> None: ...
 
 
-class BlobDirectoryError(Exception):
+class BlobDirectoryError(S3BlobsError):
     """The directory cannot be used; the message says why and what to do."""
 
 

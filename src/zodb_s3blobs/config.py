@@ -20,7 +20,8 @@ import ZConfig
 import ZConfig.datatypes
 from ZODB.config import BaseConfig
 
-from .bases.adapter import UnsuitableBase, kind_of
+from .bases import kind_of
+from .bases.adapter import UnsuitableBase
 from .blobdir import BlobDirectory, BlobDirectoryError
 from .cache.files import Cache, CacheDirectoryError
 from .commit import Uploads
@@ -29,6 +30,7 @@ from .garbage.collector import Collector
 from .lease import Lease
 from .metrics import Metrics
 from .monitoring import endpoint
+from .monitoring.exporter import Exported
 from .monitoring.health import Health
 from .places import Places, PlaceTaken, place_of
 from .s3.bucket import Bucket
@@ -153,13 +155,13 @@ class S3BlobStorageFactory(BaseConfig):
         """
         zeo.install()
         with contextlib.ExitStack() as undo:
-            metrics = Metrics(self.name or "1")
+            exported = Exported(self.name or "1")
             if self.config.metrics_address:
-                self._export(metrics)
-                undo.callback(endpoint.leave, metrics)
-            bucket = self.open_bucket(metrics)
+                self._export(exported)
+                undo.callback(endpoint.leave, exported)
+            bucket = self.open_bucket(exported.metrics)
             undo.callback(bucket.close)
-            self._describe(bucket, metrics)
+            self._describe(bucket, exported.metrics)
             _probe(bucket)
             try:
                 fallback = self.open_fallback()
@@ -170,7 +172,7 @@ class S3BlobStorageFactory(BaseConfig):
             try:
                 leave_place = _places.take(place_of(bucket), self._label, kind_of(base))
                 undo.callback(leave_place)
-                storage = _assemble(self.config, base, bucket, fallback, metrics, leave_place)
+                storage = _assemble(self.config, base, bucket, fallback, exported, leave_place)
             except UnsuitableBase as error:
                 raise _refuse(f"s3blobstorage: {error}") from None
             except PlaceTaken as error:
@@ -180,9 +182,9 @@ class S3BlobStorageFactory(BaseConfig):
             undo.pop_all()
             return storage
 
-    def _export(self, metrics: Metrics) -> None:
+    def _export(self, exported: Exported) -> None:
         try:
-            endpoint.join(self.config.metrics_address, metrics)
+            endpoint.join(self.config.metrics_address, exported)
         except endpoint.EndpointError as error:
             raise _refuse(f"metrics-address: {error}") from None
 
@@ -415,9 +417,10 @@ def _assemble(
     base: Any,
     bucket: Bucket,
     fallback: BlobDirectory | None,
-    metrics: Metrics,
+    exported: Exported,
     leave_place: Callable[[], None],
 ) -> S3BlobStorage:
+    metrics = exported.metrics
     cache = Cache(config.cache_dir, config.cache_size, metrics)
     try:
         fetcher = Fetcher(bucket, cache, metrics, config.s3_concurrency, fallback)
@@ -431,7 +434,7 @@ def _assemble(
             config.s3_stage_threshold,
         )
         kind = kind_of(base)
-        lease = Lease(bucket, kind, metrics)
+        lease = Lease(bucket, kind, metrics, exported.name)
         collector = Collector(
             bucket,
             cache,
@@ -446,16 +449,16 @@ def _assemble(
         health = Health(bucket)
 
         def close_watch() -> None:
-            endpoint.leave(metrics)
+            endpoint.leave(exported)
             leave_place()
             health.close()
 
-        storage = S3BlobStorage(base, Parts(bucket, cache, fetcher, uploads, lease, collector, metrics, close_watch))
+        storage = S3BlobStorage(base, Parts(bucket, cache, fetcher, uploads, lease, collector, exported, close_watch))
     except BaseException:
         cache.close()
         raise
     metrics.bucket_up.set_function(lambda: health.trouble() is None)
-    metrics.trouble = health.trouble
+    exported.trouble = health.trouble
     if not base.isReadOnly():  # else it can delete nothing, and need not keep others from it
         lease.start()
     return storage

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from .blobdir import BlobDirectory
 from .cache.files import Cache, Pin
 from .metrics import Metrics
-from .s3.bucket import Bucket, Opened, Target
+from .s3.bucket import Bucket
+from .s3.download import Opened, Target
 from .s3.errors import BlobNotFound, BucketError
 from .workers import DaemonPool
 

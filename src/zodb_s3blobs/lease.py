@@ -31,8 +31,10 @@ from typing import Protocol
 
 from ZODB.utils import p64, tid_repr, u64, z64
 
+from .errors import S3BlobsError
 from .metrics import Metrics
-from .s3.bucket import Bucket, Note
+from .s3.bucket import Bucket
+from .s3.control import Note
 from .s3.errors import BucketError
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ PROBATION = timedelta(days=7)
 _LONGEST_SHOWN = 100
 
 
-class NotOwner(Exception):
+class NotOwner(S3BlobsError):
     """Nothing may be deleted; the message says who holds the prefix, or why that is not known."""
 
 
@@ -85,14 +87,15 @@ class Database(Protocol):
 class Lease:
     """This server's claim to the prefix of ``bucket``, on behalf of ``database``; any thread may call.
 
-    ``metrics``: those of the storage.
+    ``metrics``: those of the storage; ``name``: what owner.json calls the storage.
     """
 
-    def __init__(self, bucket: Bucket, database: Database, metrics: Metrics) -> None:
+    def __init__(self, bucket: Bucket, database: Database, metrics: Metrics, name: str) -> None:
         self._bucket = bucket
         self._database = database
         self._identity = ""  # as of the last time it was asked
         self._metrics = metrics
+        self._name = name
         self._owner = uuid.uuid4().hex
         self._started = _now()
         self._lock = threading.Lock()  # one at a time asks and writes
@@ -248,9 +251,7 @@ class Lease:
                 logger.warning("The owner lease is not marked as stopped: %s", error)
 
     def _claim(self, stopped: str = "") -> bytes:
-        return claim_of(
-            self._database, self._identity, self._owner, self._metrics.name, self._started, stopped, self._taken
-        )
+        return claim_of(self._database, self._identity, self._owner, self._name, self._started, stopped, self._taken)
 
 
 def claim_of(

@@ -5,14 +5,10 @@ those whose dashboards and alerts use them: the README lists them all.
 """
 
 import itertools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.registry import Collector
-
-if TYPE_CHECKING:
-    from .monitoring.exporter import Exporter
 
 #: The upper bounds of the histograms: in seconds, and in bytes from 4 KiB to 1 GiB.
 LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -35,23 +31,11 @@ GC_STATES = ("live", "dead", "retained", "newer", "unknown")
 
 
 class Metrics:
-    """The instruments of one storage.
+    """The instruments of one storage. None of them has the label ``storage``: the exporter adds it."""
 
-    None of them has the label ``storage``: the exporter adds it to what it reads. A storage inside a wrapper such as
-    zlibstorage learns its name, which is the wrapper's, only when ZEO serves it.
-    """
-
-    def __init__(self, name: str = "1") -> None:
-        #: The value of the label ``storage``.
-        self.name = name
-        #: Why the storage cannot be used, or None if it can.
-        self.trouble: Callable[[], str | None] = lambda: "it is still being opened"
-        #: What reads this, if anything does.
-        self.exporter: Exporter | None = None
-        #: What there is to read.
+    def __init__(self) -> None:
+        #: All instruments, in the order of the reference.
         self.instruments: list[Collector] = []
-        #: The same of ZEO, which serves the storage.
-        self.zeo: list[Collector] = []
 
         self.storage_info = self._gauge(
             "s3blobs_storage_info", "What the storage is set to; always 1.", bucket=(), prefix=(), endpoint=()

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from .bases.adapter import Kind
+from .errors import S3BlobsError
 from .s3.bucket import Bucket
 
 #: Endpoint, bucket and prefix.
 Place = tuple[str, str, str]
 
 
-class PlaceTaken(Exception):
+class PlaceTaken(S3BlobsError):
     """Another section of this process stores where this one would; the message names both."""
 
 

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 
 from .metrics import Metrics
-from .s3.bucket import Bucket, ListedStaged
+from .s3.bucket import Bucket
 from .s3.errors import BucketError, TransferCancelled
+from .s3.listing import ListedStaged
 from .workers import DaemonPool, Waiting
 
 logger = logging.getLogger(__name__)

@@ -18,14 +18,16 @@ import zope.interface
 from ZODB.interfaces import IBlobStorage, IBlobStorageRestoreable, IStorageRestoreable
 from ZODB.POSException import POSKeyError, ReadOnlyError, StorageError, StorageTransactionError
 
-from .bases.adapter import Busy, kind_of, repeated
-from .blobdir import BlobDirectoryError
+from .bases import kind_of
+from .bases.adapter import repeated
 from .cache.files import Cache, CacheError, Pin
 from .commit import Commit, Uploads
+from .errors import S3BlobsError
 from .fetch import Fetcher
-from .garbage.collector import Collector, Refused, is_live
-from .lease import Lease, NotOwner
+from .garbage.collector import Collector, is_live
+from .lease import Lease
 from .metrics import Metrics
+from .monitoring.exporter import Exported
 from .s3.bucket import Bucket
 from .s3.errors import BlobNotFound, BucketError
 from .staging import TOO_LATE, Staging
@@ -44,7 +46,7 @@ class Parts:
     uploads: Uploads
     lease: Lease
     collector: Collector
-    metrics: Metrics
+    exported: Exported
     #: Ends what watches them.
     close_watch: Callable[[], None]
 
@@ -387,7 +389,12 @@ class S3BlobStorage:
     @property
     def metrics(self) -> Metrics:
         """The instruments of this storage."""
-        return self._parts.metrics
+        return self._parts.exported.metrics
+
+    @property
+    def exported(self) -> Exported:
+        """This storage, as scrapes and probes see it."""
+        return self._parts.exported
 
     @property
     def staging(self) -> Staging:
@@ -464,5 +471,5 @@ def _plain_errors(introduction: str = "") -> Iterator[None]:
     """Turn what the parts raise into a plain StorageError: the one that a ZEO client can decode and show."""
     try:
         yield
-    except (BlobDirectoryError, BlobNotFound, BucketError, Busy, CacheError, NotOwner, Refused) as error:
+    except S3BlobsError as error:
         raise StorageError(f"{introduction}{error}") from None

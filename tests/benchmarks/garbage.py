@@ -32,15 +32,15 @@ from ZODB.tests.MinPO import MinPO
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import p64, u64
 
-from zodb_s3blobs.bases.adapter import kind_of
+from zodb_s3blobs.bases import kind_of
 from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.garbage import collector as garbage
 from zodb_s3blobs.garbage.collector import Collector
 from zodb_s3blobs.identity import Identity
 from zodb_s3blobs.inflight import InFlight
 from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.s3.bucket import Listed
 from zodb_s3blobs.s3.keys import Keys
+from zodb_s3blobs.s3.listing import Listed
 
 DAY = 86400
 MIB = 1 << 20

@@ -1,1 +1,57 @@
-"""The storages that `S3BlobStorage` can wrap."""
+"""The storages that `S3BlobStorage` can wrap, and the choice of the adapter for one.
+
+The key of a blob ends with the tid of its transaction, and the blob must be in the bucket before the vote returns. So
+the base has to tell the tid before it finishes the transaction.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ZODB.BaseStorage import BaseStorage
+from ZODB.DemoStorage import DemoStorage
+from ZODB.interfaces import IBlobStorage
+from ZODB.MappingStorage import MappingStorage
+
+from .adapter import Kind, UnsuitableBase, innermost
+
+
+def kind_of(base: Any) -> Kind:
+    """Return the adapter for the storage ``base``.
+
+    Raises `UnsuitableBase` if it cannot tell the tid of a transaction in time, or stores blobs itself.
+    """
+    inside = innermost(base)
+    relational = type(inside).__module__.startswith("relstorage.")
+    # RelStorage puts how it connects to the database into its name.
+    name = type(base).__name__ if relational else f"{type(base).__name__} {base.getName()!r}"
+    if _stores_blobs(base):
+        raise UnsuitableBase(
+            f"{name} stores blobs itself already: remove blob-dir from its section, or the s3blobstorage around it"
+        )
+    if relational:
+        from .relstorage import RelStorageKind  # it need not be installed
+
+        return RelStorageKind(base, inside)
+    holder = _tid_holder(inside)
+    if holder is None:
+        raise UnsuitableBase(
+            f"{name} cannot tell the tid of a transaction before it is finished, which s3blobstorage needs to name "
+            f"the blobs in the bucket: use a filestorage, mappingstorage, demostorage or relstorage, or a wrapper of "
+            f"one"
+        )
+    return Kind(base, holder)
+
+
+def _stores_blobs(storage: Any) -> bool:
+    if isinstance(storage, DemoStorage):
+        # Without a changes storage of its own it offers blobs, but keeps none before it is asked to.
+        temporary = isinstance(storage.changes, MappingStorage)
+        return _stores_blobs(storage.base) or not (temporary or not _stores_blobs(storage.changes))
+    return IBlobStorage.providedBy(storage)
+
+
+def _tid_holder(storage: Any) -> Callable[[], Any] | None:
+    if isinstance(storage, DemoStorage):
+        # Not now: a demo storage may replace its changes storage.
+        return (lambda: storage.changes) if _tid_holder(innermost(storage.changes)) else None
+    return (lambda: storage) if isinstance(storage, BaseStorage | MappingStorage) else None

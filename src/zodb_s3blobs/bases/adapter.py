@@ -1,8 +1,4 @@
-"""Which storages `S3BlobStorage` can wrap, and what it has to know of each kind of them that ZODB has no interface for.
-
-The key of a blob ends with the tid of its transaction, and the blob must be in the bucket before the vote returns. So
-the base has to tell the tid before it finishes the transaction.
-"""
+"""What is particular to a base: all that `S3BlobStorage` has to know of it and that ZODB has no interface for."""
 
 import os
 import time
@@ -17,11 +13,12 @@ from ZODB.BaseStorage import BaseStorage
 from ZODB.DemoStorage import DemoStorage
 from ZODB.FileStorage import FileStorage
 from ZODB.FileStorage.format import DATA_HDR_LEN, CorruptedError, DataHeader, DataHeaderFromString
-from ZODB.interfaces import IBlobStorage, IMVCCStorage
+from ZODB.interfaces import IMVCCStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import POSKeyError
 from ZODB.utils import load_current, maxtid, oid_repr, p64, u64
 
+from ..errors import S3BlobsError
 from ..identity import Identity
 
 #: The modules of wrappers that have exactly the revisions of their ``base``. All others are asked themselves.
@@ -34,11 +31,11 @@ _TRIES, _PAUSE = 5, 0.1
 _PAUSE_EVERY = 100
 
 
-class UnsuitableBase(ValueError):
+class UnsuitableBase(S3BlobsError, ValueError):
     """The storage cannot be wrapped; the message says why and what to do."""
 
 
-class Busy(Exception):
+class Busy(S3BlobsError):
     """Another process does what excludes this; the message says what to do."""
 
 
@@ -87,7 +84,7 @@ class Kind:
         self._storage = storage
         self._holder = holder
         #: That of the database's own files; of one in memory or behind a server, what is kept here ends with it.
-        self.own_identity = Identity(_file_of(_innermost(storage)))
+        self.own_identity = Identity(_file_of(innermost(storage)))
 
     def committing_tid(self) -> bytes | None:
         """The tid of the transaction that is being committed; None as long as it has none."""
@@ -164,7 +161,7 @@ class Kind:
         """Return the tids of the transactions from ``start`` to ``stop``, in order; None if they cannot be read."""
         for _ in range(_TRIES):
             try:
-                return _tids(_innermost(self._storage), start, stop)
+                return _tids(innermost(self._storage), start, stop)
             except (AttributeError, ValueError, CorruptedError):
                 # FileStorage's iterator stumbles over a transaction that is just being written at the end of the file.
                 time.sleep(_PAUSE)
@@ -364,42 +361,7 @@ def _record(file: int, oid: bytes, position: int) -> DataHeader:
     return record
 
 
-def kind_of(base: Any) -> Kind:
-    """What kind of storage ``base`` is.
-
-    Raises `UnsuitableBase` if it cannot tell the tid of a transaction in time, or stores blobs itself.
-    """
-    innermost = _innermost(base)
-    relational = type(innermost).__module__.startswith("relstorage.")
-    # RelStorage puts how it connects to the database into its name.
-    name = type(base).__name__ if relational else f"{type(base).__name__} {base.getName()!r}"
-    if _stores_blobs(base):
-        raise UnsuitableBase(
-            f"{name} stores blobs itself already: remove blob-dir from its section, or the s3blobstorage around it"
-        )
-    if relational:
-        from .relstorage import RelStorageKind  # it need not be installed
-
-        return RelStorageKind(base, innermost)
-    holder = _tid_holder(innermost)
-    if holder is None:
-        raise UnsuitableBase(
-            f"{name} cannot tell the tid of a transaction before it is finished, which s3blobstorage needs to name "
-            f"the blobs in the bucket: use a filestorage, mappingstorage, demostorage or relstorage, or a wrapper of "
-            f"one"
-        )
-    return Kind(base, holder)
-
-
-def _stores_blobs(storage: Any) -> bool:
-    if isinstance(storage, DemoStorage):
-        # Without a changes storage of its own it offers blobs, but keeps none before it is asked to.
-        temporary = isinstance(storage.changes, MappingStorage)
-        return _stores_blobs(storage.base) or not (temporary or not _stores_blobs(storage.changes))
-    return IBlobStorage.providedBy(storage)
-
-
-def _innermost(storage: Any) -> Any:
+def innermost(storage: Any) -> Any:
     """What is in wrappers such as zlibstorage: what they do not have they take from their base."""
     while not isinstance(storage, BaseStorage | MappingStorage | DemoStorage):
         base = vars(storage).get("base")
@@ -421,12 +383,5 @@ def _tids(storage: Any, start: bytes, stop: bytes) -> list[bytes]:
 def _file_of(storage: Any) -> str | None:
     """Return the file of the database; of a demostorage, that of what is stored into. None if it has none."""
     if isinstance(storage, DemoStorage):
-        return _file_of(_innermost(storage.changes))
+        return _file_of(innermost(storage.changes))
     return os.path.abspath(storage.getName()) if isinstance(storage, FileStorage) else None
-
-
-def _tid_holder(storage: Any) -> Callable[[], Any] | None:
-    if isinstance(storage, DemoStorage):
-        # Not now: a demo storage may replace its changes storage.
-        return (lambda: storage.changes) if _tid_holder(_innermost(storage.changes)) else None
-    return (lambda: storage) if isinstance(storage, BaseStorage | MappingStorage) else None

@@ -29,6 +29,7 @@ from typing import TypeVar
 import zc.lockfile
 from ZODB.blob import rename_or_copy_blob
 
+from ..errors import S3BlobsError
 from ..metrics import Metrics
 from ..openfiles import RAISE_THEIR_NUMBER, TOO_MANY_FILES
 
@@ -54,7 +55,7 @@ _ADVICE = {
 }
 
 
-class CacheDirectoryError(ValueError):
+class CacheDirectoryError(S3BlobsError, ValueError):
     """The cache directory cannot be used; the message says why and what to do."""
 
 
@@ -62,7 +63,7 @@ class CacheDirectoryError(ValueError):
 _BLOBS = "blobs"
 
 
-class CacheError(OSError):
+class CacheError(S3BlobsError, OSError):
     """A file could not be written to the cache directory; the message says why and what to do."""
 
 

@@ -14,13 +14,15 @@ from contextlib import closing
 from datetime import datetime
 from typing import Any
 
-from ..bases.adapter import Kind, kind_of
+from ..bases import kind_of
+from ..bases.adapter import Kind
 from ..database import zeoconf
 from ..garbage.collector import scan_beside_a_server
 from ..lease import FORMAT, Claim, NotOwner, claim_of, is_alive, why_not
 from ..metrics import Metrics
 from ..progress import showing
-from ..s3.bucket import Bucket, Note
+from ..s3.bucket import Bucket
+from ..s3.control import Note
 from . import common
 
 

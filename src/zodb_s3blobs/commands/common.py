@@ -14,15 +14,12 @@ from typing import Any
 
 from ZODB.POSException import StorageError
 
-from ..bases.adapter import kind_of
-from ..blobdir import BlobDirectoryError
+from ..bases import kind_of
 from ..cache.files import CacheDirectoryError
 from ..config import StartRefused
-from ..database.zeoconf import ConfigurationError
-from ..garbage.collector import Refused
+from ..errors import S3BlobsError
 from ..lease import NotOwner, standing
 from ..s3.bucket import Bucket
-from ..s3.errors import BucketError
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +33,6 @@ FALLBACK = 6  # blobs are in fallback-blob-dir alone
 
 #: What the system says of a directory that takes no more.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-
-_EXPECTED = (
-    ConfigurationError,
-    BlobDirectoryError,
-    BucketError,
-    NotOwner,
-    Refused,
-    StorageError,
-)
 
 
 def check_owner(bucket: Bucket, storage: Any, must_be_ours: bool = False) -> bool:
@@ -84,14 +72,14 @@ def run(name: str, work: Callable[[], int], level: int = logging.INFO) -> int:
         raise
     except StartRefused:
         return FAILED  # its sentence has been logged
-    except _EXPECTED as error:
-        complain(name, str(error))
-        return FAILED
     except sqlite3.Error as error:  # the only database of ours is a temporary file
         complain(name, _of_temporary(_directory_of_sqlite(), str(error)))
         return FAILED
     except (OSError, CacheDirectoryError) as error:
         complain(name, _of_machine(error))
+        return FAILED
+    except (S3BlobsError, StorageError) as error:
+        complain(name, str(error))
         return FAILED
     except KeyboardInterrupt:
         complain(name, "interrupted; the same command goes on where this one stopped")

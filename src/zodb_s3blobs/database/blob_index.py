@@ -5,7 +5,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ..s3.bucket import Listed
+from ..s3.listing import Listed
 
 _BATCH = 10_000
 

@@ -10,9 +10,10 @@ from typing import Any
 from ZEO.runzeo import ZEOOptions
 
 from ..config import S3BlobStorageFactory
+from ..errors import S3BlobsError
 
 
-class ConfigurationError(Exception):
+class ConfigurationError(S3BlobsError):
     """The configuration cannot be used for this; the message says why and what to do."""
 
 

@@ -36,12 +36,14 @@ from ZODB.POSException import POSKeyError
 from ..bases.adapter import Revisions, revisions_of
 from ..bases.adapter import is_live as is_live  # for storage.py and survey.py
 from ..cache.files import Cache
+from ..errors import S3BlobsError
 from ..identity import Identity
 from ..inflight import InFlight, Name
 from ..lease import Lease, NotOwner
 from ..metrics import GC_STATES, Metrics
-from ..s3.bucket import Bucket, Listed, ListedUpload
+from ..s3.bucket import Bucket
 from ..s3.errors import BucketError, NotDeleted
+from ..s3.listing import Listed, ListedUpload
 from ..staging import Staging
 from . import marks
 
@@ -80,7 +82,7 @@ _UPLOADS_STAY = "Unfinished uploads of crashed servers stay behind. %s"
 _RECORD = struct.Struct(">8s8sQ")
 
 
-class Refused(Exception):
+class Refused(S3BlobsError):
     """Garbage was found and, for the blobs' sake, none of it deleted; the message says why and what to do."""
 
 
@@ -159,7 +161,7 @@ class Scan:
 
     @property
     def has_live(self) -> bool:
-        """After the scan: whether there is a blob that the database has; it has not those that may be only copies."""
+        """Whether the bucket has blobs that the database can load; to be asked after the scan."""
         return self.found["live"].objects > self.only_copies
 
     def refusal(self, max_delete_percent: int) -> str | None:
@@ -215,15 +217,15 @@ class Scan:
                 yield blob, "dead" if is_due else "retained", since
 
     def _newest_without_object(self, oid: bytes, after: bytes, held: set[bytes]) -> bytes | None:
-        """Return the newest live revision of a blob that the bucket does not have, if any is newer than ``after``.
+        """Return the newest live revision of a blob that has no object in the bucket; None if there is none.
 
-        ``held``: revisions that it does have. What the revision repeats may be any of the earlier ones, also after
-        several undos: its record does not tell that any more once the database has been packed.
+        ``after``: what is not newer does not count; ``held``: revisions that have objects. The revision may repeat any
+        earlier one: its record does not tell which one once the database has been packed.
         """
         tids = {tid for tid in self.base.tids(oid, self.pace.pause) if after < tid <= self._last} - held
         if not tids or not self._may_be_blob(oid, max(tids)):
-            return None  # a crash before its commit has given the oid to another object
-        # The rest of what is too many for the memory, and what has come since the listing.
+            return None  # a crash before the commit of the blob has given its oid to another object
+        # The bucket may have more than ``held``: the listing of very many revisions is judged in parts.
         tids.difference_update(self.bucket.list_tids(oid))
         return max(tids, default=None)
 

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from prometheus_client import MetricsHandler
 
-from ..metrics import Metrics
-from .exporter import Exporter
+from ..errors import S3BlobsError
+from .exporter import Exported, Exporter
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +57,12 @@ _lock = threading.Lock()
 _endpoint: "_Endpoint | None" = None
 
 
-class EndpointError(Exception):
+class EndpointError(S3BlobsError):
     """The endpoint cannot be had; the message says why and what to do."""
 
 
-def join(address: tuple[str, int], metrics: Metrics) -> None:
-    """Have ``metrics`` scraped at ``address``, a host and a port, until `leave`.
+def join(address: tuple[str, int], exported: Exported) -> None:
+    """Have ``exported`` scraped at ``address``, a host and a port, until `leave`.
 
     Raises EndpointError if nobody can listen there, or if the process listens elsewhere already.
     """
@@ -75,14 +75,18 @@ def join(address: tuple[str, int], metrics: Metrics) -> None:
                 f"this process serves its metrics at {_named(_endpoint.address)} already; "
                 f"name the same address in every section"
             )
-        _endpoint.exporter.add(metrics)
+        _endpoint.exporter.add(exported)
 
 
-def leave(metrics: Metrics) -> None:
-    """Have ``metrics`` no longer scraped; the last one closes the endpoint. It is no error if it never joined."""
+def leave(exported: Exported) -> None:
+    """Have ``exported`` no longer scraped; the last one closes the endpoint. It is no error if it never joined."""
     global _endpoint
     with _lock:
-        if _endpoint is not None and metrics.exporter is _endpoint.exporter and not _endpoint.exporter.remove(metrics):
+        if (
+            _endpoint is not None
+            and exported.exporter is _endpoint.exporter
+            and not _endpoint.exporter.remove(exported)
+        ):
             _endpoint.close()
             _endpoint = None
 
@@ -159,7 +163,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
 class _Handler(MetricsHandler):
     timeout = _PATIENCE
-    storages: Callable[[], list[tuple[str, Metrics]]]
+    storages: Callable[[], list[tuple[str, Exported]]]
 
     def do_GET(self) -> None:
         """Answer one of the paths, with Content-Length: a client notices by it that an answer was cut off."""
@@ -196,7 +200,7 @@ class _Handler(MetricsHandler):
         elif path == "/-/healthy":
             self._say(200, "The process answers.")
         elif path == "/-/ready":
-            troubles = [(label, metrics.trouble()) for label, metrics in self.storages()]
+            troubles = [(label, exported.trouble()) for label, exported in self.storages()]
             reasons = [f"Storage {label}: {trouble}." for label, trouble in troubles if trouble is not None]
             self._say(503 if reasons else 200, "\n".join(reasons) or "All storages are open, and their buckets answer.")
         elif path == "/":

@@ -2,7 +2,8 @@
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from importlib import metadata
 from platform import python_version
 
@@ -15,6 +16,24 @@ from ..metrics import Metrics
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
+class Exported:
+    """A storage, as scrapes and probes see it.
+
+    ``name``: the value of the label ``storage``. A storage inside a wrapper such as zlibstorage learns it only when
+    ZEO serves the wrapper.
+    """
+
+    name: str
+    metrics: Metrics = field(default_factory=Metrics)
+    #: ZEO's own figures of the storage.
+    zeo: list[Collector] = field(default_factory=list)
+    #: Returns why the storage cannot be used, or None if it can.
+    trouble: Callable[[], str | None] = lambda: "it is still being opened"
+    #: The exporter that reads it, if any does.
+    exporter: "Exporter | None" = None
+
+
 class Exporter:
     """A collector with a registry of its own, so that it gets in nobody's way. Any thread may call.
 
@@ -23,7 +42,7 @@ class Exporter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._storages: list[Metrics] = []
+        self._storages: list[Exported] = []
         self._unreadable: set[Collector] = set()
         self._build_info = BuildInfo()
         #: The lag of ZEO's event loop, when there is one.
@@ -35,30 +54,30 @@ class Exporter:
         GCCollector(registry=self.registry)
         self.registry.register(self)
 
-    def add(self, metrics: Metrics) -> None:
-        """Export the instruments of one more storage."""
+    def add(self, exported: Exported) -> None:
+        """Export the figures of one more storage."""
         with self._lock:
-            self._storages.append(metrics)
-        metrics.exporter = self
+            self._storages.append(exported)
+        exported.exporter = self
 
-    def remove(self, metrics: Metrics) -> bool:
-        """Export them no longer; returns whether there are others left."""
-        metrics.exporter = None
+    def remove(self, exported: Exported) -> bool:
+        """Export the figures of a storage no longer; return whether there are others left."""
+        exported.exporter = None
         with self._lock:
-            self._storages.remove(metrics)
+            self._storages.remove(exported)
             return bool(self._storages)
 
-    def storages(self) -> list[tuple[str, Metrics]]:
+    def storages(self) -> list[tuple[str, Exported]]:
         """All storages with the values of their label: no two have the same, or Prometheus would refuse them all."""
         with self._lock:
             storages = list(self._storages)
-        labelled: dict[str, Metrics] = {}
-        for metrics in storages:
-            number, label = 1, metrics.name
+        labelled: dict[str, Exported] = {}
+        for exported in storages:
+            number, label = 1, exported.name
             while label in labelled:
                 number += 1
-                label = f"{metrics.name}-{number}"
-            labelled[label] = metrics
+                label = f"{exported.name}-{number}"
+            labelled[label] = exported
         return list(labelled.items())
 
     def describe(self) -> list[Metric]:
@@ -80,8 +99,8 @@ class Exporter:
         yield {}, self._build_info
         if self.loop is not None:
             yield {}, self.loop
-        for label, metrics in self.storages():
-            for collector in (*metrics.instruments, *metrics.zeo):
+        for label, exported in self.storages():
+            for collector in (*exported.metrics.instruments, *exported.zeo):
                 yield {"storage": label}, collector
 
     def _read(self, collector: Collector) -> list[Metric]:

@@ -17,6 +17,7 @@ import botocore.exceptions
 import urllib3.exceptions
 from urllib3.util.ssl_match_hostname import CertificateError
 
+from ..errors import S3BlobsError
 from ..openfiles import RAISE_THEIR_NUMBER, TOO_MANY_FILES
 
 T = TypeVar("T")
@@ -24,11 +25,14 @@ T = TypeVar("T")
 #: The code of a `ForeignAnswer`.
 NOT_S3 = "NotS3"
 
+#: The codes of a service that does not know the operation.
+NOT_IMPLEMENTED = {"NotImplemented", "501", "MethodNotAllowed", "405"}
+
 #: The code of what the operating system refuses because too many files are open.
 _EMFILE = "EMFILE"
 
 
-class BucketError(Exception):
+class BucketError(S3BlobsError):
     """S3 did not do what was asked. The message says what, on which object, why, and what to do.
 
     ``code``: what S3 calls the error, or the name of what boto3 raised, or "". ``reason``: one of
@@ -60,11 +64,11 @@ class Different(BucketError):
     """The bucket has another blob where this one should be."""
 
 
-class BlobNotFound(LookupError):
+class BlobNotFound(S3BlobsError, LookupError):
     """The bucket has no such blob."""
 
 
-class TransferCancelled(Exception):
+class TransferCancelled(S3BlobsError):
     """The caller of a transfer does not want it any more."""
 
 

@@ -25,6 +25,8 @@ from ZODB.POSException import (
     StorageTransactionError,
 )
 
+from ..errors import S3BlobsError
+
 logger = logging.getLogger(__name__)
 
 _CONFLICT = ("message", "oid", "serials", "class_name")
@@ -136,7 +138,7 @@ _SEE_LOG = "the server's log has more"
 def _text(error: BaseException) -> str:
     """Return what a client may know of ``error``: its text only if it was written to be seen by others."""
     kind = type(error)
-    if kind.__module__.partition(".")[0] == (__package__ or "").partition(".")[0]:
+    if isinstance(error, S3BlobsError):
         presentable = True
     elif isinstance(error, OSError):
         presentable = kind.__module__ == "builtins" and error.errno is not None and is_plain(error.args)

@@ -28,7 +28,7 @@ from ZODB.DemoStorage import DemoStorage
 from ZODB.interfaces import IStorage
 from ZODB.POSException import POSKeyError, StorageError, StorageTransactionError
 
-from ..monitoring import zeo_stats
+from ..monitoring import zeostats
 from ..storage import S3BlobStorage
 from ..workers import Waiting
 from . import errors, startlog
@@ -62,7 +62,7 @@ def _serving(event: Any) -> None:
     for name, (blobs, _) in ours.items():
         if blobs.not_for_zeo is not None:
             raise _refused(name, blobs.not_for_zeo)
-        zeo_stats.attach(server, name, blobs.metrics)
+        zeostats.attach(server, name, blobs.exported)
         startlog.check_timeouts(server, name, blobs.upload_timeout)
     stop = Stop(server, ours)
     stop.on_signals()
@@ -261,7 +261,7 @@ class BlobHandler(_Stock):
         if not (_is_id(oid) and _is_id(serial)):
             raise StorageError("The oid and the tid of a blob are 8 bytes each")
         pin = self.blobs.request_blob(oid, serial)
-        if pin.done():
+        if pin.done() and not pin.cancelled() and pin.exception() is None:
             return self._send(oid, serial, pin)
         delay = Delay()
         _when_found(self, pin, oid, serial, functools.partial(self._send_later, delay, oid, serial))

@@ -19,10 +19,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .handler import BlobHandler
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -126,9 +123,9 @@ class Stop:
 
 
 class _Departure:
-    """The end of the connection of ``handler``: what is on its way arrives, nothing else is taken or sent."""
+    """The end of the connection of a `handler.BlobHandler`: what is on its way arrives, and nothing else."""
 
-    def __init__(self, handler: "BlobHandler") -> None:
+    def __init__(self, handler: Any) -> None:
         connection = handler.connection
         self.peer = connection.get_peername()
         self._handler = handler

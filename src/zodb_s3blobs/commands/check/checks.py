@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Literal
 
-from ...s3.bucket import PART
+from ...s3.download import PART
 from ...s3.errors import BlobNotFound, BucketError, code_of
 from .diagnosis import SMALL
 from .scratch import FORBIDDEN, Name, Scratch, is_answered, is_refusal

@@ -18,9 +18,11 @@ from ZODB.utils import p64
 
 from ...config import S3BlobStorageFactory
 from ...metrics import Metrics
-from ...s3.bucket import PART, Bucket, ListedUpload
+from ...s3.bucket import Bucket
+from ...s3.download import PART
 from ...s3.errors import BlobNotFound, BucketError, TransferCancelled
 from ...s3.keys import Keys
+from ...s3.listing import ListedUpload
 
 Name = tuple[bytes, bytes]
 

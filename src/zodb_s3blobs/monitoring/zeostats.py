@@ -16,20 +16,21 @@ from prometheus_client.registry import Collector
 from ZODB.TimeStamp import TimeStamp
 from ZODB.utils import z64
 
-from ..metrics import LATENCIES, Metrics
+from ..metrics import LATENCIES
+from .exporter import Exported
 
 #: How often, in seconds, the event loop is asked for a sign of life.
 _PROBE_EVERY = 1.0
 
 
-def attach(server: Any, name: str, metrics: Metrics) -> None:
-    """ZEO's ``server`` serves the storage of ``metrics`` as ``name`` from now on."""
-    metrics.name = name
-    metrics.zeo = _readings(server, name)
-    if metrics.exporter is not None:
+def attach(server: Any, name: str, exported: Exported) -> None:
+    """Add ZEO's figures to those of a storage that ZEO's ``server`` serves as ``name`` from now on."""
+    exported.name = name
+    exported.zeo = _readings(server, name)
+    if exported.exporter is not None:
         loop = getattr(server.acceptor, "event_loop", None)
-        if loop is not None and getattr(metrics.exporter.loop, "loop", None) is not loop:
-            metrics.exporter.loop = LoopLag(loop)
+        if loop is not None and getattr(exported.exporter.loop, "loop", None) is not loop:
+            exported.exporter.loop = LoopLag(loop)
 
 
 class Reading:

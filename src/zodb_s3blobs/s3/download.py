@@ -1,0 +1,294 @@
+"""Downloads: an object is read in parallel ranges, and is right when it has been read.
+
+Every blob carries its SHA-256 in its object's metadata, and every download is compared with it.
+"""
+
+import hashlib
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import botocore.exceptions
+
+from .errors import BucketError, Damaged
+from .objects import READ, Objects
+
+logger = logging.getLogger(__name__)
+
+#: A blob up to this many bytes is read with one request; larger ones in parallel ranges of this size.
+PART = 8 << 20
+
+#: The name of the metadata entry with the checksum, and the algorithm.
+SHA256 = "sha256"
+
+
+class Corrupt(Exception):
+    """What arrived is not what was stored."""
+
+
+class Sink(Protocol):
+    """What the bytes of a blob are written into."""
+
+    def write_at(self, data: bytes, position: int) -> None: ...
+
+
+class Target(Sink, Protocol):
+    """A file that a blob is written into, by several threads at once."""
+
+    path: str
+
+    def clear(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the bucket tells of an object: ``size`` in bytes; ``digest`` in hex by ``algorithm``, "" if unknown."""
+
+    size: int
+    algorithm: str
+    digest: str
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the object carries the SHA-256 of what was stored.
+
+        The MD5 that the service tells is that of the bytes as the service got them, from whomever.
+        """
+        return self.algorithm == SHA256
+
+
+class Downloads(Objects):
+    """The downloads from a bucket."""
+
+    def verify(self, oid: bytes, tid: bytes) -> Stored:
+        """Read blob (oid, tid) and check it, without keeping it; return what it was checked by.
+
+        Raises BlobNotFound, Damaged, or BucketError if S3 fails.
+        """
+        return self._read_back(self.keys.key(oid, tid))[0]
+
+    def open(self, oid: bytes, tid: bytes) -> "Opened":
+        """Ask for the first part of blob (oid, tid), for `get` to read. The caller closes what is returned.
+
+        Raises BlobNotFound and BucketError.
+        """
+        return self._open_range(self.keys.key(oid, tid), 0, PART)
+
+    def get(self, oid: bytes, tid: bytes, file: Target, opened: "Opened | None" = None) -> int:
+        """Write blob (oid, tid) into the empty ``file``; return its size in bytes.
+
+        ``opened``: what `open` returned, if it was called. One request for up to `PART` bytes, else parallel ranges.
+        When it returns, size and checksum are right. Raises BlobNotFound, BucketError, or the OSError of a full disk.
+        """
+        started = opened.asked if opened is not None else time.monotonic()
+        stored = self._get_verified(self.keys.key(oid, tid), file, opened=opened)
+        self._metrics.download_duration.observe(time.monotonic() - started)
+        self._metrics.download_size.observe(stored.size)
+        if not stored.is_proven:
+            self._metrics.download_unproven.inc()
+        return stored.size
+
+    def _get_verified(self, key: str, file: Target, most: int | None = None, opened: "Opened | None" = None) -> Stored:
+        answers = [opened] if opened is not None else []
+
+        def get() -> Stored:
+            file.clear()
+            return self._get(key, file, most, answers.pop() if answers else self._open_range(key, 0, PART))
+
+        return self._verified(key, get)
+
+    def _verified(self, key: str, read: Callable[[], Any]) -> Any:
+        """Return what ``read`` returns, which raises Corrupt if what it read is not right; then it is called again."""
+        what = f"read {key} of bucket {self.name}"
+        for attempt in range(1, self._attempts + 1):
+            try:
+                return read()
+            except Corrupt as error:
+                self._metrics.download_checksum_failures.inc()
+                logger.error("Could not %s: %s (attempt %d of %d)", what, error, attempt, self._attempts)
+                damage = str(error)
+        raise Damaged(f"Could not {what}: {damage}. The object is damaged or was changed; restore it from a backup")
+
+    def _get(self, key: str, file: Target, most: int | None, first: "Opened") -> Stored:
+        size = first.stored.size
+        if most is not None and size > most:
+            first.close()
+            raise BucketError(f"{key} of bucket {self.name} is larger than {most} bytes: it is not ours; delete it")
+        parts: list[Future] = []
+        try:
+            for start in range(first.length, size, PART):
+                end = min(start + PART, size)
+                parts.append(self._parts.submit(self._get_range, key, start, end, first.etag, file))
+            self._get_range(key, 0, first.length, first.etag, file, opened=first)
+            for part in parts:
+                part.result()
+        except BaseException:
+            # The file is not to be touched any more once this has raised.
+            for part in parts:
+                part.cancel()
+            for part in parts:
+                if not part.cancelled():
+                    part.exception()
+            raise
+        algorithm, expected = first.stored.algorithm, first.stored.digest
+        _check(first.stored, os.path.getsize(file.path), digest_of(algorithm, file.path) if expected else "")
+        return first.stored
+
+    def _read_back(self, key: str, algorithm: str = "") -> tuple[Stored, str]:
+        """Read an object, check it, and keep nothing of it; return what it was checked by, and its digest in hex.
+
+        ``algorithm``: of the digest, by default the one that it is checked by. The errors are those of `verify`.
+        """
+
+        def read() -> tuple[Stored, str]:
+            first = self._open_range(key, 0, PART)
+            stored = first.stored
+            checked, wanted = _Digest(stored.algorithm), _Digest(algorithm or stored.algorithm)
+            both = _Both(checked, wanted)
+            self._get_range(key, 0, first.length, first.etag, both, opened=first)
+            for start in range(first.length, stored.size, PART):
+                self._get_range(key, start, min(start + PART, stored.size), first.etag, both)
+            _check(stored, checked.size, checked.hexdigest())
+            return stored, wanted.hexdigest()
+
+        return self._verified(key, read)
+
+    def _get_range(self, key: str, start: int, end: int, etag: str, file: Sink, opened: "Opened | None" = None) -> None:
+        """Write bytes start to end of the object to their place in the file; a broken body is asked for again.
+
+        Here, because the repetitions of a request end with the headers. What is wrong with the whole object is
+        `_verified`'s.
+        """
+        for attempt in range(1, self._attempts + 1):
+            answer = opened or self._open_range(key, start, end)
+            opened = None
+            try:
+                if answer.etag != etag:
+                    raise Corrupt("it was replaced while it was being read")
+                failure = self._write(answer, start, end, file)
+            finally:
+                answer.close()
+            if failure is None:
+                return
+            code = failure.code if isinstance(failure, BucketError) else type(failure).__name__
+            logger.warning("The answer for %s broke off (attempt %d): %s", key, attempt, code)
+            if attempt == self._attempts:
+                raise failure
+
+    def _write(self, answer: "Opened", start: int, end: int, file: Sink) -> BucketError | Corrupt | None:
+        """Write the body of ``answer`` to its place in ``file``; return why it broke off, None if it did not."""
+        position = start
+        try:
+            while chunk := self._ask(f"read {answer.key} of bucket {self.name}", lambda: answer.body.read(READ)):
+                file.write_at(chunk, position)
+                position += len(chunk)
+        except BucketError as error:
+            if error.reason == "damaged":
+                raise Corrupt("it does not have the checksum that the service sent with it") from None
+            return error
+        return None if position == end else Corrupt(f"{position - start} bytes of {end - start} arrived")
+
+    def _open_range(self, key: str, start: int, end: int) -> "Opened":
+        options = {"Bucket": self.name, "Key": key, **self._key_options}
+
+        def get() -> dict[str, Any]:
+            try:
+                return self._client.get_object(Range=f"bytes={start}-{end - 1}", **options)
+            except botocore.exceptions.ClientError as error:
+                if start or error.response.get("Error", {}).get("Code") not in ("InvalidRange", "416"):
+                    raise
+            return self._client.get_object(**options)  # an empty object has no first byte to ask for
+
+        asked = time.monotonic()
+        answer = self._ask(f"read {key} of bucket {self.name}", get)
+        stored, length = stored_in(answer), answer["ContentLength"]
+        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange") or "")
+        if match:
+            stored = replace(stored, size=int(match[3]))
+        elif start:
+            # The service ignores ranges and would send everything: only the first request may be answered so.
+            answer["Body"].close()
+            raise Corrupt("the service answered one range with the whole object and another with a part")
+        return Opened(key, answer["Body"], length, stored, answer.get("ETag", ""), asked)
+
+
+class Opened:
+    """An answer whose body is still to be read. ``asked``: a reading of `time.monotonic`; ``length``: of the body."""
+
+    def __init__(self, key: str, body: Any, length: int, stored: Stored, etag: str, asked: float) -> None:
+        self.key = key
+        self.body = body
+        self.length = length
+        #: What the answer tells of the whole object.
+        self.stored = stored
+        self.etag = etag
+        self.asked = asked
+
+    def close(self) -> None:
+        """Give up what has not been read; a second call does nothing."""
+        self.body.close()
+
+
+class _Digest:
+    """A `Sink` that keeps nothing but the checksum, of bytes that come in order."""
+
+    def __init__(self, name: str) -> None:
+        self._digest = hashlib.new(name, usedforsecurity=False)
+        self.size = 0
+        self.hexdigest = self._digest.hexdigest
+
+    def write_at(self, data: bytes, position: int) -> None:
+        # After an answer that broke off, what it brought comes again.
+        self._digest.update(memoryview(data)[self.size - position :])
+        self.size = max(self.size, position + len(data))
+
+
+class _Both:
+    """A `Sink` that passes on what is written to two others."""
+
+    def __init__(self, *sinks: Sink) -> None:
+        self._sinks = sinks
+
+    def write_at(self, data: bytes, position: int) -> None:
+        for sink in self._sinks:
+            sink.write_at(data, position)
+
+
+def digest_of(name: str, filename: str) -> str:
+    digest = hashlib.new(name, usedforsecurity=False)
+    with open(filename, "rb") as file:
+        for chunk in iter(lambda: file.read(READ), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def stored_in(answer: dict[str, Any]) -> Stored:
+    """Return what the answer to a GET or HEAD of an object tells of it."""
+    size, sha256 = answer["ContentLength"], sha256_in(answer["Metadata"])
+    # What other software put there has none.
+    return Stored(size, SHA256, sha256) if sha256 else Stored(size, "md5", md5_of(answer))
+
+
+def sha256_in(metadata: dict[str, str]) -> str:
+    # Some services capitalise the name.
+    return next((value for name, value in metadata.items() if name.lower() == SHA256), "")
+
+
+def md5_of(answer: dict[str, Any]) -> str:
+    """Return the MD5 of an object in hex, "" if its ETag is none: it came in parts, or is encrypted."""
+    etag = answer.get("ETag", "").strip('"')
+    encrypted = answer.get("ServerSideEncryption") not in (None, "AES256") or answer.get("SSECustomerAlgorithm")
+    return etag if re.fullmatch("[0-9a-f]{32}", etag) and not encrypted else ""
+
+
+def _check(stored: Stored, size: int, digest: str) -> None:
+    """Raise Corrupt unless what was read has the size and the checksum, if there is one, of the object."""
+    if size != stored.size:
+        raise Corrupt(f"{size} bytes of {stored.size} arrived")
+    if stored.digest and digest != stored.digest:
+        raise Corrupt(f"its {stored.algorithm} is {digest} and should be {stored.digest[:64]!r}")
