@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("no_pauses")
 
 KEYS = Keys("1")  # s3-prefix is the name of the storage
 WELL, FAILED, DAMAGED, FALLBACK = 0, 1, 3, 6
+READING = {"GetObject", "HeadObject", "ListObjects"}
 PLAIN = "<filestorage>\n path {dir}/Data.fs\n</filestorage>"
 COMPRESSED = f"%import zc.zlibstorage\n<zlibstorage>\n{PLAIN}\n</zlibstorage>"
 
@@ -238,7 +239,8 @@ def test_what_it_repeats_may_be_missing_as_well(undone, s3):
 
 
 def test_an_outage_after_the_first_request_is_an_outage(undone, s3):
-    s3.misbehave(operation="GetObject", key=undone.key(undone.revisions[0]), status=403)
+    s3.misbehave(operation="GetObject", times=1, latency=0)  # the first request is answered as it is
+    s3.misbehave(operation="GetObject", status=403, code="AccessDenied")
     with pytest.raises(StorageError) as caught:
         undone.read(undone.revisions[2])
     assert type(caught.value) is StorageError
@@ -424,6 +426,24 @@ def test_after_a_pack_verify_calls_it_missing_and_names_the_keys_that_may_have_i
         assert found == {"good": 1, "missing": 1}
         assert all(undone.key(tid) in reason for tid in undone.revisions)
     assert undone.held() == [0, 1]
+
+
+def test_a_copy_that_is_refused_is_a_failure_and_the_next_repair_makes_it(undone, s3):
+    s3.misbehave(operation="CopyObject", status=403, code="AccessDenied")
+    found, (reason,) = undone.verify("--repair", status=FAILED)
+    assert found == {"good": 3, "failed": 1}
+    assert "AccessDenied" in reason
+    s3.behave()
+    assert undone.verify("--repair")[0] == {"good": 3, "repaired": 1}
+
+
+def test_nothing_is_written_without_repair_and_no_more_than_the_copies_with_it(undone, s3):
+    s3.forget()
+    undone.verify(status=FALLBACK)
+    undone.verify("--repair")
+    undone.verify("--repair")
+    written = [(request.operation, request.path) for request in s3.requests() if request.operation not in READING]
+    assert written == [("CopyObject", f"/{undone.bucket}/{undone.key(undone.revisions[2])}")]
 
 
 def test_a_blob_that_is_simply_missing_has_no_such_keys(old, s3):

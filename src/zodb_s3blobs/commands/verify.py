@@ -28,7 +28,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from ..bases.adapter import repeated, revisions_of
+from ..bases.adapter import repeated
 from ..blobdir import BlobDirectory, BlobDirectoryError
 from ..cache.files import path_in
 from ..database import object_paths, zeoconf
@@ -276,18 +276,28 @@ class _Look:
         if source is None or stored is None:
             return None
         if self.repair:
-            if self.bucket.look_up(blob.oid, blob.tid) is None:  # still: the listing may be old
-                self.bucket.copy(blob.oid, source, blob.tid)
+            self._copy(blob, source, stored.size)
             return Outcome(blob.oid, blob.tid, "repaired", stored.size)
         trouble = f"{self._missing(blob)}; its bytes are those of {self.bucket.keys.key(blob.oid, source)}"
         return Outcome(blob.oid, blob.tid, "undone", stored.size, trouble)
 
+    def _copy(self, blob: Named, source: bytes, size: int) -> None:
+        """Copy the object of the revision ``source``, of ``size`` bytes, to ``blob``, unless that has one by now."""
+        arrived = self.bucket.look_up(blob.oid, blob.tid)
+        if arrived is None:
+            self.bucket.copy(blob.oid, source, blob.tid)
+            arrived = self.bucket.look_up(blob.oid, blob.tid)
+        if arrived is None or arrived.size != size:
+            key = self.bucket.keys.key(blob.oid, blob.tid)
+            raise BucketError(
+                f"{key} is to be a copy of {self.bucket.keys.key(blob.oid, source)}, but bucket {self.bucket.name} "
+                f"does not have it with the same size: look at both objects"
+            )
+
     def _lost(self, blob: Named, advice: str) -> Outcome:
-        """Return the outcome of a ``blob`` that is nowhere; BucketError."""
-        earlier = {tid for tid in self.bucket.list_tids(blob.oid) if tid < blob.tid}
-        unknown = earlier - revisions_of(self.storage).loadable(blob.oid, earlier)
-        if unknown:
-            keys = ", ".join(self.bucket.keys.key(blob.oid, tid) for tid in sorted(unknown))
+        """Return the outcome of a ``blob`` that is nowhere."""
+        if blob.candidates:
+            keys = ", ".join(self.bucket.keys.key(blob.oid, tid) for tid in blob.candidates)
             advice += (
                 f"; if an undo by zodb-s3blobs 1.2.1 made this revision, its bytes are those of one of {keys}, and the "
                 f"pack since then took away what tells which: look at them, and copy the right one to the missing key"
