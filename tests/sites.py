@@ -159,7 +159,7 @@ class Tool:
 
     def begin(self, command, config, *arguments, **options):
         """Start it; ``options`` are those of Popen."""
-        line = [sys.executable, "-m", "zodb_s3blobs.cli", command, "-C", str(config), *map(str, arguments)]
+        line = [sys.executable, "-m", "zodb_s3blobs", command, "-C", str(config), *map(str, arguments)]
         process = subprocess.Popen(
             line, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
         )

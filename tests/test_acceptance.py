@@ -63,7 +63,7 @@ def unchecked_bucket(unchecked_service, no_pauses):
             s3_addressing_style="path",
             s3_checksums=unchecked_service.checksums,
             s3_sse_customer_key=unchecked_service.customer_key,
-            # As the README says of a service that fails on parts.
+            # As the table of keys says of a service that fails on parts.
             s3_multipart_threshold=5 << 30 if unchecked_service.lacks("multipart") else 8 << 20,
             s3_read_timeout=1 if unchecked_service.rate else 30,
         ),

@@ -47,7 +47,7 @@ def configure(tmp_path, s3, bucket_name):
 
 
 def command(path, *arguments):
-    return [sys.executable, "-m", "zodb_s3blobs.cli", "check", "-C", str(path), *arguments]
+    return [sys.executable, "-m", "zodb_s3blobs", "check", "-C", str(path), *arguments]
 
 
 @pytest.fixture

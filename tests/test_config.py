@@ -127,6 +127,9 @@ def everything_shown(error):
         ("s3-concurrency", "-1"),
         ("s3-connect-timeout", "soon"),
         ("s3-connect-timeout", "0"),
+        ("s3-connect-timeout", "0.5"),
+        ("s3-connect-timeout", "nan"),
+        ("s3-connect-timeout", "-60"),
         ("s3-read-timeout", "1.5s"),
         ("s3-read-timeout", "0s"),
         ("s3-max-attempts", "twice"),
@@ -161,7 +164,7 @@ def test_a_bad_value_is_refused_with_its_key_named(section, refusal, key, value)
 # What ZConfig takes without a word, and means something else by it
 
 
-@pytest.mark.parametrize("key", ["s3-connect-timeout", "s3-read-timeout", "upload-timeout", "gc-retention"])
+@pytest.mark.parametrize("key", ["upload-timeout", "gc-retention"])
 def test_a_time_without_a_unit_is_refused(section, refusal, key):
     name = key.replace("-", "_")
     sentence = refusal(read, section(**{name: "30"}))
@@ -703,6 +706,103 @@ def test_a_directory_with_something_else_in_it_is_refused_and_left_alone(s3_sect
 def test_a_cache_directory_is_made_with_all_above_it_and_only_for_its_owner(open_storage, tmp_path):
     open_storage(cache_dir="{dir}/new/directory/cache")
     assert (tmp_path / "new" / "directory" / "cache").stat().st_mode & 0o077 == 0
+
+
+# What the earlier package of this name, zodb-s3blobs 1.2.1, leaves behind
+
+#: Values of its sixteen keys, as its documentation writes them, without s3-endpoint-url and cache-dir.
+EARLIER = {
+    "bucket_name": "blobs",
+    "s3_prefix": "site1",
+    "s3_region": "eu-central-1",
+    "s3_access_key": ACCESS_KEY,
+    "s3_secret_key": SECRET_KEY,
+    "s3_use_ssl": "true",
+    "s3_addressing_style": "auto",
+    "s3_sse_customer_key": CUSTOMER_KEY,
+    "s3_connect_timeout": "60",
+    "s3_read_timeout": "300",
+    "s3_download_connect_timeout": "5",
+    "s3_download_read_timeout": "10",
+    "s3_download_max_attempts": "2",
+    "cache_size": "1GB",
+}
+
+REPLACED = {
+    "s3-download-connect-timeout": "s3-connect-timeout",
+    "s3-download-read-timeout": "s3-read-timeout",
+    "s3-download-max-attempts": "s3-max-attempts",
+}
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_a_section_of_1_2_1_with_all_its_keys_starts_and_warns(section, caplog):
+    with socket.socket() as nobody_listens:
+        nobody_listens.bind(("127.0.0.1", 0))
+        keys = {
+            **EARLIER,
+            "s3_endpoint_url": f"https://127.0.0.1:{nobody_listens.getsockname()[1]}",
+            "cache_dir": "{dir}/cache",
+        }
+        assert len(keys) == 16
+        factory = read(section(**keys))
+        with contextlib.closing(factory.open()) as storage:
+            assert objects_work(storage)
+    assert (factory.settings.s3_connect_timeout, factory.settings.s3_read_timeout) == (60, 300)
+    said = [line for line in warnings(caplog) if "1.2.1" in line]
+    assert len(said) == 5
+    for key, replacement in REPLACED.items():
+        [line] = [line for line in said if f": {key} is a key of zodb-s3blobs 1.2.1" in line]
+        assert f"{replacement} applies to downloads" in line
+        assert f"Delete {key}" in line
+    for key, seconds in ("s3-connect-timeout", 60), ("s3-read-timeout", 300):
+        [line] = [line for line in said if f": {key} has no unit and means {seconds} seconds" in line]
+        assert f"as in {seconds}s" in line
+
+
+def test_a_section_of_1_2_1_keeps_its_blobs_in_the_bucket(s3_section, s3, bucket_name):
+    keys = {key: value for key, value in EARLIER.items() if "timeout" in key or "download" in key}
+    with contextlib.closing(read(s3_section(**keys)).open()) as storage:
+        commit_blob(storage)
+        assert len([key for key in s3.keys(bucket_name) if key.endswith(".blob")]) == 1
+
+
+def test_a_section_without_keys_of_1_2_1_does_not_warn_of_it(open_storage, caplog):
+    open_storage(s3_connect_timeout="60s", s3_read_timeout="5m")
+    assert "1.2.1" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["0/3f1c2d4e5a6b7c8.blob", "1a/3f1c2d4e5a6b7c8.blob", "ffffffffffffffff/1.blob"])
+def test_a_cache_directory_of_1_2_1_is_refused_as_such_and_left_alone(s3_section, refusal, tmp_path, name):
+    blob = tmp_path / "cache" / name
+    blob.parent.mkdir(parents=True)
+    blob.write_text("a blob")
+    sentence = refusal(read(s3_section()).open)
+    assert sentence.startswith(
+        f"cache-dir: {tmp_path}/cache holds the cache of zodb-s3blobs 1.2.1: name a new directory"
+    )
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [blob]
+
+
+@pytest.mark.parametrize("name", ["1a/photo.blob", "01a/1.blob", "tmp/1.blob", "1a/1.blob.lock", "1.blob"])
+def test_a_directory_that_looks_like_a_cache_of_1_2_1_but_is_none_is_not_called_one(
+    s3_section, refusal, tmp_path, name
+):
+    (tmp_path / "cache" / name).parent.mkdir(parents=True)
+    (tmp_path / "cache" / name).touch()
+    assert "holds files that are no blob cache" in refusal(read(s3_section()).open)
+
+
+def test_a_cache_directory_that_1_2_1_used_after_a_way_back_is_refused_as_well(
+    open_storage, s3_section, refusal, tmp_path
+):
+    open_storage().close()
+    (tmp_path / "cache" / "1a").mkdir()
+    (tmp_path / "cache" / "1a" / "3f1c2d4e5a6b7c8.blob").touch()
+    assert "holds the cache of zodb-s3blobs 1.2.1" in refusal(read(s3_section()).open)
 
 
 # A bucket and a prefix belong to one section

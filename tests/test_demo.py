@@ -14,7 +14,7 @@ from zodb_s3blobs import cli
 from zodb_s3blobs.commands import demo
 
 PACKAGE = demo.PACKAGE
-COMMAND = [sys.executable, "-m", "zodb_s3blobs.cli", "demo"]
+COMMAND = [sys.executable, "-m", "zodb_s3blobs", "demo"]
 ROW = r"{name} +[\d.]+ [kM]B +blobs/[0-9a-f]+/[0-9a-f]+\.blob +{cold} miss +\d+ ms +0 hit +\d+ ms"
 
 
@@ -186,10 +186,6 @@ def test_it_stays_up_for_other_clients_until_a_signal(staying, environment, tmp_
             with connection.root.files[name].open() as file:
                 assert file.read() == next(PACKAGE.rglob(name)).read_bytes()
     db.close()
-    snippet = re.search(r"^import ZEO\n.*\n.*\n", output, re.M)[0]
-    ran = subprocess.run([sys.executable, "-c", snippet], env=environment, capture_output=True, text=True)
-    assert (ran.stdout.rstrip(), ran.stderr) == ((PACKAGE / "s3" / "keys.py").read_text().rstrip(), "")
-
     servers = children(process.pid)
     assert servers
     process.send_signal(number)
@@ -208,6 +204,31 @@ def test_it_shows_what_reaches_s3(staying, tmp_path):
         file.write(b"new")
     db.close()
     assert re.fullmatch(r"  \d\d:\d\d:\d\d  PutObject  blobs/[0-9a-f]+/[0-9a-f]+\.blob\n", process.stdout.readline())
+
+
+def test_what_one_is_told_to_paste_makes_a_line_appear(staying, environment):
+    process, output = staying
+    snippet = re.search(r"^import ZEO\n.*?\n(?=\n)", output, re.M | re.S)[0]
+    ran = subprocess.run([sys.executable, "-i"], input=snippet, env=environment, capture_output=True, text=True)
+    assert ran.stdout == "Hello from client 3\n"
+    assert "Traceback" not in ran.stderr
+    assert re.fullmatch(r"  \d\d:\d\d:\d\d  PutObject  blobs/[0-9a-f]+/[0-9a-f]+\.blob\n", process.stdout.readline())
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("\nStopping.\n", "")  # one request, and none by the read
+
+
+def test_requests_of_a_pack_are_called_as_s3_calls_them(staying, tmp_path):
+    process, output = staying
+    db = ZEO.DB(int(re.search(r"ZEO server +127\.0\.0\.1:(\d+)", output)[1]), blob_dir=str(tmp_path / "client"))
+    with db.transaction() as connection:
+        del connection.root.files["large.bin"]
+    db.pack()
+    db.close()
+    process.send_signal(signal.SIGINT)
+    lines, _ = process.communicate(timeout=30)
+    operations = re.findall(r"^  \d\d:\d\d:\d\d  (\w+)", lines, re.M)
+    assert {"ListObjectsV2", "ListMultipartUploads", "DeleteObject"} <= set(operations)
+    assert "CreateMultipartUpload" not in operations
 
 
 def test_it_says_when_the_zeo_server_is_gone(staying, tmp_path):
@@ -264,7 +285,7 @@ def test_without_moto_it_says_what_to_install(small, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "moto.server", None)
     assert cli.main(["demo", "--once"]) == 1
     errors = capsys.readouterr().err
-    assert errors.endswith("pip install 'zodb-s3blobs[demo]'\n")
+    assert errors.endswith(f": {sys.executable} -m pip install 'moto[s3,server]>=5'\n")
     assert errors.count("\n") == 1
 
 

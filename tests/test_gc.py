@@ -25,7 +25,7 @@ def gc(tmp_path):
     """Runs ``zodb-s3blobs gc`` with the zeo.conf of the servers; returns the process that has ended."""
 
     def gc(*arguments, config=tmp_path / "zeo.conf", status=0):
-        command = [sys.executable, "-m", "zodb_s3blobs.cli", "gc", "-C", str(config), *arguments]
+        command = [sys.executable, "-m", "zodb_s3blobs", "gc", "-C", str(config), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == status, done.stderr
         assert SECRET not in done.stdout + done.stderr

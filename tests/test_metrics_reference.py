@@ -1,4 +1,4 @@
-"""The README's table of metrics is what is exported, word for word.
+"""The table of metrics in grafana/README.md is what is exported, word for word.
 
 To renew it: ``python tests/test_metrics_reference.py`` prints it.
 """
@@ -14,7 +14,7 @@ from ZODB.utils import z64
 from zodb_s3blobs.monitoring import zeostats
 from zodb_s3blobs.monitoring.exporter import Exported, Exporter
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parent.parent / "grafana" / "README.md"
 
 
 def reference():
@@ -42,7 +42,7 @@ def labels(family):
     return ", ".join(f"`{name}`" for name in names) or "none"
 
 
-def test_the_table_in_the_readme_is_that_of_a_scrape():
+def test_the_reference_is_that_of_a_scrape():
     [table] = re.findall(r"(?ms)^\| metric \| type .*?\n(?!\|)", README.read_text())
     assert table.strip().splitlines() == reference().strip().splitlines()
 

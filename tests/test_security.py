@@ -1,8 +1,8 @@
 """What comes from outside, read with an attacker's eyes: clients, the bucket, the service, the disk, the network.
 
-ZEO believes its clients and the database believes its bucket (see Security in the README). What is tested here is what
-holds all the same: nothing from outside becomes a path, a key or a line of the log that is not meant, nothing of it
-takes the memory or the files that the server needs for others, and no secret comes out.
+ZEO believes its clients and the database believes its bucket (Security in zeo-configs/OPERATIONS.md). What is tested
+is what holds all the same: nothing from outside becomes a path, a key or a line of the log that is not meant, nothing
+of it takes the memory or the files that the server needs for others, and no secret comes out.
 """
 
 import base64

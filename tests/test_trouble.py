@@ -1,7 +1,7 @@
 """What an operator may meet: a full or read-only disk, a deleted cache-dir, wrong clocks, old credentials, a policy.
 
 Each on a real server with stock clients: what goes on, what fails and how it says so, that nothing is lost or deleted,
-and that it works again when the trouble is over. README's "When something breaks" promises what is tested here.
+and that it works again when the trouble is over. OPERATIONS.md ("By cause") promises what is tested here.
 """
 
 import contextlib

@@ -129,7 +129,7 @@ def alone(tmp_path):
     """The same as somebody starts it: Python anew."""
 
     def alone(*arguments, status=WELL):
-        command = [sys.executable, "-m", "zodb_s3blobs.cli", "verify", "-C", str(tmp_path / "zeo.conf"), *arguments]
+        command = [sys.executable, "-m", "zodb_s3blobs", "verify", "-C", str(tmp_path / "zeo.conf"), *arguments]
         process = subprocess.run(command, capture_output=True, text=True, timeout=120)
         done = Done(process.returncode, process.stdout, process.stderr)
         assert done.status == status, (done.stdout, done.stderr)
@@ -702,7 +702,7 @@ def test_of_a_restored_database_it_says_what_is_gone_for_good_and_what_is_merely
     assert re.search(r"^marked +1 +6  .*restored", verify(status=DAMAGED).stdout, re.M)
 
     # The next pack takes the mark away.
-    command = [sys.executable, "-m", "zodb_s3blobs.cli", "adopt", "-C", str(site.directory / "zeo.conf"), "--yes"]
+    command = [sys.executable, "-m", "zodb_s3blobs", "adopt", "-C", str(site.directory / "zeo.conf"), "--yes"]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     site.db.pack()
     site.close()
@@ -822,7 +822,7 @@ def test_json_is_all_that_is_on_stdout(s3, site, verify):
 
 def test_whoever_reads_no_more_ends_it(site, tmp_path):
     site.delete(*site.write(**{f"n{number}": b"data" for number in range(30)}))
-    command = [sys.executable, "-m", "zodb_s3blobs.cli", "verify", "-C", str(tmp_path / "zeo.conf")]
+    command = [sys.executable, "-m", "zodb_s3blobs", "verify", "-C", str(tmp_path / "zeo.conf")]
     read, written = os.pipe()
     os.close(read)
     with subprocess.Popen(command, stdout=written, stderr=subprocess.PIPE, text=True) as process:

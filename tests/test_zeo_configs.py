@@ -1,4 +1,4 @@
-"""The files in zeo-configs/ are accepted by the software they are for, and what README.md says of keys is true."""
+"""The files in zeo-configs/ are accepted by the software they are for, and what the manuals say of keys is true."""
 
 import json
 import os
@@ -6,19 +6,20 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from io import StringIO
 from pathlib import Path
 
 import pytest
-import ZConfig
+import yaml  # PyYAML: moto[s3,server], which the test extra asks for, requires it
 from relational import needs, postgresql
 from zeoserver import free_address
+from Zope2.Startup.options import ZopeWSGIOptions
 
 import zodb_s3blobs
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "zeo-configs"
-README = (ROOT / "README.md").read_text()
+MANUAL = (CONFIGS / "README.md").read_text()
+TEXTS = [ROOT / "README.md", ROOT / "CHANGES.md", ROOT / "grafana" / "README.md", *sorted(CONFIGS.iterdir())]
 PACKAGE = Path(zodb_s3blobs.__file__).parent
 
 #: What each file of a ZEO server serves.
@@ -32,6 +33,8 @@ SERVERS = {
     "encrypted.conf": ["1"],
 }
 CLIENTS = ["client-zope.conf", "zope-relstorage.conf"]
+#: Those that a server in production starts from.
+PRODUCTION = [name for name in SERVERS if name != "quickstart.conf"]
 
 ENVIRONMENT = {
     "S3BLOBS_ADDRESS": "localhost:8100",
@@ -64,17 +67,6 @@ print(json.dumps({
 }))
 """
 
-#: The part of Zope's schema that describes databases.
-ZOPE_SCHEMA = """
-<schema>
-  <import package="ZODB"/>
-  <sectiontype name="zodb_db" extends="zodb" datatype="ZODB.config.ZODBDatabase" implements="ZODB.database">
-    <multikey name="mount-point" required="yes" attribute="mount_points"/>
-  </sectiontype>
-  <multisection type="ZODB.database" name="+" attribute="databases" required="yes"/>
-</schema>
-"""
-
 
 @pytest.fixture
 def environment(monkeypatch, tmp_path):
@@ -99,12 +91,18 @@ def read_as_runzeo(environment, tmp_path):
 
 
 def installed(text, directory):
-    """The text with the one line changed that says where everything is."""
-    return re.sub(r"(?m)^%define instance .*$", f"%define instance {directory}", text)
+    """The text with the directory changed in which everything is."""
+    text = re.sub(r"(?m)^( *)%define instance .*$", rf"\1%define instance {directory}", text)
+    return text.replace("/var/lib/zeo", str(directory))
 
 
 def test_every_file_is_tested_here():
-    assert sorted(path.name for path in CONFIGS.iterdir()) == sorted([*SERVERS, *CLIENTS])
+    assert sorted(path.name for path in CONFIGS.glob("*.conf")) == sorted([*SERVERS, *CLIENTS])
+
+
+def test_the_table_of_the_manual_has_every_file():
+    named = [re.findall(r"\]\(([\w.-]+)\)", row[0])[0] for row in table(part_of_manual("## Which file for what"))]
+    assert sorted(named) == sorted(path.name for path in CONFIGS.iterdir() if path.suffix in (".conf", ".yaml"))
 
 
 def test_the_files_are_part_of_the_package():
@@ -123,32 +121,51 @@ def test_runzeo_accepts_a_server_file(read_as_runzeo, tmp_path, name):
     assert read["metrics_addresses"] == [["localhost", 8101]] * len(SERVERS[name])
 
 
-@pytest.mark.parametrize("name", [name for name in SERVERS if name != "quickstart.conf"])
+@pytest.mark.parametrize("name", PRODUCTION)
+def test_a_production_file_keeps_databases_apart(read_as_runzeo, tmp_path, name):
+    read = read_as_runzeo(installed((CONFIGS / name).read_text(), tmp_path))
+    assert all(prefix for _, prefix in read["keys_start_with"])
+
+
+@pytest.mark.parametrize("name", PRODUCTION)
 def test_a_production_file_gives_uploads_less_time_than_transactions(read_as_runzeo, tmp_path, name):
     read = read_as_runzeo(installed((CONFIGS / name).read_text(), tmp_path))
     assert read["transaction_timeout"] > max(read["upload_timeouts"])
 
 
-@pytest.fixture
-def read_as_zope(environment, tmp_path):
-    """Reads a database section as Zope does."""
-
-    def read(text):
-        schema = ZConfig.loadSchemaFile(StringIO(ZOPE_SCHEMA))
-        config, _ = ZConfig.loadConfigFile(schema, StringIO(installed(text, tmp_path)))
-        return config.databases
-
-    return read
-
-
-def test_zope_accepts_the_client_file(read_as_zope):
-    [database] = read_as_zope((CONFIGS / "client-zope.conf").read_text())
+def test_a_stock_zope_conf_with_the_client_section_is_accepted(tmp_path):
+    """The section takes the place of the <zodb_db main> that mkwsgiinstance writes."""
+    instance = tmp_path / "instance"
+    make = [Path(sys.executable).with_name("mkwsgiinstance"), "--dir", instance, "--user", "admin:secret"]
+    subprocess.run(make, check=True, capture_output=True, timeout=120)
+    conf = instance / "etc" / "zope.conf"
+    section = (CONFIGS / "client-zope.conf").read_text()
+    stock = conf.read_text()
+    pasted, count = re.subn(r"(?ms)^<zodb_db main>\n.*?^</zodb_db>\n", lambda _: section, stock)
+    assert count == 1
+    conf.write_text(pasted)
+    [database] = ZopeWSGIOptions(str(conf))().configroot.databases
     client = database.config.storage.config
     assert database.name == "main"
     assert client.storage == "1"
-    assert client.blob_dir
+    assert Path(client.blob_dir) == instance / "var" / "blobcache"
     assert client.blob_cache_size
     assert client.shared_blob_dir is False
+
+
+def test_the_compose_file_makes_what_the_manual_connects_to():
+    services = yaml.safe_load((CONFIGS / "compose.yaml").read_text())["services"]
+    variables = dict(re.findall(r"(S3BLOBS_\w+)=(\S+)", part_of_manual("### MinIO for development")))
+    minio = services["minio"]
+    assert f"127.0.0.1:{variables['S3BLOBS_ENDPOINT'].rpartition(':')[2]}:9000" in minio["ports"]
+    assert all(port.startswith("127.0.0.1:") for port in minio["ports"])
+    assert minio["environment"] == {
+        "MINIO_ROOT_USER": variables["S3BLOBS_ACCESS_KEY"],
+        "MINIO_ROOT_PASSWORD": variables["S3BLOBS_SECRET_KEY"],
+    }
+    assert f"minio/{variables['S3BLOBS_BUCKET']};" in services["bucket"]["entrypoint"][-1]
+    text = (CONFIGS / "quickstart.conf").read_text()
+    assert set(re.findall(r"^[^#\n]*\$\((\w+)\)", text, re.MULTILINE)) == set(variables)
 
 
 #: What two Zope processes do with a blob. ``app`` is there when zconsole runs a script.
@@ -197,7 +214,7 @@ def test_zope_runs_the_relstorage_file_in_several_processes(s3, bucket_name, tmp
 
 
 def keys():
-    """The keys of component.xml, each with its default as README's table shows it."""
+    """The keys of component.xml, each with its default as the manual's table shows it."""
     section = ElementTree.parse(PACKAGE / "component.xml").find("sectiontype")
     return {key.get("name"): _default(key) for key in section.findall("key")}
 
@@ -208,10 +225,10 @@ def _default(key):
     return f"`{key.get('default')}`" if key.get("default") else "none"
 
 
-def part_of_readme(heading):
+def part_of_manual(heading):
     """The text below ``heading``, up to the next heading of the same level or a higher one."""
     level = heading.split()[0]
-    [text] = re.findall(rf"(?ms)^{re.escape(heading)}\n(.*?)(?=^#{{1,{len(level)}}} |\Z)", README)
+    [text] = re.findall(rf"(?ms)^{re.escape(heading)}\n(.*?)(?=^#{{1,{len(level)}}} |\Z)", MANUAL)
     return text
 
 
@@ -221,51 +238,40 @@ def table(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()[2:]]
 
 
-def test_the_table_of_the_readme_has_every_key_with_its_default_and_a_meaning():
-    rows = table(part_of_readme("## Configuration"))
+def test_the_table_of_the_manual_has_every_key_with_its_default_and_a_meaning():
+    rows = table(part_of_manual("## All keys"))
     assert {name.strip("`"): default for name, default, _ in rows} == keys()
     assert [name.strip("`") for name, _, _ in rows] == list(keys())
     assert all(meaning for _, _, meaning in rows)
 
 
-TEXTS = [ROOT / "README.md", ROOT / "CHANGES.md", *sorted(CONFIGS.iterdir())]
-
-
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
 def test_a_key_that_is_spoken_of_exists(path):
-    spoken_of = re.findall(r"\b(?<![-.])(?:s3-[a-z-]*[a-z]|cache-dir|upload-[a-z]+)\b", path.read_text())
+    spoken_of = re.findall(r"\b(?<![-.#])(?:s3-[a-z-]*[a-z]|cache-dir|upload-[a-z]+)\b(?!-\*)", path.read_text())
     assert not set(spoken_of) - set(keys())
 
 
-@pytest.mark.parametrize("text", re.findall(r"(?ms)^```conf\n(.*?)^```$", README))
-def test_runzeo_accepts_a_configuration_of_the_readme(read_as_runzeo, tmp_path, text):
+#: The configurations in the texts that are whole, by file.
+WHOLE = [
+    pytest.param(text, id=f"{path.name}-{number}")
+    for path in TEXTS
+    for number, text in enumerate(re.findall(r"(?ms)^ *```conf\n(.*?)^ *```$", path.read_text()))
+    if "<zeo>" in text
+]
+
+
+@pytest.mark.parametrize("text", WHOLE)
+def test_runzeo_accepts_a_configuration_of_the_manuals(read_as_runzeo, tmp_path, text):
     for directory in re.findall(r"\$instance/(.*)/", text):
         (tmp_path / directory).mkdir(parents=True, exist_ok=True)
-    assert read_as_runzeo(installed(text, tmp_path))["names"]
+    read = read_as_runzeo(installed(text, tmp_path))
+    assert read["names"]
+    if "<s3blobstorage" in text and "read-only" not in text:
+        assert read["transaction_timeout"] > max(read["upload_timeouts"])
 
 
-# The rest of what the README says that software can check
-
-
-def test_the_bucket_policy_of_the_readme_is_json_and_explains_each_action():
-    [text] = re.findall(r"(?ms)^```json\n(.*?)^```$", part_of_readme("## Bucket policy"))
+def test_the_bucket_policy_of_the_manual_is_json_and_explains_each_action():
+    [text] = re.findall(r"(?ms)^```json\n(.*?)^```$", part_of_manual("## Bucket policy"))
     actions = {action for statement in json.loads(text)["Statement"] for action in statement["Action"]}
-    explained = {cells[0].strip("`") for cells in table(part_of_readme("## Bucket policy"))}
+    explained = {cells[0].strip("`") for cells in table(part_of_manual("## Bucket policy"))}
     assert actions == explained
-
-
-def test_the_file_table_of_the_readme_is_complete():
-    named = [name for row in table(part_of_readme("## Architecture")) for name in re.findall(r"`([\w./]+)`", row[0])]
-    there = [
-        str(path.relative_to(PACKAGE))
-        for path in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.xml")]
-        if path.name != "__init__.py" or "def " in path.read_text()
-    ]
-    assert sorted(named) == sorted(there)
-
-
-def test_the_first_screen_has_the_two_commands_and_no_third():
-    first_screen = README.partition("\n## ")[0]
-    commands = "".join(re.findall(r"(?ms)^```sh\n(.*?)^```$", first_screen)).splitlines()
-    assert len(commands) == 2
-    assert all(line.startswith("python3 -m venv .venv && .venv/bin/pip install") for line in commands)

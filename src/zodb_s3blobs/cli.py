@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from . import __version__
 from .commands import adopt, check, demo, export, gc, migrate, verify
 
 COMMANDS: dict[str, ModuleType] = {
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="zodb-s3blobs", description="ZODB blobs in S3, served by ZEO.")
+    parser.add_argument("--version", action="version", version=f"zodb-s3blobs {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         summary, _, details = (module.__doc__ or "").partition("\n")
@@ -56,7 +58,3 @@ def _parser() -> argparse.ArgumentParser:
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,6 +20,7 @@ import ZConfig
 import ZConfig.datatypes
 from ZODB.config import BaseConfig
 
+from . import predecessor
 from .bases import kind_of
 from .bases.adapter import UnsuitableBase
 from .blobdir import BlobDirectory, BlobDirectoryError
@@ -84,6 +85,17 @@ def _datatype(
     return datatype
 
 
+def _timeout(key: str) -> Callable[[str], float]:
+    """Return the datatype of a time of at least 1s; a number alone is taken as seconds, for the sections of 1.2.1."""
+    with_unit = _datatype(key, "time-interval", "a time of at least 1s, such as 30s or 10m", 1)
+
+    def datatype(text: str) -> float:
+        seconds = predecessor.seconds_without_unit(text)
+        return with_unit(text) if seconds is None or seconds < 1 else seconds
+
+    return datatype
+
+
 # The datatypes of component.xml
 _BYTES, _SECONDS = "a number alone would be bytes", "a number alone would be seconds"
 _TIME = f"a time with its unit, at least 1s, such as 30s or 10m: {_SECONDS}"
@@ -93,8 +105,8 @@ s3_multipart_threshold = _datatype(
     "s3-multipart-threshold", "byte-size", "a number of bytes from 5MB to 5GB", 5 * _MB, 5 << 30
 )
 s3_concurrency = _datatype("s3-concurrency", "integer", "a whole number of at least 1", 1)
-s3_connect_timeout = _datatype("s3-connect-timeout", "time-interval", _TIME, 1)
-s3_read_timeout = _datatype("s3-read-timeout", "time-interval", _TIME, 1)
+s3_connect_timeout = _timeout("s3-connect-timeout")
+s3_read_timeout = _timeout("s3-read-timeout")
 s3_max_attempts = _datatype("s3-max-attempts", "integer", "a whole number of at least 1", 1)
 s3_stage_threshold = _datatype(
     "s3-stage-threshold", "byte-size", f"0 or at least 1KB, such as 4MB: {_BYTES}", 1 << 10, zero=True
@@ -154,6 +166,8 @@ class S3BlobStorageFactory(BaseConfig):
         and no error.
         """
         zeo.install()
+        for sentence in predecessor.warnings(self.config):
+            logger.warning("%s: %s", self._label, sentence)
         with contextlib.ExitStack() as undo:
             exported = Exported(self.name or "1")
             if self.config.metrics_address:

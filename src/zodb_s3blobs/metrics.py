@@ -1,7 +1,7 @@
 """The Prometheus instruments of one storage.
 
 The parts count on them, whether anybody reads them or not; any thread may. Names, labels and units are a promise to
-those whose dashboards and alerts use them: the README lists them all.
+those whose dashboards and alerts use them: grafana/README.md lists them all.
 """
 
 import itertools

@@ -65,7 +65,7 @@ def run(config, row, blobs, expected, *arguments):
     line = [
         sys.executable,
         "-m",
-        "zodb_s3blobs.cli",
+        "zodb_s3blobs",
         arguments[0],
         "-C",
         str(config),

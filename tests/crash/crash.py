@@ -399,7 +399,7 @@ class Crash:
                 time.sleep(0.1)
 
     def finish(self):
-        """A last pack leaves exactly the live blobs, and what the README says stays for a day."""
+        """A last pack leaves exactly the live blobs, and what the manual says stays for a day."""
         self._commit()  # so that what is left of unfinished commits is older than the last transaction
         with self._database() as db:
             self._pack(db)

@@ -29,6 +29,7 @@ from typing import TypeVar
 import zc.lockfile
 from ZODB.blob import rename_or_copy_blob
 
+from .. import predecessor
 from ..errors import S3BlobsError
 from ..metrics import Metrics
 from ..openfiles import RAISE_THEIR_NUMBER, TOO_MANY_FILES
@@ -202,6 +203,11 @@ class Cache:
     def _take_directory(self) -> None:
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if predecessor.is_cache(self.directory):
+                raise CacheDirectoryError(
+                    f"{self.directory} holds the cache of {predecessor.NAME}: name a new directory, and delete this "
+                    f"one when nothing uses it any more"
+                )
             if not (self.directory / _LOCK_FILE).exists():
                 strangers = [name for name in os.listdir(self.directory) if name != "lost+found"]
                 if strangers:

@@ -41,6 +41,9 @@ CONFIG = PACKAGE / "zeo-configs" / "quickstart.conf"
 BUCKET = "zodb-demo"
 ACCESS_KEY, SECRET_KEY = "demo", "demo-secret"  # made up: moto accepts everything
 
+#: What the extra `demo` of pyproject.toml installs.
+MOTO = "moto[s3,server]>=5"
+
 #: The size in bytes of the generated file: large enough for a multipart upload and ranged reads.
 LARGE = 20 << 20
 
@@ -254,7 +257,7 @@ class S3Server:
             from werkzeug.serving import WSGIRequestHandler, make_server
         except ImportError as error:
             raise DemoError(
-                f"the S3 server of the demo is not installed ({error}): pip install 'zodb-s3blobs[demo]'"
+                f"the S3 server of the demo is not installed ({error}): {sys.executable} -m pip install '{MOTO}'"
             ) from None
 
         class Handler(WSGIRequestHandler):
@@ -315,11 +318,13 @@ def _request(environ: dict[str, Any]) -> Request:
     elif "uploadId" in query:
         operation = "CompleteMultipartUpload" if method == "POST" else "AbortMultipartUpload"
     elif "uploads" in query:
-        operation = "CreateMultipartUpload"
+        operation = "CreateMultipartUpload" if method == "POST" else "ListMultipartUploads"
     elif "delete" in query:
         operation = "DeleteObjects"
+    elif "list-type" in query:
+        operation = "ListObjectsV2"
     elif not key:
-        operation = "ListObjects" if method == "GET" else f"{method} bucket"
+        operation = f"{method.capitalize()}Bucket"
     else:
         operation = "CopyObject" if copy else f"{method.capitalize()}Object"
     return Request(operation, key)
@@ -457,13 +462,22 @@ Everything stays up until Ctrl-C:
   S3 credentials       {ACCESS_KEY}, {SECRET_KEY} (made up)
   database, log        {directory / "server"}
 
-To be a client too, paste this into {sys.executable} in another terminal:
+To be a client too, start Python in another terminal:
+
+  {sys.executable}
+
+Paste these lines into it, and watch the new blob reach S3 here:
 
 import ZEO
+from ZODB.blob import Blob
 conn = ZEO.connection({server.port}, blob_dir={str(directory / "client-3")!r})
-print(conn.root.files[{files[0].name!r}].open().read().decode())
+conn.root.greeting = Blob(b"Hello from client 3")
+conn.transaction_manager.commit()
+print(conn.root.greeting.open().read().decode())
 
-S3 requests from now on (a hit makes none):"""
+The last line prints the blob without an S3 request: the client has it.
+
+S3 requests from now on:"""
     )
 
 
