@@ -149,7 +149,7 @@ class Old:
         """Run it, beside the open database, if it is open."""
         conf = self.directory / "zeo.conf"
         conf.write_text(CONFIG.format(port=1, dir=self.directory, zeo="", storages=self._section()))
-        command = [sys.executable, "-m", "zodb_s3blobs.cli", "verify", "-C", str(conf), *arguments]
+        command = [sys.executable, "-m", "zodb_s3blobs", "verify", "-C", str(conf), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == status, (done.stdout, done.stderr)
         return done
