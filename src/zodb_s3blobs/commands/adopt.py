@@ -103,7 +103,7 @@ def take_prefix(kind: Kind, bucket: Bucket, note: Note, storage: str) -> None:
     ``storage``: its name. Waits for S3; raises BucketError, and NotOwner if somebody else wrote it meanwhile.
     """
     now = note.now.isoformat(timespec="seconds")
-    data = claim_of(kind, kind.identity(), f"adopt {uuid.uuid4().hex}", storage, now, stopped="", taken=now)
+    data = claim_of(kind, kind.identity(), f"adopt {uuid.uuid4().hex}", storage, now, stopped=now, taken=now)
     bucket.write_owner(data, note)
     written = bucket.read_owner()
     if written is None or written.data != data:
