@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sites import KEYS
 
-from zodb_s3blobs.cache.files import path_in
+from zodb_s3blobs.cache.directory import path_in
 
 WELL, FAILED, DAMAGED, GARBAGE, UNPROVEN = 0, 1, 3, 4, 5
 

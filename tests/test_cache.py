@@ -18,7 +18,8 @@ import ZODB.utils
 from ZODB.utils import p64, u64
 
 from zodb_s3blobs.cache import files as cache_module
-from zodb_s3blobs.cache.files import Cache, CacheDirectoryError, CacheError
+from zodb_s3blobs.cache.directory import CacheDirectory, CacheDirectoryError, CacheError
+from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.metrics import Metrics
 
 TIMEOUT = 30
@@ -612,7 +613,8 @@ def test_a_leased_file_stays_though_the_pin_it_was_leased_with_is_released(start
 def test_a_directory_that_another_process_uses_is_refused(cache):
     script = """
 import sys
-from zodb_s3blobs.cache.files import Cache, CacheDirectoryError
+from zodb_s3blobs.cache.files import Cache
+from zodb_s3blobs.cache.directory import CacheDirectoryError
 from zodb_s3blobs.metrics import Metrics
 
 try:
@@ -658,7 +660,7 @@ def test_a_directory_with_foreign_files_is_refused_and_left_as_it_is(tmp_path):
     for name, data in foreign.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    with pytest.raises(CacheDirectoryError, match=r"holds files that are no blob cache .* name an empty or new"):
+    with pytest.raises(CacheDirectoryError, match=r"is not empty and is not a blob cache .* name an empty or new"):
         Cache(tmp_path, 1000, Metrics())
     assert files(tmp_path) == foreign
 
@@ -795,17 +797,17 @@ def test_a_folder_that_cannot_be_read_does_not_keep_the_limit_from_being_honoure
 def reopen_slowly(start_cache, monkeypatch):
     """Opens a cache that has seen its files but cannot go on to count them; ``go()`` lets it, and waits for it."""
     seen, may_go_on = threading.Event(), threading.Event()
-    entries = cache_module._entries
+    entries = CacheDirectory._entries
 
-    def slowly(directory, metrics):
-        yield from entries(directory, metrics)
+    def slowly(self, directory):
+        yield from entries(self, directory)
         if Path(directory).name == "blobs":  # the last of the folders
             seen.set()
             may_go_on.wait(TIMEOUT)
 
     def reopen(cache):
         cache.close()
-        monkeypatch.setattr(cache_module, "_entries", slowly)
+        monkeypatch.setattr(CacheDirectory, "_entries", slowly)
         cache = start_cache(cache.limit, wait=False)
         assert seen.wait(TIMEOUT)
 

@@ -13,7 +13,7 @@ from sites import KEYS, Site, put, sentence
 from ZODB.blob import Blob
 from ZODB.utils import p64, u64
 
-from zodb_s3blobs.cache.files import CacheDirectoryError, CacheError
+from zodb_s3blobs.cache.directory import CacheDirectoryError, CacheError
 from zodb_s3blobs.commands import common as command
 
 COMMANDS = {

@@ -793,7 +793,7 @@ def test_a_directory_that_looks_like_a_cache_of_1_2_1_but_is_none_is_not_called_
 ):
     (tmp_path / "cache" / name).parent.mkdir(parents=True)
     (tmp_path / "cache" / name).touch()
-    assert "holds files that are no blob cache" in refusal(read(s3_section()).open)
+    assert "is not empty and is not a blob cache" in refusal(read(s3_section()).open)
 
 
 def test_a_cache_directory_that_1_2_1_used_after_a_way_back_is_refused_as_well(

@@ -21,7 +21,7 @@ from ZODB.POSException import ReadConflictError, StorageError
 from ZODB.utils import p64, u64, z64
 
 from zodb_s3blobs.bases import kind_of
-from zodb_s3blobs.cache.files import CacheError
+from zodb_s3blobs.cache.directory import CacheError
 from zodb_s3blobs.commit import Uploads
 from zodb_s3blobs.fetch import Fetcher
 from zodb_s3blobs.garbage import collector as garbage_module

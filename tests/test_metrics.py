@@ -21,7 +21,7 @@ from ZODB.tests.MinPO import MinPO
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import p64
 
-from zodb_s3blobs.cache.files import CacheError, path_in
+from zodb_s3blobs.cache.directory import CacheError, path_in
 from zodb_s3blobs.commit import Uploads
 from zodb_s3blobs.fetch import Fetcher
 from zodb_s3blobs.s3.errors import BlobNotFound, BucketError

@@ -35,8 +35,8 @@ from ZODB.tests.StorageTestBase import ZERO
 from ZODB.utils import p64, z64
 
 from zodb_s3blobs.blobdir import BlobDirectory
-from zodb_s3blobs.cache import files as cache_module
-from zodb_s3blobs.cache.files import Cache, CacheDirectoryError
+from zodb_s3blobs.cache.directory import CacheDirectory, CacheDirectoryError, path_in
+from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.commands import demo
 from zodb_s3blobs.database import object_paths as paths
 from zodb_s3blobs.garbage import collector as garbage
@@ -590,16 +590,16 @@ def test_a_link_in_place_of_a_folder_of_the_cache_costs_nobody_a_file(tmp_path, 
 def test_a_link_among_the_blobs_is_not_served(tmp_path, monkeypatch, when):
     (tmp_path / "private").write_bytes(b"not for clients")
     Cache(tmp_path / "cache", 1000, Metrics()).close()
-    path = Path(cache_module.path_in(tmp_path / "cache", OID, TID))
+    path = Path(path_in(tmp_path / "cache", OID, TID))
     path.parent.mkdir(parents=True)
     path.symlink_to(tmp_path / "private")
-    go_on, entries = threading.Event(), cache_module._entries
+    go_on, entries = threading.Event(), CacheDirectory._entries
 
     def slowly(*args):
         assert go_on.wait(60)
         yield from entries(*args)
 
-    monkeypatch.setattr(cache_module, "_entries", slowly)
+    monkeypatch.setattr(CacheDirectory, "_entries", slowly)
     cache = Cache(tmp_path / "cache", 1000, Metrics())
     try:
         if when == "afterwards":

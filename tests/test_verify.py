@@ -19,7 +19,7 @@ from ZODB.config import storageFromString
 from ZODB.FileStorage import FileStorage
 from ZODB.utils import oid_repr, tid_repr, u64
 
-from zodb_s3blobs.cache.files import path_in
+from zodb_s3blobs.cache.directory import path_in
 
 SECRET = "test-secret"
 FILESTORAGE = "<filestorage>\n path {dir}/Data.fs\n</filestorage>"

@@ -24,7 +24,8 @@ from . import predecessor
 from .bases import kind_of
 from .bases.adapter import UnsuitableBase
 from .blobdir import BlobDirectory, BlobDirectoryError
-from .cache.files import Cache, CacheDirectoryError
+from .cache.directory import CacheDirectoryError
+from .cache.files import Cache
 from .commit import Uploads
 from .fetch import Fetcher
 from .garbage.collector import Collector

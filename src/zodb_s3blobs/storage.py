@@ -20,7 +20,8 @@ from ZODB.POSException import POSKeyError, ReadOnlyError, StorageError, StorageT
 
 from .bases import kind_of
 from .bases.adapter import repeated
-from .cache.files import Cache, CacheError, Pin
+from .cache.directory import CacheError
+from .cache.files import Cache, Pin
 from .commit import Commit, Uploads
 from .errors import S3BlobsError
 from .fetch import Fetcher

@@ -17,7 +17,8 @@ from pathlib import Path
 from common import MIB
 from ZODB.utils import p64
 
-from zodb_s3blobs.cache.files import Cache, path_in
+from zodb_s3blobs.cache.directory import path_in
+from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.metrics import Metrics
 
 SIZE = 1024

@@ -15,7 +15,7 @@ from typing import Any
 from ZODB.POSException import StorageError
 
 from ..bases import kind_of
-from ..cache.files import CacheDirectoryError
+from ..cache.directory import CacheDirectoryError
 from ..config import StartRefused
 from ..errors import S3BlobsError
 from ..lease import NotOwner, standing

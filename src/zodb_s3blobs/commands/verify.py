@@ -30,7 +30,7 @@ from typing import Any
 
 from ..bases.adapter import repeated
 from ..blobdir import BlobDirectory, BlobDirectoryError
-from ..cache.files import path_in
+from ..cache.directory import path_in
 from ..database import object_paths, zeoconf
 from ..database.blob_index import Named
 from ..database.survey import Outcome, Report, Survey, failure

@@ -1,0 +1,234 @@
+"""The directory of the cache: who may use it, what is in it, and where each file lies.
+
+    {directory}/tmp/                                   the temporary files of ZODB and ZEO
+    {directory}/incoming/                              blobs on their way into the bucket or into the cache
+    {directory}/blobs/{last byte of oid}/{oid}.{tid}.blob
+
+The modification time of a file is the time of its last use: that is how the order survives a restart.
+"""
+
+import errno
+import logging
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import zc.lockfile
+
+from .. import predecessor
+from ..errors import S3BlobsError
+from ..metrics import Metrics
+from ..openfiles import RAISE_THEIR_NUMBER, TOO_MANY_FILES
+from .index import Name
+
+logger = logging.getLogger(__name__)
+
+#: The errors of a disk that takes no more.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_LOCK_FILE = ".zodb-s3blobs.lock"
+
+#: The folder of the cache directory that holds the blobs.
+_BLOBS = "blobs"
+
+#: What to do about a file that cannot be written.
+_ADVICE = {
+    **dict.fromkeys(FULL, "free space on its disk or lower cache-size"),
+    **dict.fromkeys(TOO_MANY_FILES, RAISE_THEIR_NUMBER),
+    errno.EROFS: "look why its file system is read-only, and mount it for writing",
+    errno.ENOENT: "it is gone, or a part of it: mount its disk, or restart the server, which makes it again",
+}
+
+
+class CacheDirectoryError(S3BlobsError, ValueError):
+    """The cache directory cannot be used; the message says why and what to do."""
+
+
+class CacheError(S3BlobsError, OSError):
+    """A file could not be written to the cache directory; the message says why and what to do."""
+
+
+def path_in(directory: str | os.PathLike[str], oid: bytes, tid: bytes) -> str:
+    """Return where the blob's file is in the cache directory, if it is in the cache. A file there is whole."""
+    return os.path.join(directory, _BLOBS, f"{oid[-1]:02x}", f"{oid.hex()}.{tid.hex()}.blob")
+
+
+class CacheDirectory:
+    """The directory at ``path``, which belongs to this object alone until `close`. It is made if it is missing.
+
+    ``metrics``: those of the storage. Raises `CacheDirectoryError` if the directory cannot be written, belongs to
+    another process, or holds something else than a cache. Any thread may call.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], metrics: Metrics) -> None:
+        self.path = Path(path).absolute()
+        self.temporary = self.path / "tmp"
+        self.incoming = self.path / "incoming"
+        self._blobs = self.path / _BLOBS
+        self._metrics = metrics
+        self._lock_file = self._take()
+        try:
+            self._prepare()
+        except OSError as error:
+            self._lock_file.close()
+            raise CacheDirectoryError(f"{self.path} cannot be used: {error}") from error
+
+    def _take(self) -> zc.lockfile.LockFile:
+        """Make the directory, refuse one that is no cache, and lock it."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._refuse_foreign()
+            return zc.lockfile.LockFile(str(self.path / _LOCK_FILE))
+        except zc.lockfile.LockError:
+            raise CacheDirectoryError(
+                f"{self.path} is in use by another process; every storage of every process needs its own"
+            ) from None
+        except FileExistsError:
+            raise CacheDirectoryError(f"{self.path} is not a directory") from None
+        except OSError as error:
+            raise CacheDirectoryError(f"{self.path} cannot be used: {error.strerror or error}") from error
+
+    def _refuse_foreign(self) -> None:
+        if predecessor.is_cache(self.path):
+            raise CacheDirectoryError(
+                f"{self.path} holds the cache of {predecessor.NAME}: name a new directory, and delete this one when "
+                f"nothing uses it any more"
+            )
+        if not (self.path / _LOCK_FILE).exists():
+            strangers = [name for name in os.listdir(self.path) if name != "lost+found"]
+            if strangers:
+                raise CacheDirectoryError(
+                    f"{self.path} is not empty and is not a blob cache (it holds {sorted(strangers)[0]!r}): name an "
+                    f"empty or new directory"
+                )
+
+    def _prepare(self) -> None:
+        """Delete what a crash left behind, and make the folders. Nobody uses them: the lock is ours."""
+        self._mode = stat.S_IMODE(self.path.stat().st_mode)
+        for directory in (self.temporary, self.incoming):
+            if directory.exists():
+                shutil.rmtree(directory)
+        for directory in (self.temporary, self.incoming, self._blobs):
+            directory.mkdir(mode=self._mode, exist_ok=True)
+        # Readable for those who may read the directory, writable for nobody.
+        self._file_mode = stat.S_IMODE(self._blobs.stat().st_mode) & 0o444
+        if self._mode & 0o007:
+            logger.warning(
+                "%s is open to every user of this machine, and so are the blobs in it: chmod o-rwx", self.path
+            )
+
+    def close(self) -> None:
+        """Give up the directory. Files stay."""
+        self._lock_file.close()
+
+    def file(self, name: Name) -> str:
+        """Return where the blob's file is if it is in the cache."""
+        return path_in(self.path, *name)
+
+    def found(self) -> list[tuple[Name, int]]:
+        """Return the files of earlier runs with their sizes, the least recently used first."""
+        found = []
+        for folder in self._entries(self._blobs):
+            for entry in self._entries(folder.path):
+                name = _parse(entry.name)
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if name is None or entry.path != self.file(name) or not stat.S_ISREG(status.st_mode):
+                    logger.warning("%s is no file of this cache and is left alone", entry.path)
+                else:
+                    found.append((status.st_mtime_ns, name, status.st_size))
+        found.sort()
+        return [(name, size) for _, name, size in found]
+
+    def _entries(self, directory: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
+        try:
+            with os.scandir(directory) as entries:
+                yield from entries
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # evicted meanwhile, or not ours
+        except OSError as error:
+            self._metrics.cache_errors.labels("read").inc()
+            logger.error("Cannot read %s: %s; what is in it does not count towards cache-size", directory, error)
+
+    def size_of(self, name: Name) -> int | None:
+        """Return the bytes of the blob's file, None if it cannot be read or is none; what a link leads to is none."""
+        path = self.file(name)
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:  # the blob is in the bucket as well
+            self._metrics.cache_errors.labels("read").inc()
+            logger.error("Cannot read %s: %s", path, error)
+            return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def touch(self, filename: str) -> None:
+        """Note that ``filename`` is used now."""
+        now = time.time_ns()
+        try:
+            os.utime(filename, ns=(now, now))
+        except OSError:
+            pass  # read-only by now: only the order after the next start suffers
+
+    def last_use(self, name: Name) -> float:
+        """Return when the file was last used, in seconds since 1970; 0 if it is not there."""
+        try:
+            return os.stat(self.file(name)).st_mtime
+        except FileNotFoundError:
+            return 0
+
+    def protect(self, filename: str) -> None:
+        """Give ``filename`` the mode of files in the cache."""
+        os.chmod(filename, self._file_mode)
+
+    def move_in(self, filename: str, name: Name) -> None:
+        """Make ``filename`` the blob's file."""
+        path = self.file(name)
+        os.makedirs(os.path.dirname(path), mode=self._mode, exist_ok=True)
+        os.replace(filename, path)
+
+    def delete(self, name: Name) -> None:
+        """Delete the blob's file, if it is there; never raises."""
+        path = self.file(name)
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self._metrics.cache_errors.labels("delete").inc()
+            logger.error("Cannot evict %s from the cache: %s", path, error)
+
+    def tidy(self, name: Name) -> None:
+        """Delete the folder that the blob's file was in, if it is empty."""
+        try:
+            os.rmdir(os.path.dirname(self.file(name)))
+        except OSError:
+            pass  # other blobs are in it
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn an OSError of the body, which writes files below the directory, into a CacheError."""
+        try:
+            yield
+        except CacheError:
+            raise
+        except OSError as error:
+            self._metrics.cache_errors.labels("write").inc()
+            advice = _ADVICE.get(error.errno or 0, "check its permissions")
+            raise CacheError(f"Cannot write to cache-dir {self.path}: {error.strerror}; {advice}") from error
+
+
+def _parse(filename: str) -> Name | None:
+    parts = filename.split(".")
+    try:
+        oid, tid = bytes.fromhex(parts[0]), bytes.fromhex(parts[1])
+    except (ValueError, IndexError):
+        return None
+    return (oid, tid) if parts[2:] == ["blob"] and len(oid) == len(tid) == 8 else None
