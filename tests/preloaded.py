@@ -10,9 +10,9 @@ import relstorage.adapters.sqlite.adapter
 import relstorage.config  # noqa: F401
 import sites  # noqa: F401
 
+import zodb_s3blobs.bases.relstorage
 import zodb_s3blobs.cli
-import zodb_s3blobs.config
-import zodb_s3blobs.relstorage  # noqa: F401
+import zodb_s3blobs.config  # noqa: F401
 
 # As the fixture `shared_loader` of conftest.py. The description of S3 is read by the first client.
 botocore.session.create_loader = functools.cache(botocore.session.create_loader)

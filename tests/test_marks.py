@@ -43,7 +43,13 @@ def kept(s3, bucket_name):
 @pytest.fixture
 def clock(monkeypatch):
     """The clock of the collections, which stands still; ``now`` is to be set."""
-    clock = SimpleNamespace(now=START, monotonic=time.monotonic, sleep=time.sleep, thread_time=time.thread_time)
+    clock = SimpleNamespace(
+        now=START,
+        monotonic=time.monotonic,
+        sleep=time.sleep,
+        thread_time=time.thread_time,
+        process_time=time.process_time,
+    )
     clock.time = lambda: clock.now
     monkeypatch.setattr(garbage_module, "time", clock)
     return clock

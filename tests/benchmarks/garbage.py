@@ -176,7 +176,7 @@ def new_collector(directory, names, retention):
 
 def collect_from_a_fake_bucket(directory, names, retention, row):
     """In a process of its own, so that it begins small; without pauses, which would be many times as long."""
-    garbage._REST = 0
+    garbage._RESTS = 0, 0
     directory = Path(directory)
     with new_collector(directory, names, retention) as (collector, bucket, revisions):
         with Peak() as peak:

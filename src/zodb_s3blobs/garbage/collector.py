@@ -51,12 +51,20 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: After how many loads from the base to pause, and how many times as long as they took: others want the interpreter.
+#: After how many loads from the base to pause: others may want the interpreter.
 _PAUSE_EVERY = 100
-_REST = 39
 
-#: For how long, in seconds, this thread may keep others waiting for the interpreter.
-_SWITCH_INTERVAL = 0.0001
+#: How many times as long as it uses the processor a gentle collection rests: on a quiet server, and on a busy one.
+_RESTS = 3.0, 39.0
+
+#: Up to how many seconds of processor other threads use between two pauses of a quiet server. A request takes more.
+_QUIET = 0.0001
+
+#: For how long, in seconds, a server counts as busy after a request: the next one of that client may come soon.
+_BUSY_FOR = 0.25
+
+#: For how long, in seconds, this thread may keep others waiting for the interpreter: several times for each request.
+_SWITCH_INTERVAL = 0.00001
 
 #: After how many objects to say in the log how far it is.
 _PROGRESS_EVERY = 100_000
@@ -100,20 +108,35 @@ class Found:
 
 
 class Pace:
-    """The pace of a thread that computes much: it rests ``rest`` times as long as it uses the processor."""
+    """The pace of a thread that computes much in a process whose other threads serve clients.
 
-    def __init__(self, rest: float = 0) -> None:
-        self._rest = rest
+    The thread rests ``quiet`` times as long as it uses the processor; ``busy`` times while other threads use the
+    processor, and for `_BUSY_FOR` seconds after.
+    """
+
+    def __init__(self, quiet: float = 0, busy: float = 0) -> None:
+        self._quiet = quiet
+        self._busy = busy
+        self._busy_until = -math.inf
+        self._others = self._used_by_others()
         self._begin()
 
     def _begin(self) -> None:
         self._used, self._began = time.thread_time(), time.monotonic()
 
+    def _used_by_others(self) -> float:
+        return time.process_time() - time.thread_time()
+
     def pause(self) -> None:
         """Sleep as long as is due: what the thread has waited for S3 counts. Call it often, in one thread only."""
+        now, others = time.monotonic(), self._used_by_others()
+        if others - self._others > _QUIET:  # since the last pause began: they mostly run while this thread sleeps
+            self._busy_until = now + _BUSY_FOR
+        self._others = others
         used = time.thread_time() - self._used
-        waited = time.monotonic() - self._began - used
-        time.sleep(max(0, used * self._rest - waited))
+        waited = now - self._began - used
+        rest = self._busy if now < self._busy_until else self._quiet
+        time.sleep(max(0, used * rest - waited))
         self._begin()
 
 
@@ -355,7 +378,7 @@ class Collector:
         self._doubt_marks()
 
     def _unmark_live(self, base: Revisions) -> None:
-        since, pace = self._marks(), Pace(_REST)
+        since, pace = self._marks(), Pace(*_RESTS)
         names = _gently(((name[:8], name[8:]) for name in since), pace)
         live = list(_live_names(base, names, pace.pause))
         if not live:
@@ -389,7 +412,7 @@ class Collector:
         """Delete the blobs that ``base``, just packed, cannot load any more; return how many.
 
         Takes as long as listing the bucket takes: to be called on a thread of its own. ``gently``: leave most of the
-        time to the other threads, which serve clients; it takes several times as long. Raises Refused, lease.NotOwner,
+        time to the other threads, which serve clients, and more of it while they do. Raises Refused, lease.NotOwner,
         bases.Busy, BucketError when S3 fails, and whatever the base raises besides POSKeyError; all that was deleted
         until then was dead, and the next run goes on.
         """
@@ -397,7 +420,7 @@ class Collector:
             raise Refused("another pack is still deleting dead blobs")
         try:
             with self._counting(), _making_way() if gently else nullcontext():
-                return self._collect(base, Pace(_REST if gently else 0))
+                return self._collect(base, Pace(*_RESTS) if gently else Pace())
         finally:
             self._running.release()
 
