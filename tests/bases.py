@@ -44,5 +44,8 @@ class Base:
     def has_object(self, oid):
         return oid in self.objects or any(oid == known for known, _ in self.live)
 
+    def tids(self, oid, pause=lambda: None):
+        return {tid for known, tid in self.live if known == oid}
+
     def no_restores(self):
         return nullcontext()

@@ -88,7 +88,7 @@ class Commit:
         self._deadline = math.inf
         self._blobs: list[_Blob] = []
         self._latest: dict[Name, _Blob] = {}
-        self._undone: dict[bytes, bytes] = {}  # oid -> tid of the blob it goes back to
+        self._undone: dict[bytes, tuple[bytes, bytes | None]] = {}  # oid -> arguments of `undo`
         self._without_tid: dict[bytes, Incoming] = {}  # by oid: what has no key yet
         self._until_end = ExitStack()
         #: The tid that the transaction has from before, if it is restored.
@@ -134,9 +134,12 @@ class Commit:
         file = self._uploads.cache.adopt(filename)
         self._start(_Blob((oid, tid), file), self._upload_if_missing)
 
-    def undo(self, oid: bytes, tid: bytes) -> None:
-        """Let the blob of ``oid`` go back to what it was at ``tid``; of several calls for an oid the last holds."""
-        self._undone[oid] = tid
+    def undo(self, oid: bytes, tid: bytes, repeated: bytes | None = None) -> None:
+        """Let the blob of ``oid`` go back to what it was at ``tid``; of several calls for an oid the last holds.
+
+        ``repeated``: the tid of the same blob at an earlier revision, which is taken if there is none at ``tid``.
+        """
+        self._undone[oid] = tid, repeated
 
     def staged(self) -> Waiting | None:
         """What to wait for until all blobs that were staged without a tid are in the bucket; None if none was."""
@@ -155,8 +158,8 @@ class Commit:
             for oid, file in self._without_tid.items():
                 self._store((oid, self.tid), file, self._uploads.staging.take(file.path))
             self._without_tid.clear()
-            for oid, source in self._undone.items():
-                self._start(_Blob((oid, self.tid), None), self._copy, source)
+            for oid, sources in self._undone.items():
+                self._start(_Blob((oid, self.tid), None), self._copy, *sources)
         self._undone.clear()
         if not self._blobs:
             return None
@@ -269,7 +272,7 @@ class Commit:
         else:
             blob.file.sync()
 
-    def _copy(self, blob: "_Blob", source: bytes) -> None:
+    def _copy(self, blob: "_Blob", source: bytes, repeated: bytes | None = None) -> None:
         oid, tid = blob.name
         blob.attempted = True
         try:
@@ -283,6 +286,9 @@ class Commit:
                 with self._uploads.fetch(oid, source) as path:
                     self._uploads.bucket.put(oid, tid, path, self._check_wanted)
         except BlobNotFound:
+            if repeated is not None:
+                self._copy(blob, repeated)
+                return
             self._metrics.missing_blobs.inc()
             raise
 

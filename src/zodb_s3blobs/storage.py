@@ -19,6 +19,7 @@ from ZODB.interfaces import IBlobStorage, IBlobStorageRestoreable, IStorageResto
 from ZODB.POSException import POSKeyError, ReadOnlyError, StorageError, StorageTransactionError
 
 from .bases import kind_of
+from .bases.adapter import repeated
 from .cache.directory import CacheError
 from .cache.files import Cache, Pin
 from .commit import Commit, Uploads
@@ -78,6 +79,7 @@ class S3BlobStorage:
         self._handing_over: float | None = None  # when the vote began that is not to wait for the uploads
         self._handed_over: Waiting | None = None
         self._untransform: Callable[[bytes], bytes] = lambda data: data
+        self._has_read_repeated = False
         blobs = IBlobStorageRestoreable if IStorageRestoreable.providedBy(base) else IBlobStorage
         zope.interface.directlyProvides(self, blobs, zope.interface.providedBy(base))
         if hasattr(base, "undo"):  # RelStorage without history has none, and its callers look for that
@@ -194,7 +196,7 @@ class S3BlobStorage:
         result, revisions = self._kind.undo(transaction_id, transaction)
         for oid, tid, record in revisions:
             if self.is_blob_record(record):
-                self._committing(transaction).undo(oid, tid)
+                self._committing(transaction).undo(oid, tid, repeated(self.base, oid, tid))
         return result
 
     def tpc_vote(self, transaction: Any) -> Any:
@@ -320,6 +322,26 @@ class S3BlobStorage:
         """Ask for the blob's file without waiting; done at once if it is cached. `pinned` takes the answer."""
         return self._parts.fetcher.request(oid, serial)
 
+    def request_repeated(self, requested: "Future[Pin]", oid: bytes, serial: bytes) -> "Future[Pin] | None":
+        """Ask again for the blob that `request_blob` has not found, if its revision repeats an earlier one.
+
+        None if there is nothing to ask for. Waits until ``requested`` is done; `pinned` takes what is returned.
+        """
+        if requested.cancelled() or not isinstance(requested.exception(), BlobNotFound):
+            return None
+        source = repeated(self.base, oid, serial)
+        if source is None:
+            return None
+        if not self._has_read_repeated:
+            self._has_read_repeated = True
+            logger.warning(
+                "%s. It is read from the revision that it repeats: zodb-s3blobs 1.2.1 stored no object when a "
+                "transaction was undone. Run `zodb-s3blobs verify --repair` before the next pack, after which nothing "
+                "tells any more which revision that is",
+                requested.exception(),
+            )
+        return self._parts.fetcher.request(oid, serial, source)
+
     def pinned(self, requested: "Future[Pin]", oid: bytes, serial: bytes) -> Pin:
         """The file that `request_blob` asked for; the errors are those of `loadBlob`."""
         with _plain_errors():
@@ -336,7 +358,8 @@ class S3BlobStorage:
                 raise POSKeyError(str(error), oid, serial) from None
 
     def _fetch(self, oid: bytes, serial: bytes) -> Pin:
-        return self.pinned(self.request_blob(oid, serial), oid, serial)
+        requested = self.request_blob(oid, serial)
+        return self.pinned(self.request_repeated(requested, oid, serial) or requested, oid, serial)
 
     def is_blob_record(self, record: bytes | None) -> bool:
         """Whether ``record``, as the base stores it, is that of a blob."""

@@ -5,17 +5,18 @@ import time
 from base64 import decodebytes
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import ZODB.blob
 from ZODB.BaseStorage import BaseStorage
 from ZODB.DemoStorage import DemoStorage
 from ZODB.FileStorage import FileStorage
-from ZODB.FileStorage.format import DATA_HDR_LEN, CorruptedError, DataHeaderFromString
+from ZODB.FileStorage.format import DATA_HDR_LEN, CorruptedError, DataHeader, DataHeaderFromString
 from ZODB.interfaces import IMVCCStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import POSKeyError
-from ZODB.utils import load_current, p64, u64
+from ZODB.utils import load_current, maxtid, oid_repr, p64, u64
 
 from ..errors import S3BlobsError
 from ..identity import Identity
@@ -59,6 +60,9 @@ class Revisions(Protocol):
 
     def has_object(self, oid: bytes) -> bool:
         """Return whether the object has a current record."""
+
+    def tids(self, oid: bytes, pause: Callable[[], None] = lambda: None) -> set[bytes]:
+        """Return the tids of all revisions of the object that `loadSerial` finds; ``pause`` as in `loadable`."""
 
     def no_restores(self) -> AbstractContextManager[None]:
         """While it lasts no other process restores transactions, with tids from before. Raises Busy."""
@@ -190,6 +194,9 @@ class _Current:
             return False
         return True
 
+    def tids(self, oid: bytes, pause: Callable[[], None] = lambda: None) -> set[bytes]:
+        return _tids_of(self._storage, oid, pause)
+
     def no_restores(self) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -221,10 +228,7 @@ def loadable_one_by_one(revisions: Any, oid: bytes, tids: Iterable[bytes], pause
 
 def _loadable(storage: Any, oid: bytes, tids: set[bytes], pause: Callable[[], None]) -> set[bytes]:
     """As `Revisions.loadable`; where one walk through the history of the object can answer for all, that does."""
-    inside = storage
-    while type(inside).__module__ in _TRANSPARENT:
-        inside = inside.base
-    stock = getattr(type(inside), "loadSerial", None)
+    inside, stock = _inside(storage)
     if stock is DemoStorage.loadSerial:
         live = _loadable(inside.changes, oid, tids, pause)
         return live | _loadable(inside.base, oid, tids - live, pause)
@@ -233,37 +237,128 @@ def _loadable(storage: Any, oid: bytes, tids: set[bytes], pause: Callable[[], No
     return loadable_one_by_one(storage, oid, tids, pause)
 
 
+def _inside(storage: Any) -> tuple[Any, Any]:
+    """Return the storage in transparent wrappers that has the revisions, and its `loadSerial`, which tells its kind."""
+    while type(storage).__module__ in _TRANSPARENT:
+        storage = storage.base
+    return storage, getattr(type(storage), "loadSerial", None)
+
+
 def _loadable_in_file(storage: Any, oid: bytes, tids: set[bytes], pause: Callable[[], None]) -> set[bytes]:
     """As `_loadable`, of a FileStorage.
 
-    Its `loadSerial` and `history` walk from the newest revision on, and hold the storage's lock as long. This walk
-    does not: the file as it is now only grows, and one that a pack replaces can be read until it is closed.
+    Its `loadSerial` and `history` walk from the newest revision on, and hold the storage's lock as long.
+    """
+    live: set[bytes] = set()
+    undone: set[bytes] = set()
+    try:
+        with _records(storage, oid, pause) as records:
+            for record, _ in records:
+                if record.tid in tids:
+                    (live if record.plen else undone).add(record.tid)
+                    if len(live) == len(tids):
+                        break
+    except CorruptedError:
+        return loadable_one_by_one(storage, oid, tids, pause)  # which says what is wrong
+    # What an undo wrote has no data of its own: it goes back to that of another revision, or to none.
+    return live | loadable_one_by_one(storage, oid, undone - live, pause)
+
+
+def _tids_of(storage: Any, oid: bytes, pause: Callable[[], None]) -> set[bytes]:
+    """As `Revisions.tids`."""
+    inside, stock = _inside(storage)
+    if stock is DemoStorage.loadSerial:
+        return _tids_of(inside.changes, oid, pause) | _tids_of(inside.base, oid, pause)
+    if stock is FileStorage.loadSerial:
+        with _records(inside, oid, pause) as records:
+            return {record.tid for record, with_data in records if with_data() is not None}
+    tids: set[bytes] = set()
+    before = maxtid
+    try:
+        while (found := storage.loadBefore(oid, before)) is not None:
+            before = found[1]
+            tids.add(before)
+            if len(tids) % _PAUSE_EVERY == 0:
+                pause()
+    except POSKeyError:
+        pass
+    return tids
+
+
+def repeated(storage: Any, oid: bytes, tid: bytes) -> bytes | None:
+    """Return the tid of the earlier revision whose record, and so whose blob, that revision of ``storage`` repeats.
+
+    An undo makes such revisions. None if the revision repeats no other one, and where nothing proves which one: only a
+    FileStorage remembers it, and only until a pack.
+    """
+    inside, stock = _inside(storage)
+    if stock is DemoStorage.loadSerial:
+        return repeated(inside.changes, oid, tid) or repeated(inside.base, oid, tid)
+    if stock is not FileStorage.loadSerial:
+        return None
+    with _records(inside, oid, lambda: None) as records:
+        for record, with_data in records:
+            if record.tid == tid:
+                # The record that has the data is the one that was stored together with the blob.
+                source = None if record.plen else with_data()
+                return source.tid if source is not None else None
+    return None
+
+
+@contextmanager
+def _records(
+    storage: Any, oid: bytes, pause: Callable[[], None]
+) -> Iterator[Iterator[tuple[DataHeader, Callable[[], DataHeader | None]]]]:
+    """Walk through the records of an object in a FileStorage, from the newest on, without holding the storage's lock.
+
+    Each comes with a function that returns the record which has its data: another one if an undo wrote it, None if
+    that undid the creation of the object. Both raise CorruptedError. The file as it is now only grows, and one that a
+    pack replaces can be read until it is closed.
     """
     with storage._lock:
         try:
             position = storage._lookup_pos(oid)
         except POSKeyError:
-            return set()
+            position = 0
         file = os.dup(storage._file.fileno())
-    live: set[bytes] = set()
-    undone: set[bytes] = set()
-    number = 0
     try:
-        while position and len(live) < len(tids):
-            header = os.pread(file, DATA_HDR_LEN, position)
-            record = DataHeaderFromString(header) if len(header) == DATA_HDR_LEN else None
-            if record is None or record.oid != oid or record.prev >= position:
-                return loadable_one_by_one(storage, oid, tids, pause)  # which says what is wrong
-            if record.tid in tids:
-                (live if record.plen else undone).add(record.tid)
-            position = record.prev
-            number += 1
-            if number % _PAUSE_EVERY == 0:
-                pause()
+        yield _walk(file, oid, position, pause)
     finally:
         os.close(file)
-    # What an undo wrote has no data of its own: it goes back to that of another revision, or to none.
-    return live | loadable_one_by_one(storage, oid, undone - live, pause)
+
+
+def _walk(
+    file: int, oid: bytes, position: int, pause: Callable[[], None]
+) -> Iterator[tuple[DataHeader, Callable[[], DataHeader | None]]]:
+    number = 0
+    while position:
+        record = _record(file, oid, position)
+        yield record, partial(_with_data, file, record)
+        position = record.prev
+        number += 1
+        if number % _PAUSE_EVERY == 0:
+            pause()
+
+
+def _with_data(file: int, record: DataHeader) -> DataHeader | None:
+    while not record.plen:
+        if not record.back:
+            return None
+        record = _record(file, record.oid, record.back)
+    return record
+
+
+def _record(file: int, oid: bytes, position: int) -> DataHeader:
+    """Return the header of the record of ``oid`` at ``position``, with its backpointer."""
+    data = os.pread(file, DATA_HDR_LEN + 8, position)
+    if len(data) < DATA_HDR_LEN + 8:
+        raise CorruptedError(f"A record of {oid_repr(oid)} is cut off", position)
+    record = DataHeaderFromString(data[:DATA_HDR_LEN])
+    if not record.plen:
+        record.back = u64(data[DATA_HDR_LEN:])
+    if record.oid != oid or max(record.prev, record.back) >= position:
+        raise CorruptedError(f"There is no record of {oid_repr(oid)}", position)
+    return record
 
 
 def innermost(storage: Any) -> Any:

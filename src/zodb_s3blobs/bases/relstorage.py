@@ -23,7 +23,7 @@ from relstorage.adapters.sqlite.adapter import Sqlite3Adapter
 from relstorage.blobhelper import NoBlobHelper
 from relstorage.storage.copy import Copy
 from ZODB.POSException import POSKeyError, StorageTransactionError
-from ZODB.utils import p64, u64
+from ZODB.utils import maxtid, p64, u64
 
 from ..boot_id import boot_id
 from .adapter import Busy, Kind, Revisions, UnsuitableBase, loadable_one_by_one
@@ -187,6 +187,16 @@ class _Stored:
     def has_object(self, oid: bytes) -> bool:
         state, _ = self._adapter.mover.load_current(self._cursor(), u64(oid))
         return bool(state)
+
+    def tids(self, oid: bytes, pause: Callable[[], None] = lambda: None) -> set[bytes]:
+        tids: set[bytes] = set()
+        before: int | None = u64(maxtid)
+        while before is not None:
+            state, before = self._adapter.mover.load_before(self._cursor(), u64(oid), before)
+            if state:  # where the creation of the object has been undone, there is none
+                tids.add(p64(before))
+            pause()
+        return tids
 
     def no_restores(self) -> AbstractContextManager[None]:
         return _excluding(

@@ -29,7 +29,7 @@ FAILED = 1  # the work could not be done
 DAMAGED = 3  # blobs are missing or damaged, or could not be copied
 GARBAGE = 4  # nothing worse than dead objects was found
 UNPROVEN = 5  # blobs carry no SHA-256 in the bucket
-FALLBACK = 6  # blobs are in fallback-blob-dir alone
+FALLBACK = 6  # the bucket lacks blobs that clients can read all the same
 
 #: What the system says of a directory that takes no more.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

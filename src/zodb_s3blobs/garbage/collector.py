@@ -5,6 +5,8 @@ After the base has been packed, everything it cannot load any more is garbage. W
 - The order. First the last committed tid is read, then the bucket is listed, and only keys up to that tid are judged.
   A transaction that is still committing has a later tid; one that restores an old one is in the register of blobs in
   flight. Each blob is judged once more at the moment of its deletion.
+- The only copy. The earlier package of this name, 1.2.1, uploaded nothing when a transaction was undone: the bytes of
+  such a revision are at the key of an earlier one. Where a live revision has no object, all earlier ones are kept.
 - The lease. Nothing is deleted while another server may hold the prefix.
 - The retention. A dead blob is marked, and deleted when it has been dead for that long. While the lease is on
   probation, that is never.
@@ -27,6 +29,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter
 from typing import Any, BinaryIO, TextIO, TypeVar
+
+from ZODB.blob import is_blob_record
+from ZODB.POSException import POSKeyError
 
 from ..bases.adapter import Revisions, revisions_of
 from ..bases.adapter import is_live as is_live  # for storage.py and survey.py
@@ -74,6 +79,9 @@ _ALWAYS_DELETED = 100
 
 #: Up to how many blobs are deleted where not one is live. ZODB's own tests have no others, and so need more.
 _DELETED_WITHOUT_A_LIVE_ONE = 0
+
+#: How the pickle in a record begins, of whatever age: with its protocol, a tuple, or a class.
+_PICKLE_STARTS = (b"\x80", b"(", b"c")
 
 #: Not a reason to let a pack fail: some services cannot list or abort them, and each takes a permission of its own.
 _UPLOADS_STAY = "Unfinished uploads of crashed servers stay behind. %s"
@@ -153,6 +161,8 @@ class Scan:
         self.orphans = Found()
         #: How many of the newer ones no transaction of this process explains.
         self.unexplained = 0
+        #: How many blobs that the database does not have any more are taken for live, as perhaps the only copy.
+        self.only_copies = 0
         #: Whether blobs have marks that are not dead.
         self.has_wrong_marks = False
         self._last = self.base.lastTransaction()
@@ -172,6 +182,11 @@ class Scan:
                     self.has_wrong_marks = True
                 yield blob, state, since
 
+    @property
+    def has_live(self) -> bool:
+        """Whether the bucket has blobs that the database can load; to be asked after the scan."""
+        return self.found["live"].objects > self.only_copies
+
     def refusal(self, max_delete_percent: int) -> str | None:
         """After the scan: return why the dead blobs must not be deleted, None if they may."""
         dead, orphans = self.found["dead"], self.orphans
@@ -184,7 +199,7 @@ class Scan:
                 f"gc-max-delete-percent is 0, so none of the {dead.objects} dead blobs in bucket {name} is deleted, "
                 f"{dead.bytes} bytes"
             )
-        if not self.found["live"].objects and dead.objects > _DELETED_WITHOUT_A_LIVE_ONE:
+        if not self.has_live and dead.objects > _DELETED_WITHOUT_A_LIVE_ONE:
             return (
                 f"{dead.objects} of {ours} blobs in bucket {name} are dead, {dead.bytes} bytes, and not one is live: "
                 f"none was deleted. Is this the database that belongs to s3-prefix {prefix!r}: the right Data.fs, and "
@@ -205,11 +220,16 @@ class Scan:
         oid = blobs[0].oid
         tids = [blob.tid for blob in blobs if blob.tid <= self._last]
         live = self.base.loadable(oid, tids, self.pace.pause) if tids else set()
-        has_object = len(live) == len(tids) or self.base.has_object(oid)
+        dead = set(tids) - live
+        has_object = not dead or self.base.has_object(oid)
+        lacking = self._newest_without_object(oid, min(dead), {blob.tid for blob in blobs}) if dead else None
         for blob in blobs:
             if blob.tid > self._last:
                 yield blob, "newer", 0
             elif blob.tid in live:
+                yield blob, "live", 0
+            elif lacking is not None and blob.tid < lacking:
+                self.only_copies += 1
                 yield blob, "live", 0
             else:
                 # A mark of the future, made while the clock was ahead, would keep it for as long as that.
@@ -218,6 +238,27 @@ class Scan:
                 if is_due and not has_object:
                     self.orphans.add(blob.size)
                 yield blob, "dead" if is_due else "retained", since
+
+    def _newest_without_object(self, oid: bytes, after: bytes, held: set[bytes]) -> bytes | None:
+        """Return the newest live revision of a blob that has no object in the bucket; None if there is none.
+
+        ``after``: what is not newer does not count; ``held``: revisions that have objects. The revision may repeat any
+        earlier one: its record does not tell which one once the database has been packed.
+        """
+        tids = {tid for tid in self.base.tids(oid, self.pace.pause) if after < tid <= self._last} - held
+        if not tids or not self._may_be_blob(oid, max(tids)):
+            return None  # a crash before the commit of the blob has given its oid to another object
+        # The bucket may have more than ``held``: the listing of very many revisions is judged in parts.
+        tids.difference_update(self.bucket.list_tids(oid))
+        return max(tids, default=None)
+
+    def _may_be_blob(self, oid: bytes, tid: bytes) -> bool:
+        """Return False if that revision is no blob; a record that is compressed or encrypted does not tell."""
+        try:
+            record = self.base.loadSerial(oid, tid)
+        except POSKeyError:  # another process packs
+            return True
+        return is_blob_record(record) or record[:1] not in _PICKLE_STARTS
 
     def _is_being_committed(self, blob: Listed) -> bool:
         return self.in_flight.is_wanted((blob.oid, blob.tid)) or blob.tid <= self.base.lastTransaction()
@@ -419,7 +460,7 @@ class Collector:
             if on_probation or not self._max_delete_percent:
                 self._log_nothing_deleted(scan, on_probation)
                 return 0
-            if refusal is not None and not scan.found["live"].objects:
+            if refusal is not None and not scan.has_live:
                 # No error: where the last blob has been removed it is right, and the pack of the base stands.
                 logger.warning("%s", refusal)
                 return 0
@@ -472,6 +513,14 @@ class Collector:
                 self._bucket.name,
                 scan.unexplained,
                 ", or another process was about to commit them" if scan.base.shared else "",
+            )
+        if scan.only_copies:
+            logger.warning(
+                "Bucket %s keeps %d blobs that the database does not have any more: a later revision of each has no "
+                "object, as zodb-s3blobs 1.2.1 leaves it after an undo, so they may be the only copy of its bytes. "
+                "`zodb-s3blobs verify` lists such revisions, and `zodb-s3blobs verify --repair` gives them objects",
+                self._bucket.name,
+                scan.only_copies,
             )
         for state, found in scan.found.items():
             self._metrics.gc_objects.labels(state).set(found.objects)

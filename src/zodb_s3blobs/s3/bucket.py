@@ -15,6 +15,13 @@ from .errors import BlobNotFound, Different
 class Bucket(ControlObjects):
     """The blobs below one prefix of one bucket. Making one sends no request."""
 
+    def look_up(self, oid: bytes, tid: bytes) -> Stored | None:
+        """Return what the bucket tells of blob (oid, tid), None if it is not there."""
+        try:
+            return stored_in(self._head(self.keys.key(oid, tid)))
+        except BlobNotFound:
+            return None
+
     def find(self, oid: bytes, tid: bytes, filename: str) -> Stored | None:
         """Return what the bucket tells of blob (oid, tid), None if it is not there.
 
@@ -22,9 +29,8 @@ class Bucket(ControlObjects):
         carries no checksum.
         """
         key = self.keys.key(oid, tid)
-        try:
-            stored = stored_in(self._head(key))
-        except BlobNotFound:
+        stored = self.look_up(oid, tid)
+        if stored is None:
             return None
         same = stored.size == os.path.getsize(filename)
         if not same or (stored.digest and stored.digest != digest_of(stored.algorithm, filename)):

@@ -39,7 +39,11 @@ class Keys:
 
     def key(self, oid: bytes, tid: bytes) -> str:
         """The object key of the blob of object ``oid`` (8 bytes) at revision ``tid`` (8 bytes)."""
-        return f"{self.blobs}{u64(oid):x}/{u64(tid):x}.blob"
+        return f"{self.of_object(oid)}{u64(tid):x}.blob"
+
+    def of_object(self, oid: bytes) -> str:
+        """The beginning of the keys of all blobs of object ``oid`` (8 bytes)."""
+        return f"{self.blobs}{u64(oid):x}/"
 
     def parse(self, key: str) -> tuple[bytes, bytes] | None:
         """The ``(oid, tid)`` that ``key`` names, or None: then the key is not ours and must be left alone."""

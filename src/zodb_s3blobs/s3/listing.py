@@ -68,6 +68,13 @@ class Listing(Objects):
             else:
                 unknown(found["Size"])
 
+    def list_tids(self, oid: bytes) -> Iterator[bytes]:
+        """Yield the tids of all blobs of the object ``oid``."""
+        for found in self._list(self.keys.of_object(oid)):
+            name = self.keys.parse(found["Key"])
+            if name is not None:
+                yield name[1]
+
     def list_staged(self) -> Iterator[ListedStaged]:
         """All staged uploads, of this server and others."""
         for found in self._list(self.keys.staged):

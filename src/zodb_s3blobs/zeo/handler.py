@@ -141,6 +141,24 @@ def _handler_class(mixin: type, stock: type) -> type:
     return type(f"S3{mixin.__name__}", (mixin, stock), {})
 
 
+def _when_found(handler: Any, requested: Future, oid: bytes, serial: bytes, send: Callable[[Future], None]) -> None:
+    """Call ``send`` on the loop with ``requested``, when that is done, or with what was asked for instead of it."""
+
+    def ask_again(requested: Future) -> None:
+        try:
+            repeated = handler.blobs.request_repeated(requested, oid, serial)
+        except Exception as error:  # of the base
+            requested = Future()
+            requested.set_exception(error)
+            repeated = None
+        if repeated is None:
+            send(requested)
+        else:
+            repeated.add_done_callback(lambda done: handler.call_soon_threadsafe(send, done))
+
+    requested.add_done_callback(lambda done: handler.call_soon_threadsafe(ask_again, done))
+
+
 class DemoHandler(_Stock):
     """What is different in the handler of a client of a demostorage that reads the blobs of one of our storages.
 
@@ -162,10 +180,9 @@ class DemoHandler(_Stock):
         stock = super().sendBlob
         if self._is_changed(oid, serial):
             return stock(oid, serial)
-        requested = self.blobs.request_blob(oid, serial)
         delay = Delay()
 
-        def send() -> None:
+        def send(requested: Future) -> None:
             try:
                 errors.check(requested)
                 with self.blobs.pinned(requested, oid, serial):
@@ -175,7 +192,7 @@ class DemoHandler(_Stock):
             else:
                 delay.reply(None)
 
-        requested.add_done_callback(lambda done: self.call_soon_threadsafe(send))
+        _when_found(self, self.blobs.request_blob(oid, serial), oid, serial, send)
         return delay
 
     def _is_changed(self, oid: bytes, serial: bytes) -> bool:
@@ -244,10 +261,10 @@ class BlobHandler(_Stock):
         if not (_is_id(oid) and _is_id(serial)):
             raise StorageError("The oid and the tid of a blob are 8 bytes each")
         pin = self.blobs.request_blob(oid, serial)
-        if pin.done():
+        if pin.done() and not pin.cancelled() and pin.exception() is None:
             return self._send(oid, serial, pin)
         delay = Delay()
-        pin.add_done_callback(lambda done: self.call_soon_threadsafe(self._send_later, delay, oid, serial, done))
+        _when_found(self, pin, oid, serial, functools.partial(self._send_later, delay, oid, serial))
         return delay
 
     def _send_later(self, delay: Delay, oid: bytes, serial: bytes, pin: Future) -> None:
