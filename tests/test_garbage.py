@@ -25,8 +25,10 @@ from zodb_s3blobs.bases import kind_of
 from zodb_s3blobs.cache.directory import CacheError
 from zodb_s3blobs.commit import Uploads
 from zodb_s3blobs.fetch import Fetcher
-from zodb_s3blobs.garbage import collector as garbage_module
-from zodb_s3blobs.garbage.collector import Collector, Refused, scan_beside_a_server
+from zodb_s3blobs.garbage import pace as pace_module
+from zodb_s3blobs.garbage import scan as scan_module
+from zodb_s3blobs.garbage.collector import CollectionRefused, Collector
+from zodb_s3blobs.garbage.scan import scan_beside_a_server
 from zodb_s3blobs.identity import Identity
 from zodb_s3blobs.lease import NotOwner
 from zodb_s3blobs.metrics import Metrics
@@ -164,7 +166,7 @@ def test_a_gentle_collection_rests_little_on_a_quiet_server_and_more_while_it_se
     names = [(p64(number), p64(1)) for number in range(1, 1001)]
     put(*names)
     clock = Clock(interval)
-    monkeypatch.setattr(garbage_module, "time", clock)
+    monkeypatch.setattr(pace_module, "time", clock)
     assert collector().collect(SlowBase(clock, *names), gently=gently) == 0
     assert least <= clock.slept / clock.used <= most
 
@@ -365,7 +367,7 @@ def test_all_revisions_of_an_object_are_judged_at_once(s3, bucket_name, put, col
 def test_more_revisions_than_memory_is_to_hold_are_judged_in_parts(
     s3, bucket_name, put, collector, monkeypatch, metrics
 ):
-    monkeypatch.setattr(garbage_module, "_GROUP", 4)
+    monkeypatch.setattr(scan_module, "_GROUP", 4)
     names = revisions(p64(1), 10)
     kept = put(*names[::2])
     put(*names[1::2])
@@ -713,7 +715,9 @@ def test_the_valve(s3, bucket_name, put, collector, dead, live, foreign, percent
     s3.put(bucket_name, [f"blobs/{number}" for number in range(foreign)])
     collect = collector(max_delete_percent=percent).collect
     if refused:
-        with pytest.raises(Refused, match=f"^{dead} of {dead + live} blobs in bucket {bucket_name} are of objects"):
+        with pytest.raises(
+            CollectionRefused, match=f"^{dead} of {dead + live} blobs in bucket {bucket_name} are of objects"
+        ):
             collect(Base(*stays))
         assert len(s3.keys(bucket_name)) == len(keys) + foreign
         assert not deletions(s3)
@@ -730,7 +734,7 @@ def test_the_valve(s3, bucket_name, put, collector, dead, live, foreign, percent
 
 def test_the_valve_names_the_key_and_the_command_that_go_on(put, collector):
     put(LIVE, *((p64(number), p64(1)) for number in range(101)))
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(CollectionRefused) as caught:
         collector(max_delete_percent=50).collect(Base(LIVE))
     for word in "101 bytes", "gc-max-delete-percent (50)", "gc-max-delete-percent 100", "zodb-s3blobs gc --dry-run":
         assert word in str(caught.value)
@@ -754,7 +758,7 @@ def test_objects_that_have_lost_all_blobs_in_the_bucket_but_exist_do_not_close_t
 def test_superseded_revisions_make_the_share_of_the_others_smaller(put, collector):
     superseded = [(LIVE[0], p64(2 + number)) for number in range(101)]
     put(LIVE, *superseded, *((p64(number), p64(1)) for number in range(101)))
-    with pytest.raises(Refused, match=r"^101 of 203 blobs .* 101 bytes"):
+    with pytest.raises(CollectionRefused, match=r"^101 of 203 blobs .* 101 bytes"):
         collector(max_delete_percent=49).collect(Base(LIVE, last=1000))
     assert collector(max_delete_percent=50).collect(Base(LIVE, last=1000)) == 202
 
@@ -763,7 +767,7 @@ def test_dead_blobs_that_are_retained_do_not_close_the_valve(s3, put, collector,
     put(LIVE, *((p64(number), p64(1)) for number in range(101)))
     assert collector(retention=MONTH, max_delete_percent=1).collect(Base(LIVE)) == 0
     after(MONTH)
-    with pytest.raises(Refused, match="101 of 102"):
+    with pytest.raises(CollectionRefused, match="101 of 102"):
         collector(retention=MONTH, max_delete_percent=1).collect(Base(LIVE))
 
 
@@ -846,7 +850,7 @@ def test_a_second_collection_meanwhile_is_refused_and_the_first_one_goes_on(s3, 
     with ThreadPoolExecutor() as pool:
         first = pool.submit(collect, Base(LIVE))
         s3.wait_for("ListObjects")
-        with pytest.raises(Refused, match="another pack"):
+        with pytest.raises(CollectionRefused, match="another pack"):
             collect(Base(LIVE))
         s3.behave()
         assert first.result() == 1
@@ -1047,7 +1051,7 @@ def after(monkeypatch):
             process_time=time.process_time,
             sleep=time.sleep,
         )
-        monkeypatch.setattr(garbage_module, "time", clock)
+        monkeypatch.setattr(scan_module, "time", clock)
 
     return after
 

@@ -39,7 +39,7 @@ from zodb_s3blobs.cache.directory import CacheDirectory, CacheDirectoryError, pa
 from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.commands import demo
 from zodb_s3blobs.database import object_paths as paths
-from zodb_s3blobs.garbage import collector as garbage
+from zodb_s3blobs.garbage import marks
 from zodb_s3blobs.lease import STALE_AFTER, Lease, NotOwner
 from zodb_s3blobs.metrics import Metrics
 from zodb_s3blobs.s3.errors import BlobNotFound, BucketError, Damaged
@@ -375,7 +375,7 @@ def marks_object(s3, bucket_name, data):
 def test_marks_of_somebody_else_are_not_repeated_in_the_error(s3, bucket_name, bucket, cache, caplog, data):
     marks_object(s3, bucket_name, data)
     with pytest.raises(BucketError, match=r"line 1.*delete it") as caught:
-        garbage.read_marks(bucket, cache)
+        marks.fetch(bucket, cache)
     assert is_harmless(str(caught.value))
     assert all(map(is_harmless, said(caplog)))
 
@@ -385,7 +385,7 @@ def test_a_line_of_the_marks_without_an_end_is_not_read_into_memory(s3, bucket_n
     tracemalloc.start()
     try:
         with pytest.raises(BucketError, match="delete it"):
-            garbage.read_marks(bucket, cache)
+            marks.fetch(bucket, cache)
         assert tracemalloc.get_traced_memory()[1] < 15 << 20
     finally:
         tracemalloc.stop()
@@ -397,7 +397,7 @@ def test_marks_that_would_fill_the_disk_are_not_even_fetched(s3, bucket_name, bu
     s3.misbehave(operation="GetObject", headers={"Content-Range": f"bytes 0-0/{claimed}"})
     s3.forget()
     with pytest.raises(BucketError, match=r"gc-marks.jsonl.*larger than.*delete it"):
-        garbage.read_marks(bucket, cache)
+        marks.fetch(bucket, cache)
     assert len(s3.requests("GetObject")) == 1
     assert os.listdir(cache.directory / "incoming") == []
 

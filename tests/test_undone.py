@@ -23,7 +23,7 @@ from ZODB.blob import Blob
 from ZODB.POSException import POSKeyError, StorageError
 from ZODB.utils import p64, u64
 
-from zodb_s3blobs.garbage import collector as collector_module
+from zodb_s3blobs.garbage import scan as scan_module
 from zodb_s3blobs.s3.keys import Keys
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
@@ -328,7 +328,7 @@ def test_a_creation_that_was_undone_keeps_nothing(old, caplog):
 
 
 def test_it_is_kept_where_the_revisions_of_a_blob_are_judged_in_parts(old, monkeypatch):
-    monkeypatch.setattr(collector_module, "_GROUP", 2)
+    monkeypatch.setattr(scan_module, "_GROUP", 2)
     for number in range(5):
         old.write(b"%d" % number)
     old.undo()
@@ -340,7 +340,7 @@ def test_it_is_kept_where_the_revisions_of_a_blob_are_judged_in_parts(old, monke
 
 
 def test_parts_without_the_newest_revision_lose_their_dead_ones(old, monkeypatch, caplog):
-    monkeypatch.setattr(collector_module, "_GROUP", 2)
+    monkeypatch.setattr(scan_module, "_GROUP", 2)
     for number in range(7):
         old.write(b"%d" % number)
     old.pack()

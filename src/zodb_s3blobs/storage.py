@@ -19,13 +19,13 @@ from ZODB.interfaces import IBlobStorage, IBlobStorageRestoreable, IStorageResto
 from ZODB.POSException import POSKeyError, ReadOnlyError, StorageError, StorageTransactionError
 
 from .bases import kind_of
-from .bases.adapter import repeated
+from .bases.adapter import is_live, repeated
 from .cache.directory import CacheError
 from .cache.files import Cache, Pin
 from .commit import Commit, Uploads
 from .errors import S3BlobsError
 from .fetch import Fetcher
-from .garbage.collector import Collector, is_live
+from .garbage.collector import Collector
 from .lease import Lease
 from .metrics import Metrics
 from .monitoring.exporter import Exported

@@ -17,7 +17,7 @@ from typing import Any
 from ..bases import kind_of
 from ..bases.adapter import Kind
 from ..database import zeoconf
-from ..garbage.collector import scan_beside_a_server
+from ..garbage.scan import scan_beside_a_server
 from ..lease import FORMAT, Claim, NotOwner, claim_of, is_alive, why_not
 from ..metrics import Metrics
 from ..progress import showing

@@ -34,7 +34,7 @@ from ..cache.directory import path_in
 from ..database import object_paths, zeoconf
 from ..database.blob_index import Named
 from ..database.survey import Outcome, Report, Survey, failure
-from ..garbage.collector import scan_beside_a_server
+from ..garbage.scan import scan_beside_a_server
 from ..metrics import Metrics
 from ..progress import showing
 from ..s3.bucket import Bucket

@@ -16,7 +16,7 @@ from ZODB.blob import is_blob_record
 from ZODB.FileStorage import FileStorage
 from ZODB.utils import oid_repr, tid_repr
 
-from ..garbage.collector import is_live
+from ..bases.adapter import is_live
 from ..progress import showing
 from ..s3.bucket import Bucket
 from ..s3.errors import BucketError

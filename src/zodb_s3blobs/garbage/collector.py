@@ -1,4 +1,4 @@
-"""Which revisions are dead, and their safe deletion.
+"""The safe deletion of dead blobs.
 
 After the base has been packed, everything it cannot load any more is garbage. What makes that safe:
 
@@ -14,306 +14,49 @@ After the base has been packed, everything it cannot load any more is garbage. W
   likely to be the wrong one.
 """
 
-import gc
-import itertools
 import logging
 import math
 import os
 import struct
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from operator import attrgetter, itemgetter
-from typing import Any, BinaryIO, TextIO, TypeVar
+from typing import BinaryIO, TextIO
 
-from ZODB.blob import is_blob_record
-from ZODB.POSException import POSKeyError
-
-from ..bases.adapter import Revisions, revisions_of
-from ..bases.adapter import is_live as is_live  # for storage.py and survey.py
+from ..bases.adapter import Revisions
 from ..cache.files import Cache
 from ..errors import S3BlobsError
 from ..identity import Identity
 from ..inflight import InFlight, Name
 from ..lease import Lease, NotOwner
-from ..metrics import GC_STATES, Metrics
+from ..metrics import Metrics
 from ..s3.bucket import Bucket
 from ..s3.errors import BucketError, NotDeleted
-from ..s3.listing import Listed, ListedUpload
+from ..s3.listing import ListedUpload
 from ..staging import Staging
 from . import marks
+from .leftovers import UPLOADS_STAY, abandoned_uploads
+from .pace import Pace, low_interpreter_priority, throttled
+from .scan import Scan, live_names
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-#: After how many loads from the base to pause: others may want the interpreter.
-_PAUSE_EVERY = 100
-
 #: How many times as long as it uses the processor a gentle collection rests: on a quiet server, and on a busy one.
 _RESTS = 3.0, 39.0
-
-#: Up to how many seconds of processor other threads use between two pauses of a quiet server. A request takes more.
-_QUIET = 0.0001
-
-#: For how long, in seconds, a server counts as busy after a request: the next one of that client may come soon.
-_BUSY_FOR = 0.25
-
-#: For how long, in seconds, this thread may keep others waiting for the interpreter: several times for each request.
-_SWITCH_INTERVAL = 0.00001
 
 #: After how many objects to say in the log how far it is.
 _PROGRESS_EVERY = 100_000
 
 _DELETE_BATCH = 1000
 
-#: How many blobs of one object are judged at once, and in memory.
-_GROUP = 10_000
-
-#: Up to how many blobs are deleted with their objects, whatever share of the prefix they are.
-_ALWAYS_DELETED = 100
-
-#: Up to how many blobs are deleted where not one is live. ZODB's own tests have no others, and so need more.
-_DELETED_WITHOUT_A_LIVE_ONE = 0
-
-#: How the pickle in a record begins, of whatever age: with its protocol, a tuple, or a class.
-_PICKLE_STARTS = (b"\x80", b"(", b"c")
-
-#: Not a reason to let a pack fail: some services cannot list or abort them, and each takes a permission of its own.
-_UPLOADS_STAY = "Unfinished uploads of crashed servers stay behind. %s"
-
 #: A dead blob in the file of those to be deleted: oid, tid and size.
 _RECORD = struct.Struct(">8s8sQ")
 
 
-class Refused(S3BlobsError):
+class CollectionRefused(S3BlobsError):
     """Garbage was found and, for the blobs' sake, none of it deleted; the message says why and what to do."""
-
-
-@dataclass
-class Found:
-    """What a scan found in one state: objects, and their bytes."""
-
-    objects: int = 0
-    bytes: int = 0
-
-    def add(self, size: int) -> None:
-        """One more object, of ``size`` bytes."""
-        self.objects += 1
-        self.bytes += size
-
-
-class Pace:
-    """The pace of a thread that computes much in a process whose other threads serve clients.
-
-    The thread rests ``quiet`` times as long as it uses the processor; ``busy`` times while other threads use the
-    processor, and for `_BUSY_FOR` seconds after.
-    """
-
-    def __init__(self, quiet: float = 0, busy: float = 0) -> None:
-        self._quiet = quiet
-        self._busy = busy
-        self._busy_until = -math.inf
-        self._others = self._used_by_others()
-        self._begin()
-
-    def _begin(self) -> None:
-        self._used, self._began = time.thread_time(), time.monotonic()
-
-    def _used_by_others(self) -> float:
-        return time.process_time() - time.thread_time()
-
-    def pause(self) -> None:
-        """Sleep as long as is due: what the thread has waited for S3 counts. Call it often, in one thread only."""
-        now, others = time.monotonic(), self._used_by_others()
-        if others - self._others > _QUIET:  # since the last pause began: they mostly run while this thread sleeps
-            self._busy_until = now + _BUSY_FOR
-        self._others = others
-        used = time.thread_time() - self._used
-        waited = now - self._began - used
-        rest = self._busy if now < self._busy_until else self._quiet
-        time.sleep(max(0, used * rest - waited))
-        self._begin()
-
-
-@dataclass
-class Scan:
-    """What is in the bucket, by state; one of `metrics.GC_STATES`. The dead are to be deleted now, the retained later.
-
-    ``retention``: in seconds; ``now``: since 1970; ``pace``: without one, it does not pause.
-    """
-
-    base: Revisions
-    bucket: Bucket
-    in_flight: InFlight
-    retention: float = 0
-    marks: dict[bytes, int] = field(default_factory=dict)
-    now: int = field(default_factory=lambda: int(time.time()))
-    pace: Pace = field(default_factory=Pace)
-
-    def __post_init__(self) -> None:
-        self.found = {state: Found() for state in GC_STATES}
-        #: Those of the dead whose objects the database does not have either.
-        self.orphans = Found()
-        #: How many of the newer ones no transaction of this process explains.
-        self.unexplained = 0
-        #: How many blobs that the database does not have any more are taken for live, as perhaps the only copy.
-        self.only_copies = 0
-        #: Whether blobs have marks that are not dead.
-        self.has_wrong_marks = False
-        self._last = self.base.lastTransaction()
-
-    def run(self) -> Iterator[tuple[Listed, str, int]]:
-        """Yield each blob of ours, its state, and since when it is dead. Waits for S3; BucketError.
-
-        The revisions of an object are judged together as far as the bucket lists them one after the other.
-        """
-        listed = _gently(self.bucket.list_blobs(self.found["unknown"].add), self.pace)
-        for blobs in _groups(listed, attrgetter("oid")):
-            for blob, state, since in self._judge(blobs):
-                self.found[state].add(blob.size)
-                if state == "newer" and not self._is_being_committed(blob):
-                    self.unexplained += 1
-                if state in ("live", "newer") and blob.oid + blob.tid in self.marks:
-                    self.has_wrong_marks = True
-                yield blob, state, since
-
-    @property
-    def has_live(self) -> bool:
-        """Whether the bucket has blobs that the database can load; to be asked after the scan."""
-        return self.found["live"].objects > self.only_copies
-
-    def refusal(self, max_delete_percent: int) -> str | None:
-        """After the scan: return why the dead blobs must not be deleted, None if they may."""
-        dead, orphans = self.found["dead"], self.orphans
-        ours = sum(found.objects for state, found in self.found.items() if state != "unknown")
-        name, prefix = self.bucket.name, self.bucket.keys.prefix
-        if not dead.objects:
-            return None
-        if not max_delete_percent:
-            return (
-                f"gc-max-delete-percent is 0, so none of the {dead.objects} dead blobs in bucket {name} is deleted, "
-                f"{dead.bytes} bytes"
-            )
-        if not self.has_live and dead.objects > _DELETED_WITHOUT_A_LIVE_ONE:
-            return (
-                f"{dead.objects} of {ours} blobs in bucket {name} are dead, {dead.bytes} bytes, and not one is live: "
-                f"none was deleted. Is this the database that belongs to s3-prefix {prefix!r}: the right Data.fs, and "
-                f"its disk mounted? If it is, and is to have none of these blobs, delete the objects below "
-                f"{self.bucket.keys.blobs} at the service; `zodb-s3blobs gc --dry-run` lists them"
-            )
-        if orphans.objects <= _ALWAYS_DELETED or orphans.objects * 100 <= max_delete_percent * ours:
-            return None
-        return (
-            f"{orphans.objects} of {ours} blobs in bucket {name} are of objects that the database does not have any "
-            f"more, {orphans.bytes} bytes: more than gc-max-delete-percent ({max_delete_percent}) allows, so no dead "
-            f"blob was deleted. Is this the database that belongs to s3-prefix {prefix!r}? If it is, set "
-            f"gc-max-delete-percent 100, restart and pack again; `zodb-s3blobs gc --dry-run` lists what would go"
-        )
-
-    def _judge(self, blobs: list[Listed]) -> Iterator[tuple[Listed, str, int]]:
-        """Yield as `run`; all ``blobs`` are of one object."""
-        oid = blobs[0].oid
-        tids = [blob.tid for blob in blobs if blob.tid <= self._last]
-        live = self.base.loadable(oid, tids, self.pace.pause) if tids else set()
-        dead = set(tids) - live
-        has_object = not dead or self.base.has_object(oid)
-        lacking = self._newest_without_object(oid, min(dead), {blob.tid for blob in blobs}) if dead else None
-        for blob in blobs:
-            if blob.tid > self._last:
-                yield blob, "newer", 0
-            elif blob.tid in live:
-                yield blob, "live", 0
-            elif lacking is not None and blob.tid < lacking:
-                self.only_copies += 1
-                yield blob, "live", 0
-            else:
-                # A mark of the future, made while the clock was ahead, would keep it for as long as that.
-                since = min(self.marks.get(blob.oid + blob.tid, self.now), self.now)
-                is_due = self.now - since >= self.retention
-                if is_due and not has_object:
-                    self.orphans.add(blob.size)
-                yield blob, "dead" if is_due else "retained", since
-
-    def _newest_without_object(self, oid: bytes, after: bytes, held: set[bytes]) -> bytes | None:
-        """Return the newest live revision of a blob that has no object in the bucket; None if there is none.
-
-        ``after``: what is not newer does not count; ``held``: revisions that have objects. The revision may repeat any
-        earlier one: its record does not tell which one once the database has been packed.
-        """
-        tids = {tid for tid in self.base.tids(oid, self.pace.pause) if after < tid <= self._last} - held
-        if not tids or not self._may_be_blob(oid, max(tids)):
-            return None  # a crash before the commit of the blob has given its oid to another object
-        # The bucket may have more than ``held``: the listing of very many revisions is judged in parts.
-        tids.difference_update(self.bucket.list_tids(oid))
-        return max(tids, default=None)
-
-    def _may_be_blob(self, oid: bytes, tid: bytes) -> bool:
-        """Return False if that revision is no blob; a record that is compressed or encrypted does not tell."""
-        try:
-            record = self.base.loadSerial(oid, tid)
-        except POSKeyError:  # another process packs
-            return True
-        return is_blob_record(record) or record[:1] not in _PICKLE_STARTS
-
-    def _is_being_committed(self, blob: Listed) -> bool:
-        return self.in_flight.is_wanted((blob.oid, blob.tid)) or blob.tid <= self.base.lastTransaction()
-
-
-def _gently(items: Iterable[T], pace: Pace) -> Iterator[T]:
-    """Yield ``items``, with pauses in between: each is to be asked of the base."""
-    for number, item in enumerate(items, 1):
-        if number % _PAUSE_EVERY == 0:
-            pace.pause()
-        yield item
-
-
-def _groups(items: Iterable[T], oid_of: Callable[[T], bytes]) -> Iterator[list[T]]:
-    """Yield the ``items`` in lists of one object each; what is too many for the memory, in several."""
-    for _, same in itertools.groupby(items, oid_of):
-        while group := list(itertools.islice(same, _GROUP)):
-            yield group
-
-
-def _live_names(base: Revisions, names: Iterable[Name], pause: Callable[[], None]) -> Iterator[Name]:
-    """Yield those of ``names`` that ``base`` can load, in their order; those of an object are to be together."""
-    for group in _groups(names, itemgetter(0)):
-        live = base.loadable(group[0][0], [tid for _, tid in group], pause)
-        yield from (name for name in group if name[1] in live)
-
-
-_making_way_lock = threading.Lock()
-_making_way_count = 0
-_usual_switch_interval = 0.0
-
-
-@contextmanager
-def _making_way() -> Iterator[None]:
-    """Let other threads, the event loop above all, have their turn soon while the body does much in Python.
-
-    A thread that waits gets the interpreter after the switch interval, 5 ms if nothing else is said, and a request
-    waits for it several times. Python's own garbage collector stops all threads while it looks at every object there
-    is: those there are by now, it need not look at meanwhile.
-    """
-    global _making_way_count, _usual_switch_interval
-    with _making_way_lock:  # several storages may collect at once
-        if not _making_way_count:
-            _usual_switch_interval = sys.getswitchinterval()
-            sys.setswitchinterval(min(_usual_switch_interval, _SWITCH_INTERVAL))
-            gc.freeze()
-        _making_way_count += 1
-    try:
-        yield
-    finally:
-        with _making_way_lock:
-            _making_way_count -= 1
-            if not _making_way_count:
-                gc.unfreeze()
-                sys.setswitchinterval(_usual_switch_interval)
 
 
 class Collector:
@@ -363,7 +106,7 @@ class Collector:
             self._identity.packed_away = self._lease.claimed
             marking = self._retention or self._lease.is_on_probation
             if marking:
-                with _making_way():
+                with low_interpreter_priority():
                     self._unmark_live(base)
                 return
         except NotOwner:
@@ -379,8 +122,8 @@ class Collector:
 
     def _unmark_live(self, base: Revisions) -> None:
         since, pace = self._marks(), Pace(*_RESTS)
-        names = _gently(((name[:8], name[8:]) for name in since), pace)
-        live = list(_live_names(base, names, pace.pause))
+        names = throttled(((name[:8], name[8:]) for name in since), pace)
+        live = list(live_names(base, names, pace.pause))
         if not live:
             return
         for oid, tid in live:
@@ -396,7 +139,7 @@ class Collector:
         """Return the marks that hold. Waits for S3; BucketError."""
         if self._unwritten is not None:
             return self._unwritten
-        return {} if self._identity.marks_are_doubtful else read_marks(self._bucket, self._cache)
+        return {} if self._identity.marks_are_doubtful else marks.fetch(self._bucket, self._cache)
 
     def _doubt_marks(self) -> None:
         if not self._identity.marks_are_doubtful:
@@ -412,14 +155,14 @@ class Collector:
         """Delete the blobs that ``base``, just packed, cannot load any more; return how many.
 
         Takes as long as listing the bucket takes: to be called on a thread of its own. ``gently``: leave most of the
-        time to the other threads, which serve clients, and more of it while they do. Raises Refused, lease.NotOwner,
-        bases.Busy, BucketError when S3 fails, and whatever the base raises besides POSKeyError; all that was deleted
-        until then was dead, and the next run goes on.
+        time to the other threads, which serve clients, and more of it while they do. Raises CollectionRefused,
+        lease.NotOwner, bases.Busy, BucketError when S3 fails, and whatever the base raises besides POSKeyError; all
+        that was deleted until then was dead, and the next run goes on.
         """
         if not self._running.acquire(blocking=False):
-            raise Refused("another pack is still deleting dead blobs")
+            raise CollectionRefused("another pack is still deleting dead blobs")
         try:
-            with self._counting(), _making_way() if gently else nullcontext():
+            with self._counting(), low_interpreter_priority() if gently else nullcontext():
                 return self._collect(base, Pace(*_RESTS) if gently else Pace())
         finally:
             self._running.release()
@@ -465,7 +208,7 @@ class Collector:
                 logger.warning("%s", refusal)
                 return 0
             if refusal is not None:
-                raise Refused(refusal)
+                raise CollectionRefused(refusal)
             dead.seek(0)
             deleted = self._delete(base, dead, pace)
             if not written and not self._put_marks(new_marks, replacing) and scan.has_wrong_marks:
@@ -564,7 +307,7 @@ class Collector:
             sizes = {(oid, tid): size for oid, tid, size in _RECORD.iter_unpack(records)}
             with base.no_restores(), self._in_flight.deleting(sizes) as free:
                 # Judged again now that nobody can begin to restore them: one may have been restored since.
-                live = set(_live_names(base, free, pause))
+                live = set(live_names(base, free, pause))
                 self._lease.look()
                 deleted += self._delete_batch([name for name in free if name not in live], sizes)
             pace.pause()
@@ -601,7 +344,7 @@ class Collector:
             try:
                 self._bucket.abort_upload(upload)
             except BucketError as error:
-                logger.warning(_UPLOADS_STAY, error)
+                logger.warning(UPLOADS_STAY, error)
                 break
             aborted += 1
         if staged or aborted:
@@ -611,47 +354,3 @@ class Collector:
         # Of this process, however old it seems to be: a clock may be wrong.
         name, staged = self._bucket.keys.parse(upload.key), self._bucket.keys.parse_staged(upload.key)
         return (name is not None and self._in_flight.is_wanted(name)) or self._staging.is_live(staged)
-
-
-def read_marks(bucket: Bucket, cache: Cache) -> dict[bytes, int]:
-    """The marks of the last run; the files they pass through are those of ``cache``. Waits for S3; BucketError."""
-    file = cache.new_file()
-    try:
-        if not bucket.get_marks(file):
-            return {}
-        # What is not ASCII makes no sense, but must not end in another error than all else that makes none.
-        with open(file.path, encoding="ascii", errors="replace") as opened:
-            return marks.read(marks.lines(opened))
-    except ValueError as error:
-        raise BucketError(
-            f"{bucket.keys.marks} of bucket {bucket.name}, which tells since when dead blobs are dead, cannot be read "
-            f"({error}): restore it, or delete it and have gc-retention begin anew for all dead blobs"
-        ) from None
-    finally:
-        file.discard()
-
-
-def scan_beside_a_server(base: Any, bucket: Bucket, retention: float) -> Scan:
-    """A scan by a process that commits nothing and has no cache; ``retention``: in seconds. Waits for S3; BucketError.
-
-    Its ``marks`` are those of the last run.
-    """
-    if not retention:
-        return Scan(revisions_of(base), bucket, InFlight())
-    with tempfile.TemporaryDirectory() as directory:
-        cache = Cache(directory, 0, Metrics())
-        try:
-            return Scan(revisions_of(base), bucket, InFlight(), retention, read_marks(bucket, cache))
-        finally:
-            cache.close()
-
-
-def abandoned_uploads(bucket: Bucket, age: float) -> Iterator[ListedUpload]:
-    """The uploads in parts that were begun more than ``age`` seconds ago: whoever did it lives no more."""
-    before = time.time() - age
-    try:
-        for upload in bucket.list_uploads():
-            if upload.begun.timestamp() < before:
-                yield upload
-    except BucketError as error:
-        logger.warning(_UPLOADS_STAY, error)
