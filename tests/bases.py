@@ -7,7 +7,7 @@ from ZODB.utils import p64
 
 
 class Base:
-    """Its last tid is ``last``, and it can load what is in ``live``. As `zodb_s3blobs.bases.adapter.Revisions`.
+    """Its last tid is ``last``, and it can load what is in ``live``. As `zodb_s3blobs.bases.adapter.DatabaseView`.
 
     ``objects``: the oids of others that it has, though not at any tid that a blob has.
     """

@@ -21,7 +21,7 @@ from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ReadConflictError, StorageError
 from ZODB.utils import p64, u64, z64
 
-from zodb_s3blobs.bases import kind_of
+from zodb_s3blobs.bases import adapter_for
 from zodb_s3blobs.cache.directory import CacheError
 from zodb_s3blobs.commit import Uploads
 from zodb_s3blobs.fetch import Fetcher
@@ -68,7 +68,7 @@ def collect_garbage(collector):
     def collect(base):
         if isinstance(base, Base):
             return collector().collect(base)
-        with kind_of(base).revisions() as revisions:
+        with adapter_for(base).revisions() as revisions:
             return collector().collect(revisions)
 
     return collect
@@ -439,11 +439,11 @@ class FakeLease:
         self.claimed = {p64(1)} if owner else set()
         self._owner = owner
 
-    def check(self):
+    def require(self):
         if not self._owner:
             raise NotOwner("it belongs to another")
 
-    confirm = look = check
+    renew_now = verify = require
 
 
 @pytest.fixture
@@ -827,7 +827,7 @@ def test_what_a_pack_would_say_a_dry_run_tells_in_the_same_words(bucket, put, co
     base.store(p64(9), z64, b"a record", "", transaction)
     base.tpc_vote(transaction)
     base.tpc_finish(transaction)
-    with kind_of(base).revisions() as revisions:
+    with adapter_for(base).revisions() as revisions:
         assert collector().collect(revisions) == 0
     assert dry_run(base, bucket).refusal(100) in caplog.messages
     assert "gc-max-delete-percent is 0" in dry_run(base, bucket).refusal(0)

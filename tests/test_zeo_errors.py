@@ -39,7 +39,7 @@ from ZODB.POSException import (
 from ZODB.utils import p64, u64
 
 from zodb_s3blobs.blobdir import BlobDirectoryError
-from zodb_s3blobs.workers import Waiting
+from zodb_s3blobs.workers import Completion
 from zodb_s3blobs.zeo import errors as zeoerrors
 
 OID, TID = p64(1), p64(2)
@@ -383,7 +383,7 @@ def fail(storage, errors):
     def vote_later(vote, began):
         result, _ = stock_vote_later(vote, began)
         number = number_of(voting.pop(), "late-vote")
-        return result, Waiting([late(errors[number])], time.monotonic() + 60, StorageError("too late"))
+        return result, Completion([late(errors[number])], time.monotonic() + 60, StorageError("too late"))
 
     def pack(pack_time, referencesf):
         raise errors[int(pack_time)]

@@ -23,7 +23,7 @@ from .metrics import Metrics
 from .s3.bucket import Bucket
 from .s3.errors import BlobNotFound, BucketError, NotDeleted, TransferCancelled
 from .staging import TOO_LATE, Staged, Staging
-from .workers import DaemonPool, Waiting
+from .workers import Completion, DaemonPool
 
 logger = logging.getLogger(__name__)
 
@@ -141,11 +141,11 @@ class Commit:
         """
         self._undone[oid] = tid, repeated
 
-    def staged(self) -> Waiting | None:
+    def staged(self) -> Completion | None:
         """What to wait for until all blobs that were staged without a tid are in the bucket; None if none was."""
         return self._uploads.staging.waiting(file.path for file in self._without_tid.values())
 
-    def vote(self, tid: bytes | None = None) -> Waiting | None:
+    def vote(self, tid: bytes | None = None) -> Completion | None:
         """Start what is left to start; what is returned is over when every blob is in the bucket; None without blobs.
 
         ``tid``: the transaction's, if it was not known when it began. It fails with BucketError, or BlobNotFound if
@@ -163,7 +163,7 @@ class Commit:
         self._undone.clear()
         if not self._blobs:
             return None
-        return Waiting(
+        return Completion(
             [blob.future for blob in self._blobs],
             self._deadline,
             BucketError(

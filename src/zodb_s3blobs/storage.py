@@ -18,7 +18,7 @@ import zope.interface
 from ZODB.interfaces import IBlobStorage, IBlobStorageRestoreable, IStorageRestoreable
 from ZODB.POSException import POSKeyError, ReadOnlyError, StorageError, StorageTransactionError
 
-from .bases import kind_of
+from .bases import adapter_for
 from .bases.adapter import is_live, repeated
 from .cache.directory import CacheError
 from .cache.files import Cache, Pin
@@ -32,13 +32,13 @@ from .monitoring.exporter import Exported
 from .s3.bucket import Bucket
 from .s3.errors import BlobNotFound, BucketError
 from .staging import TOO_LATE, Staging
-from .workers import Waiting
+from .workers import Completion
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Parts:
+class Components:
     """What a storage, and all its MVCC instances, work with."""
 
     bucket: Bucket
@@ -69,15 +69,15 @@ class S3BlobStorage:
     that say "waits for S3" belong on a worker thread where other clients must not wait.
     """
 
-    def __init__(self, base: Any, parts: Parts) -> None:
+    def __init__(self, base: Any, parts: Components) -> None:
         self.base = base
         self.fshelper = CacheFiles(parts.cache)
-        self._kind = kind_of(base)
+        self._kind = adapter_for(base)
         self._parts = parts
         self._owns_parts = True
         self._commit: Commit | None = None
         self._handing_over: float | None = None  # when the vote began that is not to wait for the uploads
-        self._handed_over: Waiting | None = None
+        self._handed_over: Completion | None = None
         self._untransform: Callable[[bytes], bytes] = lambda data: data
         self._has_read_repeated = False
         blobs = IBlobStorageRestoreable if IStorageRestoreable.providedBy(base) else IBlobStorage
@@ -146,7 +146,7 @@ class S3BlobStorage:
         restored = args[0] if args else kwargs.get("tid")
         if restored is not None:
             try:
-                with _plain_errors():
+                with _as_storage_error():
                     self._commit.begin_restoring(restored, self._kind.restoring())
             except BaseException:
                 self.tpc_abort(transaction)
@@ -158,7 +158,7 @@ class S3BlobStorage:
         """Store the record in the base, take the file over, and start its upload. The file is gone afterwards."""
         if version:
             raise ValueError("Versions are not supported")
-        with self._owning(blobfilename), _plain_errors():
+        with self._owning(blobfilename), _as_storage_error():
             self.base.store(oid, oldserial, data, "", transaction)
             try:
                 self._committing(transaction).store(oid, blobfilename)
@@ -166,13 +166,13 @@ class S3BlobStorage:
                 if self._handing_over is not None:  # ZEO stores the blobs that it has received when it votes
                     self.metrics.count_vote(time.monotonic() - self._handing_over, "cache")
                 raise
-            self._kind.expect_blobs()
+            self._kind.mark_has_blobs()
 
     def restoreBlob(
         self, oid: bytes, serial: bytes, data: bytes, blobfilename: str, prev_txn: bytes | None, transaction: Any
     ) -> None:
         """The same for a blob that was committed at ``serial`` in another database."""
-        with self._owning(blobfilename), _plain_errors():
+        with self._owning(blobfilename), _as_storage_error():
             self.base.restore(oid, serial, data, "", prev_txn, transaction)
             self._committing(transaction).restore(oid, serial, blobfilename)
 
@@ -229,14 +229,14 @@ class S3BlobStorage:
     @contextmanager
     def _vote_failing(self, began: float) -> Iterator[None]:
         """The same of what is not the end if all goes well."""
-        with _plain_errors():
+        with _as_storage_error():
             try:
                 yield
             except Exception as error:
                 self.metrics.count_vote(time.monotonic() - began, _vote_failure(error))
                 raise
 
-    def vote_later(self, vote: Callable[[], Any], began: float) -> tuple[Any, Waiting | None]:
+    def vote_later(self, vote: Callable[[], Any], began: float) -> tuple[Any, Completion | None]:
         """Call ``vote``, whose `tpc_vote` does not wait for the uploads; return its result and what to wait for.
 
         The latter is None if `tpc_vote` was not called, or there are no blobs. For the ZEO server, all of whose votes
@@ -249,7 +249,7 @@ class S3BlobStorage:
         finally:
             self._handing_over, self._handed_over = None, None
 
-    def end_vote(self, waiting: Waiting, began: float) -> None:
+    def end_vote(self, waiting: Completion, began: float) -> None:
         """The end of a vote that began at ``began``: ``waiting`` has ended, or has to.
 
         ``began`` is a reading of `time.monotonic`. Raises StorageError unless what was waited for has succeeded.
@@ -311,7 +311,7 @@ class S3BlobStorage:
 
         Raises POSKeyError if there is no such blob, StorageError if S3 does not answer.
         """
-        return self._fetch(oid, serial).lease()
+        return self._fetch(oid, serial).release_later()
 
     def openCommittedBlobFile(self, oid: bytes, serial: bytes, blob: Any = None) -> BinaryIO:
         """The blob's file, opened for reading, as a BlobFile of ``blob`` if that is given. As `loadBlob` otherwise."""
@@ -344,7 +344,7 @@ class S3BlobStorage:
 
     def pinned(self, requested: "Future[Pin]", oid: bytes, serial: bytes) -> Pin:
         """The file that `request_blob` asked for; the errors are those of `loadBlob`."""
-        with _plain_errors():
+        with _as_storage_error():
             try:
                 return requested.result()
             except BlobNotFound as error:
@@ -376,7 +376,7 @@ class S3BlobStorage:
 
     def new_temporary(self) -> tuple[int, str]:
         """An empty file in `temporaryDirectory`, and its open descriptor. The errors are those of `write_temporary`."""
-        with _plain_errors():
+        with _as_storage_error():
             return self._parts.cache.new_temporary()
 
     def write_temporary(self, fd: int, data: bytes) -> None:
@@ -384,7 +384,7 @@ class S3BlobStorage:
 
         Raises StorageError when there is none.
         """
-        with _plain_errors():
+        with _as_storage_error():
             self._parts.cache.write(fd, data)
 
     @property
@@ -422,11 +422,11 @@ class S3BlobStorage:
             raise ReadOnlyError()  # RelStorage would pack all the same
         if gc is not None:
             options["gc"] = gc
-        with _plain_errors("The database was not packed. "), self._kind.revisions() as revisions:
+        with _as_storage_error("The database was not packed. "), self._kind.revisions() as revisions:
             self._parts.collector.before_pack(revisions)
         result = self.base.pack(pack_time, referencesf, **options)
         with (
-            _plain_errors("The database was packed, but not all dead blobs were deleted. "),
+            _as_storage_error("The database was packed, but not all dead blobs were deleted. "),
             self._kind.revisions() as revisions,
         ):
             self._parts.collector.collect(revisions, gently=True)
@@ -468,7 +468,7 @@ def _vote_failure(error: Exception) -> str:
 
 
 @contextmanager
-def _plain_errors(introduction: str = "") -> Iterator[None]:
+def _as_storage_error(introduction: str = "") -> Iterator[None]:
     """Turn what the parts raise into a plain StorageError: the one that a ZEO client can decode and show."""
     try:
         yield

@@ -35,11 +35,11 @@ class UnsuitableBase(S3BlobsError, ValueError):
     """The storage cannot be wrapped; the message says why and what to do."""
 
 
-class Busy(S3BlobsError):
+class DatabaseBusy(S3BlobsError):
     """Another process does what excludes this; the message says what to do."""
 
 
-class Revisions(Protocol):
+class DatabaseView(Protocol):
     """What a database holds at the moment when it is asked, whatever has been read from it before."""
 
     #: Whether other processes commit to the database.
@@ -65,10 +65,10 @@ class Revisions(Protocol):
         """Return the tids of all revisions of the object that `loadSerial` finds; ``pause`` as in `loadable`."""
 
     def no_restores(self) -> AbstractContextManager[None]:
-        """While it lasts no other process restores transactions, with tids from before. Raises Busy."""
+        """While it lasts no other process restores transactions, with tids from before. Raises DatabaseBusy."""
 
 
-class Kind:
+class BaseAdapter:
     """A storage that tells the tid when a transaction begins, and is this process's alone.
 
     ``storage``: the base; ``holder`` returns the storage in its wrappings that has the tid. Threads are the base's
@@ -90,7 +90,7 @@ class Kind:
         """The tid of the transaction that is being committed; None as long as it has none."""
         return self._holder()._tid
 
-    def expect_blobs(self) -> None:
+    def mark_has_blobs(self) -> None:
         """The transaction that is being committed has blobs: its tid is needed at the end of the vote."""
 
     def undo(self, transaction_id: bytes, transaction: Any) -> tuple[Any, Iterator[tuple[bytes, bytes, bytes]]]:
@@ -113,18 +113,18 @@ class Kind:
         ZODB.blob.copyTransactionsFromTo(other, destination)
 
     def restoring(self) -> AbstractContextManager[None]:
-        """While it lasts, transactions can be restored with tids from before. Raises Busy."""
+        """While it lasts, transactions can be restored with tids from before. Raises DatabaseBusy."""
         return nullcontext()
 
     @contextmanager
-    def revisions(self) -> Iterator[Revisions]:
+    def revisions(self) -> Iterator[DatabaseView]:
         """What the database holds; for the thread that enters."""
         if not IMVCCStorage.providedBy(self._storage):
-            yield _Current(self._storage)
+            yield StorageView(self._storage)
             return
         instance = self._storage.new_instance()
         try:
-            yield _Current(instance, instance.poll_invalidations)
+            yield StorageView(instance, instance.poll_invalidations)
         finally:
             instance.release()
 
@@ -168,8 +168,8 @@ class Kind:
         return None
 
 
-class _Current:
-    """The `Revisions` of a storage of which this process sees all changes, after ``poll``."""
+class StorageView:
+    """The `DatabaseView` of a storage of which this process sees all changes, after ``poll``."""
 
     shared = False
 
@@ -201,13 +201,13 @@ class _Current:
         return nullcontext()
 
 
-def revisions_of(storage: Any) -> Revisions:
+def revisions_of(storage: Any) -> DatabaseView:
     """Return what a ``storage`` holds of which this process sees all changes, such as one opened read-only."""
-    return _Current(storage)
+    return StorageView(storage)
 
 
 def is_live(revisions: Any, oid: bytes, tid: bytes) -> bool:
-    """Return whether the storage, or `Revisions`, can load that revision."""
+    """Return whether the storage, or `DatabaseView`, can load that revision."""
     try:
         revisions.loadSerial(oid, tid)
     except POSKeyError:
@@ -216,7 +216,7 @@ def is_live(revisions: Any, oid: bytes, tid: bytes) -> bool:
 
 
 def loadable_one_by_one(revisions: Any, oid: bytes, tids: Iterable[bytes], pause: Callable[[], None]) -> set[bytes]:
-    """Return as `Revisions.loadable`, but exactly; by a `loadSerial` for each of ``tids``."""
+    """Return as `DatabaseView.loadable`, but exactly; by a `loadSerial` for each of ``tids``."""
     live = set()
     for number, tid in enumerate(tids, 1):
         if is_live(revisions, oid, tid):
@@ -227,7 +227,7 @@ def loadable_one_by_one(revisions: Any, oid: bytes, tids: Iterable[bytes], pause
 
 
 def _loadable(storage: Any, oid: bytes, tids: set[bytes], pause: Callable[[], None]) -> set[bytes]:
-    """As `Revisions.loadable`; where one walk through the history of the object can answer for all, that does."""
+    """As `DatabaseView.loadable`; where one walk through the history of the object can answer for all, that does."""
     inside, stock = _inside(storage)
     if stock is DemoStorage.loadSerial:
         live = _loadable(inside.changes, oid, tids, pause)
@@ -265,7 +265,7 @@ def _loadable_in_file(storage: Any, oid: bytes, tids: set[bytes], pause: Callabl
 
 
 def _tids_of(storage: Any, oid: bytes, pause: Callable[[], None]) -> set[bytes]:
-    """As `Revisions.tids`."""
+    """As `DatabaseView.tids`."""
     inside, stock = _inside(storage)
     if stock is DemoStorage.loadSerial:
         return _tids_of(inside.changes, oid, pause) | _tids_of(inside.base, oid, pause)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 #: How long, in seconds, a file whose path was handed out stays, so that whoever asked can open it.
-LEASE = 10.0
+GRACE = 10.0
 
 #: How many files one call evicts at most, so that it does not hold up the event loop.
 _EVICTED_AT_ONCE = 50
@@ -65,9 +65,9 @@ class Pin:
         assert self._entry is not None
         return self._cache._pin_again(self._name, self.path, self._entry)
 
-    def lease(self) -> str:
-        """The path; the file stays `LEASE` seconds from now."""
-        self._cache._lease(self.again())
+    def release_later(self) -> str:
+        """Release the pin `GRACE` seconds from now; return the path."""
+        self._cache._release_later(self.again())
         self.release()
         return self.path
 
@@ -133,8 +133,8 @@ class Cache:
         self._lock = threading.RLock()
         self._index = LruIndex(limit)
         self._evicting = False  # whether a thread is evicting what one call did not
-        self._leases: deque[tuple[float, Pin]] = deque()
-        self._lease_timer_runs = False
+        self._due: deque[tuple[float, Pin]] = deque()
+        self._timer_runs = False
         self._read = threading.Event()
         self._closed = False
         metrics.cache_limit.set(limit)
@@ -264,26 +264,26 @@ class Cache:
             entry.pins += 1
         return Pin(self, name, path, entry)
 
-    def _lease(self, pin: Pin) -> None:
+    def _release_later(self, pin: Pin) -> None:
         with self._lock:
-            self._leases.append((time.monotonic() + LEASE, pin))
-            if not self._lease_timer_runs:
-                self._lease_timer_runs = True
-                self._start_timer(LEASE)
+            self._due.append((time.monotonic() + GRACE, pin))
+            if not self._timer_runs:
+                self._timer_runs = True
+                self._start_timer(GRACE)
 
     def _start_timer(self, seconds: float) -> None:
-        timer = threading.Timer(seconds, self._end_leases)
+        timer = threading.Timer(seconds, self._release_due)
         timer.daemon = True
         timer.start()
 
-    def _end_leases(self) -> None:
+    def _release_due(self) -> None:
         now = time.monotonic()
         with self._lock:  # to the end, so that no later timer can overtake and let younger files go first
-            while self._leases and self._leases[0][0] <= now:
-                self._leases.popleft()[1].release()
-            self._lease_timer_runs = bool(self._leases)
-            if self._leases:
-                self._start_timer(self._leases[0][0] - now)
+            while self._due and self._due[0][0] <= now:
+                self._due.popleft()[1].release()
+            self._timer_runs = bool(self._due)
+            if self._due:
+                self._start_timer(self._due[0][0] - now)
 
     # Publication and eviction
 

@@ -38,7 +38,7 @@ def _gc(arguments: argparse.Namespace) -> int:
     else:
         deleted = _collect(served)
         print(json.dumps({"deleted_objects": deleted}) if arguments.json else f"{deleted} dead blobs were deleted.")
-    return common.WELL
+    return common.EXIT_OK
 
 
 def _collect(served: zeoconf.Served) -> int:

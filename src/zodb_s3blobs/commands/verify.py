@@ -38,7 +38,7 @@ from ..garbage.scan import scan_beside_a_server
 from ..metrics import Metrics
 from ..progress import showing
 from ..s3.bucket import Bucket
-from ..s3.errors import BlobNotFound, BucketError, Damaged
+from ..s3.errors import BlobDamaged, BlobNotFound, BucketError
 from . import common
 
 _LISTED = {"good": "in the bucket; not read, so only their sizes are known"}
@@ -166,30 +166,30 @@ def _meanings(report: Report, arguments: argparse.Namespace) -> dict[str, str]:
 def _status(report: Report) -> int:
     objects = report.objects
     if any(objects[word] for word in _LOST):
-        return common.DAMAGED
+        return common.EXIT_DAMAGED
     if objects["failed"] or report.early_end:
-        return common.FAILED
+        return common.EXIT_ERROR
     if any(objects[word] for word in _CURES):
         return common.FALLBACK
     if objects["unproven"]:
-        return common.UNPROVEN
-    return common.GARBAGE if objects["dead"] else common.WELL
+        return common.EXIT_UNPROVEN
+    return common.EXIT_GARBAGE if objects["dead"] else common.EXIT_OK
 
 
 def _verdict(report: Report, arguments: argparse.Namespace) -> str:
     status, counts = _status(report), report.counts(_TROUBLES, ": ")
     if report.early_end:
         return f"Not finished{counts}."
-    if status in (common.DAMAGED, common.FAILED):
+    if status in (common.EXIT_DAMAGED, common.EXIT_ERROR):
         return f"Not well{counts}."
     if status == common.FALLBACK:
         cures = [cure for word, cure in _CURES.items() if report.objects[word]]
         copy = "copies" if len(cures) == 1 else "copy"
         return f"All blobs can be read, but the bucket lacks some, which {' and '.join(cures)} {copy}{counts}."
-    if status == common.UNPROVEN:
+    if status == common.EXIT_UNPROVEN:
         return f"No damage is known, but not all blobs carry a SHA-256{counts}."
     basis = _basis(arguments)
-    if status == common.GARBAGE:
+    if status == common.EXIT_GARBAGE:
         return f"All blobs are well{basis}; the next pack has work{counts}."
     if counts:
         return f"All blobs are well{basis}, but not all copies of them{counts}."
@@ -247,7 +247,7 @@ class _Look:
             return self._in_bucket(blob, blob.size, cached, kept, advice)
         except BlobNotFound as error:
             return Outcome(oid, tid, "missing", trouble=f"{error}{advice}")
-        except Damaged as error:
+        except BlobDamaged as error:
             return Outcome(oid, tid, "damaged", blob.size or 0, f"{error}{advice}")
         except BucketError as error:
             return failure(oid, tid, blob.size or 0, error, advice)

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import BinaryIO, TextIO
 
-from ..bases.adapter import Revisions
+from ..bases.adapter import DatabaseView
 from ..cache.files import Cache
 from ..errors import S3BlobsError
 from ..identity import Identity
@@ -91,7 +91,7 @@ class Collector:
         #: The marks that hold, while the bucket has none because it is too full for them.
         self._unwritten: dict[bytes, int] | None = None
 
-    def before_pack(self, base: Revisions) -> None:
+    def before_pack(self, base: DatabaseView) -> None:
         """Take their marks from the blobs that ``base`` can load; to be called before ``base`` is packed.
 
         A restored database may have brought dead blobs back to life. They die again in the pack, and afterwards nobody
@@ -101,7 +101,7 @@ class Collector:
         """
         marking = self._retention or self._lease.is_on_probation
         try:
-            self._lease.confirm()
+            self._lease.renew_now()
             # The pack may take the transaction away that owner.json names; it is this database's all the same.
             self._identity.packed_away = self._lease.claimed
             marking = self._retention or self._lease.is_on_probation
@@ -120,7 +120,7 @@ class Collector:
         # the collection, if it comes to that.
         self._doubt_marks()
 
-    def _unmark_live(self, base: Revisions) -> None:
+    def _unmark_live(self, base: DatabaseView) -> None:
         since, pace = self._marks(), Pace(*_RESTS)
         names = throttled(((name[:8], name[8:]) for name in since), pace)
         live = list(live_names(base, names, pace.pause))
@@ -151,13 +151,13 @@ class Collector:
         if self._identity.marks_are_doubtful:
             self._identity.marks_are_doubtful = False
 
-    def collect(self, base: Revisions, gently: bool = False) -> int:
+    def collect(self, base: DatabaseView, gently: bool = False) -> int:
         """Delete the blobs that ``base``, just packed, cannot load any more; return how many.
 
         Takes as long as listing the bucket takes: to be called on a thread of its own. ``gently``: leave most of the
         time to the other threads, which serve clients, and more of it while they do. Raises CollectionRefused,
-        lease.NotOwner, bases.Busy, BucketError when S3 fails, and whatever the base raises besides POSKeyError; all
-        that was deleted until then was dead, and the next run goes on.
+        lease.NotOwner, bases.DatabaseBusy, BucketError when S3 fails, and whatever the base raises besides POSKeyError;
+        all that was deleted until then was dead, and the next run goes on.
         """
         if not self._running.acquire(blocking=False):
             raise CollectionRefused("another pack is still deleting dead blobs")
@@ -182,8 +182,8 @@ class Collector:
         self._metrics.gc_last_duration.set(time.monotonic() - started)
         self._metrics.gc_last_success.set_to_current_time()
 
-    def _collect(self, base: Revisions, pace: Pace) -> int:
-        self._lease.confirm()
+    def _collect(self, base: DatabaseView, pace: Pace) -> int:
+        self._lease.renew_now()
         started = time.monotonic()
         on_probation = self._lease.is_on_probation
         retention = math.inf if on_probation else self._retention
@@ -286,7 +286,7 @@ class Collector:
         and BucketError.
         """
         file.flush()
-        self._lease.check()
+        self._lease.require()
         if replacing or os.path.getsize(file.name):
             try:
                 self._bucket.put_marks(file.name)
@@ -299,7 +299,7 @@ class Collector:
         self._trust_marks()
         return True
 
-    def _delete(self, base: Revisions, dead: BinaryIO, pace: Pace) -> int:
+    def _delete(self, base: DatabaseView, dead: BinaryIO, pace: Pace) -> int:
         deleted = 0
         # Other processes may be waiting to restore something.
         pause = (lambda: None) if base.shared else pace.pause
@@ -308,7 +308,7 @@ class Collector:
             with base.no_restores(), self._in_flight.deleting(sizes) as free:
                 # Judged again now that nobody can begin to restore them: one may have been restored since.
                 live = set(live_names(base, free, pause))
-                self._lease.look()
+                self._lease.verify()
                 deleted += self._delete_batch([name for name in free if name not in live], sizes)
             pace.pause()
         return deleted
@@ -331,7 +331,7 @@ class Collector:
         return len(gone)
 
     def _delete_leftovers(self) -> None:
-        self._lease.look()
+        self._lease.verify()
         if not self._retention:
             self._bucket.delete_marks()  # of an earlier setting: one day they would be wrong
             self._trust_marks()
@@ -340,7 +340,7 @@ class Collector:
         for upload in abandoned_uploads(self._bucket, self._staging.abandoned_after):
             if self._is_under_way(upload):
                 continue
-            self._lease.check()
+            self._lease.require()
             try:
                 self._bucket.abort_upload(upload)
             except BucketError as error:

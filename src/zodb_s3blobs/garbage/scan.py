@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from ZODB.blob import is_blob_record
 from ZODB.POSException import POSKeyError
 
-from ..bases.adapter import Revisions, revisions_of
+from ..bases.adapter import DatabaseView, revisions_of
 from ..cache.files import Cache
 from ..inflight import InFlight, Name
 from ..metrics import GC_STATES, Metrics
@@ -58,7 +58,7 @@ class Scan:
     ``retention``: in seconds; ``now``: since 1970; ``pace``: without one, it does not pause.
     """
 
-    base: Revisions
+    base: DatabaseView
     bucket: Bucket
     in_flight: InFlight
     retention: float = 0
@@ -182,7 +182,7 @@ def _groups(items: Iterable[T], oid_of: Callable[[T], bytes]) -> Iterator[list[T
             yield group
 
 
-def live_names(base: Revisions, names: Iterable[Name], pause: Callable[[], None]) -> Iterator[Name]:
+def live_names(base: DatabaseView, names: Iterable[Name], pause: Callable[[], None]) -> Iterator[Name]:
     """Yield those of ``names`` that ``base`` can load, in their order; those of an object are to be together."""
     for group in _groups(names, itemgetter(0)):
         live = base.loadable(group[0][0], [tid for _, tid in group], pause)

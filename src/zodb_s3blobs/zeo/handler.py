@@ -30,7 +30,7 @@ from ZODB.POSException import POSKeyError, StorageError, StorageTransactionError
 
 from ..monitoring import zeostats
 from ..storage import S3BlobStorage
-from ..workers import Waiting
+from ..workers import Completion
 from . import errors, startlog
 from .stop import Stop
 
@@ -132,7 +132,7 @@ def _register(
     blobs, mixin = ours[storage_id]
     stock_class: type = type(handler)
     handler.__class__ = _handler_class(mixin, stock_class)
-    handler.take_over(blobs)
+    handler.bind_storage(blobs)
     return result
 
 
@@ -171,7 +171,7 @@ class DemoHandler(_Stock):
     sending = ()
     blob_written = -math.inf
 
-    def take_over(self, blobs: S3BlobStorage) -> None:
+    def bind_storage(self, blobs: S3BlobStorage) -> None:
         """The client has chosen a demostorage around ``blobs``."""
         self.blobs = blobs
 
@@ -220,7 +220,7 @@ class BlobHandler(_Stock):
     #: When the vote began, a reading of `time.monotonic`.
     vote_began: float
 
-    def take_over(self, blobs: S3BlobStorage) -> None:
+    def bind_storage(self, blobs: S3BlobStorage) -> None:
         """The client has chosen the storage ``blobs``, which the server may know in wrappings."""
         self.blobs = blobs
         self.sending = []
@@ -356,12 +356,12 @@ class BlobHandler(_Stock):
             return vote(tid)
 
         def go_on() -> Any:
-            if not staged.has_succeeded():
+            if not staged.succeeded():
                 self.blobs.metrics.transactions_aborted.inc()
                 self._end_vote(staged)
             return vote(tid)
 
-        return self._reply_when(staged, go_on)
+        return self._reply_after(staged, go_on)
 
     def _vote(self, delay: Any = None) -> Any:
         """With the commit lock: the stock vote without its wait for S3, then answer when the uploads are done.
@@ -390,7 +390,7 @@ class BlobHandler(_Stock):
                 raise
             return result
 
-        return end() if uploads.done.done() else self._reply_when(uploads, end)
+        return end() if uploads.done.done() else self._reply_after(uploads, end)
 
     def _link_blobs(self) -> list[Any]:
         if not self.client_conflict_resolution:
@@ -401,7 +401,7 @@ class BlobHandler(_Stock):
             kept.append((oid, serial, data, f"{filename}.kept"))
         return kept
 
-    def _end_vote(self, waiting: Waiting) -> None:
+    def _end_vote(self, waiting: Completion) -> None:
         if waiting.done.done():
             errors.check(waiting.done)
         self.blobs.end_vote(waiting, self.vote_began)
@@ -412,7 +412,7 @@ class BlobHandler(_Stock):
         self.storage.tpc_abort(self.transaction)
         self._clear_transaction()
 
-    def _reply_when(self, uploads: Waiting, reply: Callable[[], Any]) -> Delay:
+    def _reply_after(self, uploads: Completion, reply: Callable[[], Any]) -> Delay:
         """Answer the call that is being handled with what ``reply`` returns, or raises.
 
         It is called when ``uploads`` have ended or must; not at all if the transaction ends meanwhile.
