@@ -18,6 +18,7 @@ from ZODB.utils import oid_repr, tid_repr
 
 from ..bases.adapter import is_live
 from ..progress import showing
+from ..revision import Revision
 from ..s3.bucket import Bucket
 from ..s3.errors import BucketError
 from ..workers import in_parallel
@@ -207,7 +208,7 @@ class Survey:
                 closing(self.storage.iterator()) as transactions,
             ):
                 self.inventory.add_named(
-                    (record.oid, record.tid)
+                    Revision(record.oid, record.tid)
                     for transaction in progress.over(transactions)
                     for record in transaction
                     if record.data and is_blob_record(record.data)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ..revision import Revision
 from .errors import BlobNotFound, BucketError, NotDeleted, code_of, reason_of_answer
 from .objects import Objects
 
@@ -115,7 +116,7 @@ class Listing(Objects):
             if error.code != "NoSuchUpload":
                 raise
 
-    def delete(self, blobs: Iterable[tuple[bytes, bytes]]) -> None:
+    def delete(self, blobs: Iterable[Revision]) -> None:
         """Delete the blobs (oid, tid), 1,000 a request; absent ones are no error.
 
         Raises NotDeleted, which names the first that could not be deleted, after all were tried.
