@@ -28,7 +28,7 @@ LAYERS = [
     {"blobdir", "cache", "inflight", "s3"},
     {"bases", "lease"},
     {"fetch", "places", "staging"},
-    {"commit", "garbage", "monitoring"},
+    {"commit", "garbage", "monitoring", "vote"},
     {"storage"},
     {"zeo"},
     {"config"},
