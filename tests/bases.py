@@ -7,7 +7,7 @@ from ZODB.utils import p64
 
 
 class Base:
-    """Its last tid is ``last``, and it can load what is in ``live``. As `zodb_s3blobs.bases.adapter.Revisions`.
+    """Its last tid is ``last``, and it can load what is in ``live``. As `zodb_s3blobs.bases.adapter.DatabaseView`.
 
     ``objects``: the oids of others that it has, though not at any tid that a blob has.
     """
@@ -43,6 +43,9 @@ class Base:
 
     def has_object(self, oid):
         return oid in self.objects or any(oid == known for known, _ in self.live)
+
+    def tids(self, oid, pause=lambda: None):
+        return {tid for known, tid in self.live if known == oid}
 
     def no_restores(self):
         return nullcontext()

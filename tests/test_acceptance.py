@@ -31,7 +31,7 @@ from zodb_s3blobs.metrics import Metrics
 from zodb_s3blobs.s3.bucket import Bucket
 from zodb_s3blobs.s3.client import BucketSettings
 from zodb_s3blobs.s3.download import PART
-from zodb_s3blobs.s3.errors import BlobNotFound, BucketError, Damaged
+from zodb_s3blobs.s3.errors import BlobDamaged, BlobNotFound, BucketError
 
 OID = p64(1)
 SMALL, LARGE = 1000, 2 * PART + 12345
@@ -221,7 +221,7 @@ def test_an_object_that_is_damaged_at_the_service_is_never_read(service, bucket,
         with pytest.raises(BucketError) as caught:
             bucket.get(OID, p64(1), Target(tmp_path / "target"))
     service.behave()
-    with pytest.raises(Damaged):
+    with pytest.raises(BlobDamaged):
         bucket.get(OID, p64(1), Target(tmp_path / "target"))
     assert caught
 

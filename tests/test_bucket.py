@@ -16,7 +16,7 @@ from zodb_s3blobs.metrics import Metrics
 from zodb_s3blobs.s3 import upload as upload_module
 from zodb_s3blobs.s3.bucket import Bucket
 from zodb_s3blobs.s3.download import PART
-from zodb_s3blobs.s3.errors import MISCONFIGURED, BlobNotFound, BucketError, Damaged, TransferCancelled
+from zodb_s3blobs.s3.errors import SETTING_FOR_ERROR, BlobDamaged, BlobNotFound, BucketError, TransferCancelled
 from zodb_s3blobs.s3.listing import Listed
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
@@ -356,7 +356,7 @@ def test_a_blob_that_arrives_damaged_is_verified_again_and_one_that_stays_damage
     s3.misbehave(operation="GetObject", flip=True, times=1)
     assert bucket.verify(OID, TID).size == PART + 1000
     s3.misbehave(operation="GetObject", flip=True)
-    with pytest.raises(Damaged, match="restore it from a backup"):
+    with pytest.raises(BlobDamaged, match="restore it from a backup"):
         bucket.verify(OID, TID)
 
 
@@ -368,7 +368,7 @@ def test_a_blob_that_is_not_there_or_cannot_be_asked_for_is_not_damaged(s3, open
     s3.misbehave(operation="GetObject", status=503, code="SlowDown")
     with pytest.raises(BucketError, match="SlowDown") as raised:
         bucket.verify(OID, TID)
-    assert not isinstance(raised.value, Damaged)
+    assert not isinstance(raised.value, BlobDamaged)
 
 
 def test_a_body_that_always_breaks_off_is_an_error(s3, open_bucket, put, read):
@@ -832,7 +832,7 @@ def test_a_probe_tells_which_setting_is_wrong(s3, bucket, status, code, key):
     s3.misbehave(status=status, code=code)
     with pytest.raises(BucketError, match=f"{code}.*check|{code}.*forbids") as raised:
         bucket.probe()
-    assert MISCONFIGURED[raised.value.code] == key
+    assert SETTING_FOR_ERROR[raised.value.code] == key
 
 
 def test_a_probe_without_credentials_says_so(open_bucket, monkeypatch, tmp_path):
@@ -843,11 +843,11 @@ def test_a_probe_without_credentials_says_so(open_bucket, monkeypatch, tmp_path)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(BucketError, match="no credentials; check s3-access-key") as raised:
         open_bucket(s3_access_key=None, s3_secret_key=None).probe()
-    assert MISCONFIGURED[raised.value.code] == "s3-access-key"
+    assert SETTING_FOR_ERROR[raised.value.code] == "s3-access-key"
 
 
 def test_a_probe_during_an_outage_blames_no_setting(s3, open_bucket):
     s3.misbehave(status=503, code="SlowDown")
     with pytest.raises(BucketError) as raised:
         open_bucket(s3_max_attempts=1).probe()
-    assert raised.value.code not in MISCONFIGURED
+    assert raised.value.code not in SETTING_FOR_ERROR

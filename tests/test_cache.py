@@ -555,10 +555,10 @@ def test_a_blob_as_large_as_the_cache_stays(start_cache):
 
 
 def test_a_leased_file_stays_for_its_time_and_the_limit_is_restored_by_itself(start_cache, monkeypatch):
-    monkeypatch.setattr(cache_module, "LEASE", 0.3)
+    monkeypatch.setattr(cache_module, "GRACE", 0.3)
     cache = start_cache(limit=100)
     begin = time.monotonic()
-    leased = [put(cache, number).lease() for number in (1, 2, 3)]
+    leased = [put(cache, number).release_later() for number in (1, 2, 3)]
     assert [Path(file).read_bytes() for file in leased] == [content(number) for number in (1, 2, 3)]
     until(lambda: cache.size <= 100)
     assert time.monotonic() - begin >= 0.3
@@ -567,21 +567,21 @@ def test_a_leased_file_stays_for_its_time_and_the_limit_is_restored_by_itself(st
 
 
 def test_leases_end_by_themselves_again_after_earlier_ones_have_ended(start_cache, monkeypatch):
-    monkeypatch.setattr(cache_module, "LEASE", 0.05)
+    monkeypatch.setattr(cache_module, "GRACE", 0.05)
     cache = start_cache(limit=100)
     for number in (1, 2, 3):
-        put(cache, number).lease()
-        put(cache, number + 10).lease()
+        put(cache, number).release_later()
+        put(cache, number + 10).release_later()
         until(lambda: cache.size <= 100)
 
 
 def test_a_lease_is_counted_from_the_last_request(start_cache, monkeypatch):
     cache = start_cache(limit=100)
-    monkeypatch.setattr(cache_module, "LEASE", 0.3)
-    put(cache, 1).lease()
-    put(cache, 2).lease()
-    monkeypatch.setattr(cache_module, "LEASE", 2 * TIMEOUT)
-    cache.get(p64(1), TID).lease()
+    monkeypatch.setattr(cache_module, "GRACE", 0.3)
+    put(cache, 1).release_later()
+    put(cache, 2).release_later()
+    monkeypatch.setattr(cache_module, "GRACE", 2 * TIMEOUT)
+    cache.get(p64(1), TID).release_later()
     until(lambda: cache.size <= 100)
     fill(cache, 3)
     assert on_disk(cache) == {1}
@@ -589,10 +589,10 @@ def test_a_lease_is_counted_from_the_last_request(start_cache, monkeypatch):
 
 
 def test_a_leased_blob_larger_than_the_cache_goes_by_itself(start_cache, monkeypatch):
-    monkeypatch.setattr(cache_module, "LEASE", 0.3)
+    monkeypatch.setattr(cache_module, "GRACE", 0.3)
     cache = start_cache(limit=100)
     fill(cache, 1)
-    assert Path(put(cache, 2, size=101).lease()).read_bytes() == content(2, 101)
+    assert Path(put(cache, 2, size=101).release_later()).read_bytes() == content(2, 101)
     until(lambda: not path(cache, 2).exists())
     assert on_disk(cache) == {1}
     check_accounting(cache)
@@ -601,7 +601,7 @@ def test_a_leased_blob_larger_than_the_cache_goes_by_itself(start_cache, monkeyp
 def test_a_leased_file_stays_though_the_pin_it_was_leased_with_is_released(start_cache):
     cache = start_cache(limit=100)
     pin = put(cache, 1)
-    leased = pin.lease()
+    leased = pin.release_later()
     pin.release()
     fill(cache, 2)
     assert Path(leased).exists()

@@ -13,6 +13,7 @@ from speed import slow
 
 from zodb_s3blobs import cli
 from zodb_s3blobs.commands import demo
+from zodb_s3blobs.commands.demo import servers
 
 PACKAGE = demo.PACKAGE
 COMMAND = [sys.executable, "-m", "zodb_s3blobs", "demo"]
@@ -46,10 +47,10 @@ def changed_config(monkeypatch, tmp_path):
     """Lets a demo in this process start its ZEO server with another configuration."""
 
     def change(old, new):
-        config = demo.CONFIG.read_text()
+        config = servers.CONFIG.read_text()
         assert old in config
         (tmp_path / "changed.conf").write_text(config.replace(old, new))
-        monkeypatch.setattr(demo, "CONFIG", tmp_path / "changed.conf")
+        monkeypatch.setattr(servers, "CONFIG", tmp_path / "changed.conf")
 
     return change
 
@@ -129,7 +130,7 @@ def test_once_shows_the_round_trip_and_ends_with_0(environment, tmp_path):
 def test_the_output_fits_a_terminal_of_80_columns(small, capsys):
     assert cli.main(["demo", "--once"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if len(line) > 80 and str(demo.CONFIG) not in line] == []
+    assert [line for line in lines if len(line) > 80 and str(servers.CONFIG) not in line] == []
 
 
 @slow

@@ -16,7 +16,7 @@ from ZODB.serialize import referencesf
 from ZODB.tests.StorageTestBase import zodb_pickle
 from ZODB.utils import p64, z64
 
-from zodb_s3blobs.bases import kind_of
+from zodb_s3blobs.bases import adapter_for
 from zodb_s3blobs.identity import Identity
 
 
@@ -89,7 +89,7 @@ def test_it_lies_beside_the_file_of_the_database_however_that_is_wrapped(tmp_pat
     identities = set()
     for wrap in (lambda base: base), ZlibStorage, lambda base: DemoStorage(base=MappingStorage(), changes=base):
         storage = wrap(FileStorage(path))
-        identities.add(kind_of(storage).identity())
+        identities.add(adapter_for(storage).identity())
         storage.close()
     assert len(identities) == 1
     assert (tmp_path / "Data.fs.s3blobs-id").exists()
@@ -97,8 +97,8 @@ def test_it_lies_beside_the_file_of_the_database_however_that_is_wrapped(tmp_pat
 
 def test_a_demostorage_with_changes_in_memory_is_not_the_database_below_it(tmp_path):
     base = FileStorage(str(tmp_path / "Data.fs"))
-    below = kind_of(base).identity()
-    assert kind_of(DemoStorage(base=base)).identity() != below
+    below = adapter_for(base).identity()
+    assert adapter_for(DemoStorage(base=base)).identity() != below
     base.close()
 
 
@@ -109,7 +109,7 @@ def test_a_demostorage_with_changes_in_memory_is_not_the_database_below_it(tmp_p
 )
 def test_a_base_knows_which_transactions_it_has(tmp_path, make):
     storage = make() if make is not None else ZlibStorage(FileStorage(str(tmp_path / "Data.fs")))
-    kind = kind_of(storage)
+    kind = adapter_for(storage)
     assert kind.last_transaction() == z64
     db = ZODB.DB(storage)
     tids = [kind.last_transaction()]
@@ -126,7 +126,7 @@ def test_a_base_knows_which_transactions_it_has(tmp_path, make):
 def unfinished(path):
     """What a FileStorage leaves behind that is killed between vote and finish."""
     storage = FileStorage(str(path))
-    before = kind_of(storage).last_transaction()
+    before = adapter_for(storage).last_transaction()
     txn = TransactionMetaData()
     storage.tpc_begin(txn)
     storage.store(p64(100), z64, b"data", "", txn)
@@ -154,7 +154,7 @@ def test_the_last_transaction_is_one_that_the_database_still_has_after_a_crash(t
     assert unfinished(path) == last
     storage = FileStorage(str(path))
     assert storage.lastTransaction() > last  # ZODB names what it has just cut off
-    assert kind_of(storage).last_transaction() == last
+    assert adapter_for(storage).last_transaction() == last
     storage.close()
 
 
@@ -166,7 +166,7 @@ def test_the_last_transaction_is_one_that_the_database_still_has_after_a_pack(tm
     unreachable = commit(storage, p64(100), zodb_pickle(PersistentMapping()))
     storage.pack(time.time() + 1, referencesf)
     assert storage.lastTransaction() == unreachable
-    kind = kind_of(storage)
+    kind = adapter_for(storage)
     assert kind.last_transaction() == last
     assert kind.has_transaction(last) and not kind.has_transaction(unreachable)
     storage.close()

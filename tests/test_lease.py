@@ -117,7 +117,7 @@ def hurried(monkeypatch):
 def holds(lease):
     """Whether it does, says S3."""
     try:
-        lease.confirm()
+        lease.renew_now()
     except NotOwner:
         assert not lease.is_held()
         return False
@@ -136,10 +136,10 @@ def test_who_finds_nobody_takes_it(s3, new_lease):
     lease = new_lease()
     assert not lease.is_held()
     with pytest.raises(NotOwner):
-        lease.check()
-    lease.confirm()
+        lease.require()
+    lease.renew_now()
     assert lease.is_held()
-    lease.check()
+    lease.require()
     assert conflict(lease) == 0
     assert len(s3.requests("OwnerPutObject")) == 1
 
@@ -148,7 +148,7 @@ def test_everybody_can_read_whose_it_is(new_lease, owner, monkeypatch):
     times = iter([f"2026-01-0{day}T00:00:00+00:00" for day in range(1, 10)])
     monkeypatch.setattr(lease_module, "_now", lambda: next(times))
     lease = new_lease("a database", tids=[1, 0x40D30C28A82B566])
-    lease.confirm()
+    lease.renew_now()
     first = owner()
     assert first.keys() == lease_module.Claim.__annotations__.keys()
     assert first["format"] == 2
@@ -157,7 +157,7 @@ def test_everybody_can_read_whose_it_is(new_lease, owner, monkeypatch):
     assert first["storage"] == "storage 0"
     assert os.uname().nodename in first["host"]
     assert first["started"] == "2026-01-01T00:00:00+00:00"
-    lease.confirm()
+    lease.renew_now()
     second = owner()
     assert second.pop("renewed") > first.pop("renewed") > first["started"]
     assert second == first
@@ -165,7 +165,7 @@ def test_everybody_can_read_whose_it_is(new_lease, owner, monkeypatch):
 
 def test_it_tells_the_times_in_utc_and_no_secret(new_lease, owner):
     before = datetime.now().astimezone()
-    new_lease().confirm()
+    new_lease().renew_now()
     for name in ("started", "renewed"):
         told = datetime.fromisoformat(owner()[name])
         assert told.utcoffset().total_seconds() == 0
@@ -175,9 +175,9 @@ def test_it_tells_the_times_in_utc_and_no_secret(new_lease, owner):
 
 
 def test_two_servers_have_two_names(new_lease, owner):
-    new_lease("a database").confirm()
+    new_lease("a database").renew_now()
     first = owner()["owner"]
-    new_lease("a database").confirm()
+    new_lease("a database").renew_now()
     assert owner()["owner"] != first
 
 
@@ -191,8 +191,8 @@ def test_two_servers_have_two_names(new_lease, owner):
 )
 def test_it_is_encrypted_as_blobs_are_but_not_of_their_storage_class(s3, new_lease, open_bucket, options, header):
     lease = new_lease(bucket=open_bucket(s3_storage_class="GLACIER_IR", **options))
-    lease.confirm()
-    lease.confirm()
+    lease.renew_now()
+    lease.renew_now()
     puts = s3.requests("OwnerPutObject")
     assert len(puts) == 2
     for put in puts:
@@ -226,7 +226,7 @@ def test_a_renewal_that_failed_is_tried_again_soon(s3, new_lease, hurried, monke
 
 def test_its_owner_renews_it_however_old_it_is(new_lease, pass_at_s3):
     lease = new_lease()
-    lease.confirm()
+    lease.renew_now()
     pass_at_s3(10 * STALE_AFTER)
     assert holds(lease)
 
@@ -240,11 +240,11 @@ def test_a_write_whose_answer_is_lost_counts(s3, new_lease):
 def test_a_renewal_that_the_service_did_not_take_is_none(s3, new_lease, clocks):
     """At the service the lease grows old, whatever its owner believes."""
     lease = new_lease()
-    lease.confirm()
+    lease.renew_now()
     s3.misbehave(operation="OwnerPutObject", status=412, code="PreconditionFailed")
     clocks.wall = clocks.monotonic = RENEW_EVERY
     with contextlib.suppress(BucketError):
-        lease.confirm()
+        lease.renew_now()
     assert lease.is_held()  # still, by the last one
     clocks.wall = clocks.monotonic = 601
     assert not lease.is_held()
@@ -254,9 +254,9 @@ def test_a_service_that_never_finds_the_object_as_it_is_takes_a_renewal_all_the_
     """As Ceph 16, which stumbles over the quotes of the ETag."""
     s3.misbehave(operation="OwnerPutObject", misread_etag=True)
     lease = new_lease()
-    lease.confirm()
+    lease.renew_now()
     clocks.wall = clocks.monotonic = RENEW_EVERY
-    lease.confirm()
+    lease.renew_now()
     clocks.wall = clocks.monotonic = 601
     assert lease.is_held()
 
@@ -264,18 +264,18 @@ def test_a_service_that_never_finds_the_object_as_it_is_takes_a_renewal_all_the_
 @pytest.mark.parametrize("moved", ["wall", "monotonic"])
 def test_it_is_trusted_for_ten_minutes_by_either_clock(new_lease, clocks, moved):
     lease = new_lease()
-    lease.confirm()
+    lease.renew_now()
     setattr(clocks, moved, 599)
     assert lease.is_held()
     setattr(clocks, moved, 601)
     assert not lease.is_held()
     with pytest.raises(NotOwner, match="could not renew"):
-        lease.check()
+        lease.require()
 
 
 def test_a_clock_that_is_set_back_prolongs_nothing(new_lease, clocks):
     lease = new_lease()
-    lease.confirm()
+    lease.renew_now()
     clocks.wall, clocks.monotonic = -3600, 601
     assert not lease.is_held()
 
@@ -284,7 +284,7 @@ def test_the_time_that_a_slow_service_takes_is_not_trusted(s3, new_lease, clocks
     lease = new_lease()
     s3.misbehave(operation="OwnerPutObject", hang=True)
     with ThreadPoolExecutor() as pool:
-        confirming = pool.submit(lease.confirm)
+        confirming = pool.submit(lease.renew_now)
         s3.wait_for("OwnerPutObject")
         clocks.wall = clocks.monotonic = 601
         s3.behave()
@@ -299,7 +299,7 @@ def test_who_cannot_reach_s3_at_the_start_takes_it_later(s3, new_lease, hurried,
     wait_until(lambda: "could not be renewed" in caplog.text)
     assert not lease.is_held()
     with pytest.raises(BucketError):
-        lease.confirm()
+        lease.renew_now()
     assert conflict(lease) == 0
     s3.behave()
     wait_until(lease.is_held)
@@ -307,16 +307,16 @@ def test_who_cannot_reach_s3_at_the_start_takes_it_later(s3, new_lease, hurried,
 
 def test_a_service_that_is_away_for_a_moment_costs_nothing(s3, new_lease):
     lease = new_lease()
-    lease.confirm()
+    lease.renew_now()
     s3.misbehave(operation="Owner.*", status=403, code="AccessDenied")
     with pytest.raises(BucketError):
-        lease.confirm()
+        lease.renew_now()
     assert lease.is_held()
 
 
 def test_who_deletes_the_object_by_hand_changes_nothing(s3, new_lease, bucket_name):
     lease = new_lease()
-    lease.confirm()
+    lease.renew_now()
     s3.client.delete_object(Bucket=bucket_name, Key=OWNER)
     assert holds(lease)
 
@@ -370,7 +370,7 @@ def test_of_many_that_begin_at_once_one_holds(s3, new_lease, condition):
 
 def test_a_lease_is_stale_by_the_clock_of_the_service(new_lease, pass_at_s3, s3):
     first, second = new_lease(), new_lease()
-    first.confirm()
+    first.renew_now()
     assert not holds(second)
     pass_at_s3(STALE_AFTER - 30)
     assert not holds(second)
@@ -383,7 +383,7 @@ def test_a_lease_is_stale_by_the_clock_of_the_service(new_lease, pass_at_s3, s3)
 
 def test_the_clock_of_this_machine_makes_none_stale(new_lease, pass_at_s3, clocks):
     first, second = new_lease(), new_lease()
-    first.confirm()
+    first.renew_now()
     pass_at_s3(0)
     clocks.wall = clocks.monotonic = 10 * STALE_AFTER
     assert not holds(second)
@@ -399,7 +399,7 @@ def test_a_lease_of_a_later_version_is_never_taken(new_lease, write_owner, owner
     pass_at_s3(1000 * STALE_AFTER)
     lease = new_lease()
     with pytest.raises(NotOwner, match="belongs to"):
-        lease.confirm()
+        lease.renew_now()
     assert owner() == data
     assert conflict(lease) == 1
 
@@ -411,7 +411,7 @@ def test_one_that_nobody_can_read_is_not_taken(new_lease, write_owner, s3, bucke
     write_owner(data)
     pass_at_s3(STALE_AFTER + 30)
     with pytest.raises(NotOwner, match=r"belongs to.*adopt"):
-        new_lease().confirm()
+        new_lease().renew_now()
     assert s3.client.get_object(Bucket=bucket_name, Key=OWNER)["Body"].read() == data
 
 
@@ -419,7 +419,7 @@ def test_one_that_nobody_can_read_is_not_taken(new_lease, write_owner, s3, bucke
 
 
 def test_a_database_takes_its_prefix_back_at_once(new_lease, owner):
-    new_lease("database", tids=[1, 2]).confirm()
+    new_lease("database", tids=[1, 2]).renew_now()
     again = new_lease("database", tids=[1, 2, 3])
     assert holds(again)
     assert owner()["last"] == "3"
@@ -428,11 +428,11 @@ def test_a_database_takes_its_prefix_back_at_once(new_lease, owner):
 
 def test_a_database_in_an_older_state_does_not_take_its_prefix_back(new_lease, pass_at_s3):
     """As after a restore from a backup."""
-    new_lease("database", tids=[1, 2]).confirm()
+    new_lease("database", tids=[1, 2]).renew_now()
     pass_at_s3(1000 * STALE_AFTER)
     restored = new_lease("database", tids=[1])
     with pytest.raises(NotOwner, match=r"older state.*zodb-s3blobs adopt"):
-        restored.confirm()
+        restored.renew_now()
     assert conflict(restored) == 1
 
 
@@ -450,7 +450,7 @@ def test_another_database_that_is_no_successor_never_takes_a_prefix(new_lease, p
     pass_at_s3(1000 * STALE_AFTER)
     other = new_lease(tids=tids)
     with pytest.raises(NotOwner, match=r"does not have the last transaction.*Data\.fs.*zodb-s3blobs adopt"):
-        other.confirm()
+        other.renew_now()
     assert conflict(other) == 1
 
 
@@ -473,12 +473,12 @@ def test_what_was_taken_from_another_database_is_on_probation_for_a_week(new_lea
     first.close()
     for _ in range(2):  # a restart changes nothing
         successor = new_lease("successor", tids=[1, 2])
-        successor.confirm()
+        successor.renew_now()
         assert successor.is_on_probation
         assert successor._metrics.bucket_owner_changed._value.get() == pytest.approx(time.time(), abs=60)
     for days, on_probation in (6.9, True), (7.1, False):
         pass_at_s3(days * 86400)
-        successor.confirm()
+        successor.renew_now()
         assert successor.is_on_probation == on_probation
         s3.behave()
 
@@ -489,16 +489,16 @@ def test_the_rightful_owner_that_returns_does_not_take_it_from_a_successor_that_
     wait_until(first.is_held)
     first.close()
     copy = new_lease("copy", tids=[1, 2])
-    copy.confirm()
+    copy.renew_now()
     returned = new_lease("first", tids=[1, 2])
     with pytest.raises(NotOwner, match="must never share a prefix"):
-        returned.confirm()
+        returned.renew_now()
     assert conflict(returned) == 1
 
 
 def test_what_a_database_never_had_from_another_is_not_on_probation(new_lease):
     lease = new_lease()
-    lease.confirm()
+    lease.renew_now()
     assert not lease.is_on_probation
     assert lease._metrics.bucket_owner_changed._value.get() == 0
 
@@ -507,7 +507,7 @@ def test_what_a_database_never_had_from_another_is_not_on_probation(new_lease):
 def test_whatever_the_moment_of_the_takeover_says_nothing_is_deleted_too_early(new_lease, write_owner, taken):
     write_owner(database="database", taken=taken)
     lease = new_lease("database")
-    lease.confirm()
+    lease.renew_now()
     assert lease.is_on_probation == (taken == "nonsense")
 
 
@@ -528,7 +528,7 @@ def test_who_loses_it_says_so_once_and_who_gets_it_back_too(s3, new_lease, write
     assert "belongs to the server on 'another'" in criticals[0]
     assert "deletes none" in criticals[0]
     with pytest.raises(NotOwner, match="another"):
-        lease.check()
+        lease.require()
     caplog.clear()
     pass_at_s3(STALE_AFTER + 30)
     wait_until(lambda: conflict(lease) == 0)
@@ -570,7 +570,7 @@ def test_while_the_bucket_is_full_the_owner_keeps_it_by_reading_it(
     s3, bucket_name, dead, collect, new_lease, fill, clocks, status, code
 ):
     lease = new_lease()
-    lease.confirm()
+    lease.renew_now()
     fill(status, code)
     clocks.wall = clocks.monotonic = STALE_AFTER * 100
     assert not lease.is_held()
@@ -579,7 +579,7 @@ def test_while_the_bucket_is_full_the_owner_keeps_it_by_reading_it(
 
 
 def test_while_the_bucket_is_full_nobody_takes_what_is_another_servers(s3, bucket_name, dead, collect, new_lease, fill):
-    new_lease().confirm()
+    new_lease().renew_now()
     fill()
     with pytest.raises(NotOwner):
         collect(new_lease())
@@ -589,7 +589,7 @@ def test_while_the_bucket_is_full_nobody_takes_what_is_another_servers(s3, bucke
 def test_while_the_bucket_is_full_nobody_takes_what_nobody_keeps_any_more(
     s3, bucket_name, dead, collect, new_lease, fill, pass_at_s3
 ):
-    new_lease().confirm()
+    new_lease().renew_now()
     fill()
     pass_at_s3(STALE_AFTER + 30)
     with pytest.raises(BucketError, match="the bucket is full"):
@@ -608,7 +608,7 @@ def test_while_the_bucket_is_full_a_server_that_is_started_again_keeps_it(dead, 
 
 def test_who_meets_another_owner_in_a_full_bucket_stops(s3, bucket_name, dead, collect, new_lease, write_owner, fill):
     lease = new_lease()
-    lease.confirm()
+    lease.renew_now()
     write_owner()
     fill()
     with pytest.raises(NotOwner, match="another"):
@@ -670,7 +670,7 @@ def test_after_close_it_is_not_held(new_lease):
     lease.close()
     assert not lease.is_held()
     with pytest.raises(NotOwner, match="being stopped"):
-        lease.confirm()
+        lease.renew_now()
 
 
 def test_a_lease_that_was_never_asked_for_is_closed_without_a_request(s3, new_lease):
@@ -929,13 +929,13 @@ def test_servers_on_one_database_hold_it_together(of_database):
     for _ in range(2):
         for lease in leases:
             assert holds(lease)
-            lease.look()
+            lease.verify()
     assert [conflict(lease) for lease in leases] == [0, 0, 0]
 
 
 def test_all_servers_on_a_database_delete(s3, bucket_name, dead, collect, of_database):
     first, second = of_database("one"), of_database("one")
-    first.confirm()
+    first.renew_now()
     assert collect(second) == 25
     s3.put(bucket_name, dead)
     assert collect(first) == 25
@@ -943,24 +943,24 @@ def test_all_servers_on_a_database_delete(s3, bucket_name, dead, collect, of_dat
 
 def test_servers_on_another_database_do_not_hold_it(of_database, owner):
     first, second = of_database("another"), of_database("one")
-    first.confirm()
+    first.renew_now()
     assert owner()["database"] == "another"
     with pytest.raises(NotOwner, match="belongs to the server on"):
-        second.confirm()
+        second.renew_now()
     assert conflict(second) == 1
     assert holds(first)
 
 
 def test_servers_that_share_nothing_do_not_hold_what_a_database_has(of_database, new_lease):
-    of_database("one").confirm()
+    of_database("one").renew_now()
     assert not holds(new_lease())
 
 
 def test_owner_json_names_the_database(of_database, owner):
     first, second = of_database("one"), of_database("one")
-    first.confirm()
+    first.renew_now()
     before = owner()
-    second.confirm()
+    second.renew_now()
     after = owner()
     assert before["database"] == after["database"] == "one"
     assert before["owner"] != after["owner"]
@@ -975,7 +975,7 @@ def test_a_later_version_that_names_the_database_is_left_alone(of_database, writ
 
 def test_a_stale_one_of_another_database_is_taken(s3, of_database, pass_at_s3):
     first, second = of_database("another"), of_database("one")
-    first.confirm()
+    first.renew_now()
     pass_at_s3(STALE_AFTER + 30)
     assert holds(second)
     s3.behave()
@@ -1003,7 +1003,7 @@ def test_a_server_that_ends_while_it_asks_for_the_database_leaves_it_to_the_othe
         assert answer.wait(SOON)
         return "one"
 
-    of_database("one").confirm()
+    of_database("one").renew_now()
     script = of_database(ask)
     release = script._release
     script._release = lambda: (release(), released.set())
@@ -1029,12 +1029,12 @@ def test_of_servers_on_one_database_that_renew_it_at_the_same_moment_all_hold(
         s3.misbehave(operation="OwnerPutObject", **{condition: True})
     first, second = of_database("one"), of_database("one")
     if begun:
-        first.confirm()
+        first.renew_now()
     write = second._bucket.write_owner
 
     def overtaken(data, instead_of):
         monkeypatch.setattr(second._bucket, "write_owner", write)
-        first.confirm()
+        first.renew_now()
         write(data, instead_of)
 
     monkeypatch.setattr(second._bucket, "write_owner", overtaken)
@@ -1061,7 +1061,7 @@ def test_a_database_that_is_restarted_is_still_that_of_the_server_which_lives(of
     """Others have to wait until that one has said so."""
     names = ["before"]
     living = of_database(lambda: names[-1])
-    living.confirm()
+    living.renew_now()
     names.append("after")
     late = of_database("after")
     assert not holds(late)
@@ -1077,7 +1077,7 @@ def test_a_database_that_does_not_say_who_it_is_gets_no_lease(s3, of_database):
 
     lease = of_database(ask)
     with pytest.raises(OSError, match="away"):
-        lease.confirm()
+        lease.renew_now()
     assert not lease.is_held()
     assert s3.requests("OwnerPutObject") == []
 

@@ -10,9 +10,9 @@ import pytest
 from bases import Base
 from ZODB.utils import p64
 
-from zodb_s3blobs.garbage import collector as garbage_module
 from zodb_s3blobs.garbage import marks
-from zodb_s3blobs.garbage.collector import Refused
+from zodb_s3blobs.garbage import scan as scan_module
+from zodb_s3blobs.garbage.collector import CollectionRefused
 from zodb_s3blobs.s3.bucket import Bucket
 from zodb_s3blobs.s3.errors import BucketError
 
@@ -43,9 +43,15 @@ def kept(s3, bucket_name):
 @pytest.fixture
 def clock(monkeypatch):
     """The clock of the collections, which stands still; ``now`` is to be set."""
-    clock = SimpleNamespace(now=START, monotonic=time.monotonic, sleep=time.sleep, thread_time=time.thread_time)
+    clock = SimpleNamespace(
+        now=START,
+        monotonic=time.monotonic,
+        sleep=time.sleep,
+        thread_time=time.thread_time,
+        process_time=time.process_time,
+    )
     clock.time = lambda: clock.now
-    monkeypatch.setattr(garbage_module, "time", clock)
+    monkeypatch.setattr(scan_module, "time", clock)
     return clock
 
 
@@ -426,7 +432,7 @@ def test_what_the_valve_holds_back_keeps_its_mark(put, blobs, clock, collect, re
     keys = put(*((p64(oid), p64(1)) for oid in range(1, 102)))
     collect(Base(KEPT), max_delete_percent=0)  # retained ones are nothing that it would hold back
     clock.now = START + RETENTION
-    with pytest.raises(Refused, match="101 of 102"):
+    with pytest.raises(CollectionRefused, match="101 of 102"):
         collect(Base(KEPT), max_delete_percent=99)
     assert sorted(blobs()) == sorted(keys)
     assert read_object() == dict.fromkeys(keys, START)

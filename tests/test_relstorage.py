@@ -645,6 +645,22 @@ def test_a_read_only_database_serves_blobs_and_changes_nothing(db, application, 
     assert s3.requests("OwnerPutObject") == []
 
 
+@with_history
+def test_where_an_undo_stored_no_object_a_pack_keeps_what_it_may_go_back_to(written, open_db, s3, blobs, application):
+    """As in a bucket of 1.2.1. RelStorage does not note what an undo goes back to."""
+    undo(written)
+    before = set(blobs())
+    undone = KEYS.key(*name_of(written, "blob"))
+    s3.client.delete_object(Bucket=application.bucket, Key=undone)
+    with pytest.raises(POSKeyError):
+        get(open_db(cache="other"), "blob")
+    written.pack()
+    assert set(blobs()) == before - {undone}
+    put(written, "blob", b"new")
+    written.pack()
+    assert set(blobs()) == keys_of(written, "blob")
+
+
 # Pack
 
 

@@ -108,7 +108,7 @@ class Here:
 
 
 def _serve(config, pipe):
-    garbage._REST = 0  # no client wants the interpreter while a pack deletes
+    garbage._RESTS = 0, 0  # no client wants the interpreter while a pack deletes
     try:
         here = Here(databaseFromString(config), pipe)
     except Exception as error:

@@ -39,10 +39,10 @@ from zodb_s3blobs.cache.directory import CacheDirectory, CacheDirectoryError, pa
 from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.commands import demo
 from zodb_s3blobs.database import object_paths as paths
-from zodb_s3blobs.garbage import collector as garbage
+from zodb_s3blobs.garbage import marks
 from zodb_s3blobs.lease import STALE_AFTER, Lease, NotOwner
 from zodb_s3blobs.metrics import Metrics
-from zodb_s3blobs.s3.errors import BlobNotFound, BucketError, Damaged
+from zodb_s3blobs.s3.errors import BlobDamaged, BlobNotFound, BucketError
 
 pytestmark = pytest.mark.usefixtures("no_aws_settings", "no_pauses")
 
@@ -210,7 +210,7 @@ OUT_OF_ORDER = {
     "the blob of another transaction": [
         ("tpc_begin", 1, b"", b"", {}, None, " "), ("storeBlobStart",), ("storeBlobEnd", OID, ZERO, RECORD, 2)
     ],
-    "what is no message": [("take_over", None)],
+    "what is no message": [("bind_storage", None)],
     "what is ours alone": [("_send", OID, TID, None)],
 }  # fmt: skip
 
@@ -324,7 +324,7 @@ def test_an_object_that_could_not_be_deleted_is_named_in_one_line(s3, bucket, pu
 def test_a_checksum_that_is_none_fails_and_is_not_repeated_as_it_is(s3, bucket, open_cache, put, caplog, value):
     put((OID, TID))
     s3.misbehave(operation="GetObject", headers={"x-amz-meta-sha256": value})
-    with pytest.raises(Damaged) as caught:
+    with pytest.raises(BlobDamaged) as caught:
         bucket.get(OID, TID, open_cache().new_file())
     assert is_harmless(str(caught.value))
     assert all(map(is_harmless, said(caplog)))
@@ -353,7 +353,7 @@ def test_whatever_owner_json_says_it_keeps_the_prefix(s3, bucket_name, bucket, c
     tracemalloc.start()
     try:
         with pytest.raises(NotOwner) as caught:
-            lease.confirm()
+            lease.renew_now()
         assert tracemalloc.get_traced_memory()[1] < 10 << 20
     finally:
         tracemalloc.stop()
@@ -362,7 +362,7 @@ def test_whatever_owner_json_says_it_keeps_the_prefix(s3, bucket_name, bucket, c
     date = formatdate(time.time() + STALE_AFTER + 60, usegmt=True)
     s3.misbehave(operation="OwnerGetObject", headers={"Date": date})
     with pytest.raises(NotOwner, match="zodb-s3blobs adopt"):
-        lease.confirm()
+        lease.renew_now()
 
 
 def marks_object(s3, bucket_name, data):
@@ -375,7 +375,7 @@ def marks_object(s3, bucket_name, data):
 def test_marks_of_somebody_else_are_not_repeated_in_the_error(s3, bucket_name, bucket, cache, caplog, data):
     marks_object(s3, bucket_name, data)
     with pytest.raises(BucketError, match=r"line 1.*delete it") as caught:
-        garbage.read_marks(bucket, cache)
+        marks.fetch(bucket, cache)
     assert is_harmless(str(caught.value))
     assert all(map(is_harmless, said(caplog)))
 
@@ -385,7 +385,7 @@ def test_a_line_of_the_marks_without_an_end_is_not_read_into_memory(s3, bucket_n
     tracemalloc.start()
     try:
         with pytest.raises(BucketError, match="delete it"):
-            garbage.read_marks(bucket, cache)
+            marks.fetch(bucket, cache)
         assert tracemalloc.get_traced_memory()[1] < 15 << 20
     finally:
         tracemalloc.stop()
@@ -397,7 +397,7 @@ def test_marks_that_would_fill_the_disk_are_not_even_fetched(s3, bucket_name, bu
     s3.misbehave(operation="GetObject", headers={"Content-Range": f"bytes 0-0/{claimed}"})
     s3.forget()
     with pytest.raises(BucketError, match=r"gc-marks.jsonl.*larger than.*delete it"):
-        garbage.read_marks(bucket, cache)
+        marks.fetch(bucket, cache)
     assert len(s3.requests("GetObject")) == 1
     assert os.listdir(cache.directory / "incoming") == []
 

@@ -1,8 +1,12 @@
 """The ZODB contract of the storage, where wrappers go wrong (see also the published suites)."""
 
+import contextlib
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transaction
@@ -702,3 +706,27 @@ def test_mappingstorage_keeps_its_own_transactions_blobs(open_storage):
     first = commit(storage, oid, b"one")
     second = commit(storage, oid, b"two", first)
     assert (read(storage, oid, first), read(storage, oid, second)) == (b"one", b"two")
+
+
+def test_a_tid_that_is_given_twice_does_not_cost_the_second_blob(open_storage, s3, bucket_name, monkeypatch):
+    """A base in memory gives a tid again if the clock is set back after an abort, which deletes in the background."""
+    storage = open_storage("<mappingstorage/>")
+    now = time.time()
+    monkeypatch.setattr("ZODB.utils.time", SimpleNamespace(time=lambda: now, gmtime=time.gmtime))
+    txn = begin(storage, p64(1), b"first")
+    storage.tpc_vote(txn)
+    blobs = [key for key in s3.keys(bucket_name) if "/blobs/" in key]
+    s3.misbehave(operation="DeleteObject", hang=True)
+    storage.tpc_abort(txn)
+    s3.wait_for("DeleteObject")
+    txn = begin(storage, p64(1), b"second")
+    with ThreadPoolExecutor(1) as pool:
+        vote = pool.submit(storage.tpc_vote, txn)
+        with contextlib.suppress(AssertionError):  # it must not be stored before the deletion, which would hit it
+            s3.wait_for("PutObject", 2, timeout=1)
+        s3.behave()
+        vote.result(60)
+    storage.tpc_finish(txn)
+    storage.close()  # what is deleted in the background is deleted
+    assert [key for key in s3.keys(bucket_name) if "/blobs/" in key] == blobs  # the tid is the same
+    assert s3.client.get_object(Bucket=bucket_name, Key=blobs[0])["Body"].read() == b"second"

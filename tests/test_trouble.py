@@ -26,7 +26,7 @@ from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import POSKeyError, StorageError
 from ZODB.utils import p64, u64
 
-from zodb_s3blobs.bases import kind_of
+from zodb_s3blobs.bases import adapter_for
 
 DAY = 24 * 3600
 
@@ -491,7 +491,7 @@ def test_a_pack_aborts_an_upload_to_the_key_of_a_blob_once_its_transaction_is_ov
     transaction = object()
     in_flight.add(name, transaction)
     garbage = collector()
-    with kind_of(MappingStorage()).revisions() as revisions:
+    with adapter_for(MappingStorage()).revisions() as revisions:
         garbage.collect(revisions)
         assert len(list(bucket.list_uploads())) == 1
         in_flight.discard([name], transaction)

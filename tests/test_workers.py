@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError, Future, wait
 
 import pytest
 
-from zodb_s3blobs.workers import DaemonPool, Waiting
+from zodb_s3blobs.workers import Completion, DaemonPool
 
 TIMEOUT = 30
 
@@ -215,11 +215,11 @@ print("the end")
     assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")
 
 
-# Waiting
+# Completions
 
 
 def waiting(futures, seconds=TIMEOUT):
-    return Waiting(futures, time.monotonic() + seconds, TimeoutError("too late"))
+    return Completion(futures, time.monotonic() + seconds, TimeoutError("too late"))
 
 
 def test_waiting_is_done_when_all_futures_are():

@@ -41,7 +41,7 @@ def everything_deferred(monkeypatch):
     For servers that are forked from this process, as those of the suite are on Linux.
     """
 
-    class SlowWaiting(workers.Waiting):
+    class SlowCompletion(workers.Completion):
         def __init__(self, futures, *args):
             super().__init__([*futures, _later(Future())], *args)
 
@@ -52,7 +52,7 @@ def everything_deferred(monkeypatch):
 
     monkeypatch.setattr(fetch.Fetcher, "stock_request", fetch.Fetcher.request, raising=False)
     monkeypatch.setattr(fetch.Fetcher, "request", request)
-    monkeypatch.setattr(commit, "Waiting", SlowWaiting)
+    monkeypatch.setattr(commit, "Completion", SlowCompletion)
 
 
 def _later(future, done=None):

@@ -15,7 +15,7 @@ import ZODB.config
 from s3server import S3Server
 from speed import slow
 
-from zodb_s3blobs.garbage import collector as garbage
+from zodb_s3blobs.garbage import scan
 
 # The tests of ZEO 5 import the backport of what is in the standard library.
 sys.modules.setdefault("mock", unittest.mock)
@@ -159,7 +159,7 @@ _CAPABILITY_VERSION_3 = 0x20080522
 @pytest.fixture(autouse=True)
 def the_last_blob_goes(monkeypatch):
     """Let a pack delete dead blobs where nothing lives, as ZODB's tests expect: they store one, and remove it."""
-    monkeypatch.setattr(garbage, "_DELETED_WITHOUT_A_LIVE_ONE", 1000)
+    monkeypatch.setattr(scan, "_DELETED_WITHOUT_A_LIVE_ONE", 1000)
 
 
 @pytest.fixture(autouse=True)

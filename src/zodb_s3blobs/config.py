@@ -21,7 +21,7 @@ import ZConfig.datatypes
 from ZODB.config import BaseConfig
 
 from . import predecessor
-from .bases import kind_of
+from .bases import adapter_for
 from .bases.adapter import UnsuitableBase
 from .blobdir import BlobDirectory, BlobDirectoryError
 from .cache.directory import CacheDirectoryError
@@ -37,8 +37,8 @@ from .monitoring.health import Health
 from .places import Places, PlaceTaken, place_of
 from .s3.bucket import Bucket
 from .s3.client import BucketSettings
-from .s3.errors import MISCONFIGURED, BucketError
-from .storage import Parts, S3BlobStorage
+from .s3.errors import SETTING_FOR_ERROR, BucketError
+from .storage import Components, S3BlobStorage
 from .workers import DaemonPool
 from .zeo import handler as zeo
 
@@ -185,7 +185,7 @@ class S3BlobStorageFactory(BaseConfig):
             base = self.config.base.open()
             undo.callback(base.close)
             try:
-                leave_place = _places.take(place_of(bucket), self._label, kind_of(base))
+                leave_place = _places.take(place_of(bucket), self._label, adapter_for(base))
                 undo.callback(leave_place)
                 storage = _assemble(self.config, base, bucket, fallback, exported, leave_place)
             except UnsuitableBase as error:
@@ -398,7 +398,7 @@ def _check_ca_file(path: str) -> None:
 
 
 def _misconfigured(error: BucketError) -> StartRefused:
-    return _refuse(f"{MISCONFIGURED.get(error.code, 's3blobstorage')}: {error}")
+    return _refuse(f"{SETTING_FOR_ERROR.get(error.code, 's3blobstorage')}: {error}")
 
 
 def _refuse(sentence: str) -> StartRefused:
@@ -413,7 +413,7 @@ def _probe(bucket: Bucket) -> None:
         worker.submit(bucket.probe).result(_PROBE_TIMEOUT)
         logger.info("Bucket %s answered", bucket.name)
     except BucketError as error:
-        if error.code in MISCONFIGURED:
+        if error.code in SETTING_FOR_ERROR:
             raise _misconfigured(error) from None
         logger.error("%s. Starting all the same: objects and cached blobs are served, other blobs fail", error)
     except FutureTimeout:
@@ -448,7 +448,7 @@ def _assemble(
             config.upload_timeout,
             config.s3_stage_threshold,
         )
-        kind = kind_of(base)
+        kind = adapter_for(base)
         lease = Lease(bucket, kind, metrics, exported.name)
         collector = Collector(
             bucket,
@@ -468,7 +468,9 @@ def _assemble(
             leave_place()
             health.close()
 
-        storage = S3BlobStorage(base, Parts(bucket, cache, fetcher, uploads, lease, collector, exported, close_watch))
+        storage = S3BlobStorage(
+            base, Components(bucket, cache, fetcher, uploads, lease, collector, exported, close_watch)
+        )
     except BaseException:
         cache.close()
         raise

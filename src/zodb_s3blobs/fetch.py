@@ -8,6 +8,7 @@ from typing import NamedTuple
 from .blobdir import BlobDirectory
 from .cache.files import Cache, Pin
 from .metrics import Metrics
+from .revision import Revision
 from .s3.bucket import Bucket
 from .s3.download import Opened, Target
 from .s3.errors import BlobNotFound, BucketError
@@ -40,16 +41,18 @@ class Fetcher:
         self._workers = DaemonPool(concurrency, "s3blobs download")
         self._large = DaemonPool(concurrency, "s3blobs large download")
         self._lock = threading.Lock()
-        self._waiting: dict[tuple[bytes, bytes], list[_Reader]] = {}
+        self._waiting: dict[Revision, list[_Reader]] = {}
 
-    def request(self, oid: bytes, tid: bytes) -> "Future[Pin]":
+    def request(self, oid: bytes, tid: bytes, source: bytes | None = None) -> "Future[Pin]":
         """The blob's complete and verified file, pinned in the cache; on a hit the future is done already.
 
         Does not wait. The future fails with `BlobNotFound` if neither the bucket nor the fallback has such a blob,
         `BucketError` if S3 does not answer as it should, `BlobDirectoryError` if the fallback cannot be read, and
         `CacheError` if the file cannot be written. Whoever asks must release the pin.
+
+        ``source``: the tid of another revision with the same blob, which is read instead.
         """
-        name = oid, tid
+        name = Revision(oid, tid)
         reader = _Reader(Future(), time.monotonic())
         self._metrics.cache_requests.inc()
         with self._lock:
@@ -62,7 +65,7 @@ class Fetcher:
                 self._metrics.download_waits.inc()
                 self._waiting[name].append(reader)
             else:
-                self._workers.submit(self._begin, name)
+                self._workers.submit(self._begin, name, source or tid)
                 self._waiting[name] = [reader]
         return reader.future
 
@@ -80,24 +83,24 @@ class Fetcher:
         self._workers.shutdown(wait=False)
         self._large.shutdown(wait=False)
 
-    def _begin(self, name: tuple[bytes, bytes]) -> None:
+    def _begin(self, name: Revision, source: bytes) -> None:
         """Ask for the blob, which tells its size; leave a large one to another thread."""
         try:
-            opened = self._bucket.open(*name)
+            opened = self._bucket.open(name[0], source)
         except Exception as error:
-            self._finish(name, error)
+            self._finish(name, source, error)
             return
         if opened.stored.size <= _SMALL:
-            self._finish(name, opened)
+            self._finish(name, source, opened)
         elif self._large.has_free_thread:
-            self._large.submit(self._finish, name, opened)
+            self._large.submit(self._finish, name, source, opened)
         else:
             opened.close()  # rather than to keep the service waiting until there is one
-            self._large.submit(self._finish, name, None)
+            self._large.submit(self._finish, name, source, None)
 
-    def _finish(self, name: tuple[bytes, bytes], begun: "Opened | Exception | None") -> None:
+    def _finish(self, name: Revision, source: bytes, begun: "Opened | Exception | None") -> None:
         try:
-            pin = self._download(*name, begun)
+            pin = self._download(*name, source, begun)
         except BaseException as error:
             for reader in self._end(name):
                 self._metrics.load_duration.labels("error").observe(time.monotonic() - reader.asked)
@@ -111,15 +114,15 @@ class Fetcher:
             for reader, again in zip(others, pins, strict=True):
                 self._answer(reader, again, "miss")
 
-    def _end(self, name: tuple[bytes, bytes]) -> "list[_Reader]":
+    def _end(self, name: Revision) -> "list[_Reader]":
         with self._lock:  # from here on nobody joins
             return self._waiting.pop(name)
 
-    def _download(self, oid: bytes, tid: bytes, begun: "Opened | Exception | None") -> Pin:
+    def _download(self, oid: bytes, tid: bytes, source: bytes, begun: "Opened | Exception | None") -> Pin:
         file = None
         try:
             file = self._cache.new_file()
-            if not get(self._bucket, self._fallback, oid, tid, file, begun):
+            if not get(self._bucket, self._fallback, oid, source, file, begun):
                 self._metrics.fallback_reads.inc()
             file.sync()
             return file.publish(oid, tid)

@@ -34,7 +34,7 @@ from ZODB.utils import p64, tid_repr, u64, z64
 from .errors import S3BlobsError
 from .metrics import Metrics
 from .s3.bucket import Bucket
-from .s3.control import Note
+from .s3.control import ControlObject
 from .s3.errors import BucketError
 
 logger = logging.getLogger(__name__)
@@ -123,24 +123,24 @@ class Lease:
         elapsed = max(time.monotonic() - renewed[0], time.time() - renewed[1])
         return elapsed < _TRUSTED_FOR
 
-    def check(self) -> None:
+    def require(self) -> None:
         """Raise NotOwner unless it is held. Does not wait."""
         if not self.is_held():
             raise NotOwner(self._reason())
 
-    def confirm(self) -> None:
+    def renew_now(self) -> None:
         """Renew it now. Waits for S3; raises NotOwner if another server holds it, BucketError if S3 fails."""
         self._renew()
-        self.check()
+        self.require()
 
-    def look(self) -> None:
-        """Look whether it still is ours. Waits for S3; raises as `confirm` does."""
+    def verify(self) -> None:
+        """Look whether it still is ours. Waits for S3; raises as `renew_now` does."""
         with self._lock:
             note = self._bucket.read_owner()
             claim = Claim.of(note)
             if note is None or not (self._is_ours(claim) or claim.owner == self._predecessor != ""):
                 self._lost_to(note, _not_any_more(claim))
-        self.check()
+        self.require()
 
     @property
     def is_on_probation(self) -> bool:
@@ -217,11 +217,11 @@ class Lease:
                 self._renewed = before
                 self.claimed = {theirs.tid}
                 self._on_probation = self._taken != "" and written.now < _moment(self._taken) + PROBATION
-                self._tell(None)
+                self._report(None)
 
-    def _lost_to(self, note: Note | None, refusal: str) -> None:
+    def _lost_to(self, note: ControlObject | None, refusal: str) -> None:
         self._renewed = None
-        self._tell(
+        self._report(
             f"bucket {self._bucket.name} with this s3-prefix belongs to {Claim.of(note)}, as "
             f"{self._bucket.keys.owner} says. {refusal}"
         )
@@ -230,7 +230,7 @@ class Lease:
         # That of all servers of a database; and our own, if the database says something else since: it was restarted.
         return claim.owner == self._owner or (self._database.shared and claim.database == self._identity)
 
-    def _tell(self, refusal: str | None) -> None:
+    def _report(self, refusal: str | None) -> None:
         before, self._refusal = self._refusal, refusal
         if refusal is not None and refusal != before:
             logger.critical("%s. Blobs are stored and served, but this server deletes none", refusal)
@@ -263,12 +263,12 @@ def claim_of(
     return json.dumps(asdict(claim), indent=2).encode()
 
 
-def is_alive(note: Note) -> bool:
+def is_alive(note: ControlObject) -> bool:
     """Return whether the server that wrote ``note`` may still be running."""
     return not Claim.of(note).stopped and note.age <= STALE_AFTER
 
 
-def why_not(note: Note, identity: str, database: Database, owner: str = "") -> str | None:
+def why_not(note: ControlObject, identity: str, database: Database, owner: str = "") -> str | None:
     """Return why the ``database`` with that ``identity`` may not take the prefix that ``note`` claims; None if it may.
 
     ``owner``: what the server calls itself.
@@ -352,7 +352,7 @@ class Claim:
     taken: str
 
     @classmethod
-    def of(cls, note: Note | None) -> "Claim":
+    def of(cls, note: ControlObject | None) -> "Claim":
         """Return what ``note`` says; none claims nothing."""
         return cls.read(note.data if note is not None else b"")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from .bases.adapter import Kind
+from .bases.adapter import BaseAdapter
 from .errors import S3BlobsError
 from .s3.bucket import Bucket
 
@@ -22,7 +22,7 @@ class PlaceTaken(S3BlobsError):
 class _Holder:
     place: Place
     label: str
-    kind: Kind
+    kind: BaseAdapter
 
     def may_share_with(self, other: "_Holder") -> bool:
         """Return whether both are one database that several storages can have open."""
@@ -36,7 +36,7 @@ class Places:
         self._lock = threading.Lock()
         self._holders: list[_Holder] = []
 
-    def take(self, place: Place, label: str, kind: Kind) -> Callable[[], None]:
+    def take(self, place: Place, label: str, kind: BaseAdapter) -> Callable[[], None]:
         """Take the ``place`` for the section ``label`` with a base of this ``kind``; return what gives it back.
 
         Raises PlaceTaken. May wait for a database server where two sections with RelStorage meet.

@@ -18,7 +18,7 @@ from .metrics import Metrics
 from .s3.bucket import Bucket
 from .s3.errors import BucketError, TransferCancelled
 from .s3.listing import ListedStaged
-from .workers import DaemonPool, Waiting
+from .workers import Completion, DaemonPool
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +86,13 @@ class Staging:
             self._staged[filename] = staged
             staged.uploaded = self._workers.submit(self._upload, staged)
 
-    def waiting(self, filenames: Iterable[str]) -> Waiting | None:
+    def waiting(self, filenames: Iterable[str]) -> Completion | None:
         """What to wait for until those of ``filenames`` that have been staged are in the bucket; None if none has."""
         with self._lock:
             staged = [self._staged[filename] for filename in filenames if filename in self._staged]
         if not staged:
             return None
-        return Waiting(
+        return Completion(
             [one.uploaded for one in staged],
             min(one.deadline for one in staged),
             BucketError(

@@ -110,17 +110,17 @@ def in_parallel(work: Callable[[T], R], items: Iterable[T], threads: int) -> Gen
         pool.shutdown(wait=patient, cancel_futures=True)
 
 
-class Waiting:
+class Completion:
     """For futures, until a deadline.
 
     ``done`` is done when all ``futures`` are, or the first of them has failed; ``deadline`` is a reading of
-    `time.monotonic`, after which the error is ``too_late``. Any thread may call.
+    `time.monotonic`, after which the error is ``timeout_error``. Any thread may call.
     """
 
-    def __init__(self, futures: list[Future], deadline: float, too_late: Exception) -> None:
+    def __init__(self, futures: list[Future], deadline: float, timeout_error: Exception) -> None:
         self.done: Future[None] = Future()
         self._deadline = deadline
-        self._too_late = too_late
+        self._timeout_error = timeout_error
         self._left = len(futures)
         self._lock = threading.Lock()
         if not futures:
@@ -144,14 +144,14 @@ class Waiting:
         """Until the deadline; never negative."""
         return max(0.0, self._deadline - time.monotonic())
 
-    def has_succeeded(self) -> bool:
+    def succeeded(self) -> bool:
         """Whether the end has come, and is a good one."""
         return self.done.done() and self.done.exception() is None
 
     def check(self) -> None:
-        """Without waiting: raise what failed, or ``too_late`` if the end has not come yet."""
+        """Without waiting: raise what failed, or ``timeout_error`` if the end has not come yet."""
         if not self.done.done():
-            raise self._too_late
+            raise self._timeout_error
         self.done.result()
 
     def wait(self) -> None:

@@ -32,7 +32,7 @@ from ZODB.tests.MinPO import MinPO
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import p64, u64
 
-from zodb_s3blobs.bases import kind_of
+from zodb_s3blobs.bases import adapter_for
 from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.garbage import collector as garbage
 from zodb_s3blobs.garbage.collector import Collector
@@ -168,7 +168,7 @@ def new_collector(directory, names, retention):
     lease = SimpleNamespace(confirm=lambda: None, check=lambda: None, look=lambda: None, is_on_probation=False)
     staging = SimpleNamespace(sweep=lambda: 0, abandoned_after=DAY)
     parts = bucket, cache, InFlight(), staging, lease, Metrics(), retention, 100, Identity(None)
-    with kind_of(base).revisions() as revisions:
+    with adapter_for(base).revisions() as revisions:
         yield Collector(*parts), bucket, revisions
     base.close()
     cache.close()
@@ -176,7 +176,7 @@ def new_collector(directory, names, retention):
 
 def collect_from_a_fake_bucket(directory, names, retention, row):
     """In a process of its own, so that it begins small; without pauses, which would be many times as long."""
-    garbage._REST = 0
+    garbage._RESTS = 0, 0
     directory = Path(directory)
     with new_collector(directory, names, retention) as (collector, bucket, revisions):
         with Peak() as peak:

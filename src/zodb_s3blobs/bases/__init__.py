@@ -12,10 +12,10 @@ from ZODB.DemoStorage import DemoStorage
 from ZODB.interfaces import IBlobStorage
 from ZODB.MappingStorage import MappingStorage
 
-from .adapter import Kind, UnsuitableBase, innermost
+from .adapter import BaseAdapter, UnsuitableBase, innermost
 
 
-def kind_of(base: Any) -> Kind:
+def adapter_for(base: Any) -> BaseAdapter:
     """Return the adapter for the storage ``base``.
 
     Raises `UnsuitableBase` if it cannot tell the tid of a transaction in time, or stores blobs itself.
@@ -29,9 +29,9 @@ def kind_of(base: Any) -> Kind:
             f"{name} stores blobs itself already: remove blob-dir from its section, or the s3blobstorage around it"
         )
     if relational:
-        from .relstorage import RelStorageKind  # it need not be installed
+        from .relstorage import RelStorageAdapter  # it need not be installed
 
-        return RelStorageKind(base, inside)
+        return RelStorageAdapter(base, inside)
     holder = _tid_holder(inside)
     if holder is None:
         raise UnsuitableBase(
@@ -39,7 +39,7 @@ def kind_of(base: Any) -> Kind:
             f"the blobs in the bucket: use a filestorage, mappingstorage, demostorage or relstorage, or a wrapper of "
             f"one"
         )
-    return Kind(base, holder)
+    return BaseAdapter(base, holder)
 
 
 def _stores_blobs(storage: Any) -> bool:

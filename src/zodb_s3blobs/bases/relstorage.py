@@ -23,10 +23,10 @@ from relstorage.adapters.sqlite.adapter import Sqlite3Adapter
 from relstorage.blobhelper import NoBlobHelper
 from relstorage.storage.copy import Copy
 from ZODB.POSException import POSKeyError, StorageTransactionError
-from ZODB.utils import p64, u64
+from ZODB.utils import maxtid, p64, u64
 
 from ..boot_id import boot_id
-from .adapter import Busy, Kind, Revisions, UnsuitableBase, loadable_one_by_one
+from .adapter import BaseAdapter, DatabaseBusy, DatabaseView, UnsuitableBase, loadable_one_by_one
 
 #: The least version of RelStorage, and the first one that has not been tested.
 TESTED = (4, 0), (4, 4)
@@ -38,7 +38,7 @@ _PATIENCE = 60.0
 _LOCK = "1395868226, 1"
 
 
-class RelStorageKind(Kind):
+class RelStorageAdapter(BaseAdapter):
     """``holder`` is the RelStorage itself, ``storage`` possibly a wrapper of it. Raises `bases.UnsuitableBase`."""
 
     shared = True
@@ -61,13 +61,13 @@ class RelStorageKind(Kind):
                 "s3blobstorage can wrap a relstorage with sqlite3 or postgresql: it does not know yet what tells one "
                 "database of another kind from its copies"
             )
-        if not isinstance(relstorage.blobhelper, _TidTeller):  # a new instance has it already
-            relstorage.blobhelper = _TidTeller()
+        if not isinstance(relstorage.blobhelper, _TidBlobHelper):  # a new instance has it already
+            relstorage.blobhelper = _TidBlobHelper()
 
     def committing_tid(self) -> bytes | None:
         return self._relstorage.blobhelper.tid
 
-    def expect_blobs(self) -> None:
+    def mark_has_blobs(self) -> None:
         # The way that RelStorage's own `storeBlob` takes; it makes the helper part of the transaction.
         self._relstorage._tpc_phase.shared_state.blobhelper.txn_has_blobs = True
 
@@ -97,12 +97,12 @@ class RelStorageKind(Kind):
         )
 
     @contextmanager
-    def revisions(self) -> Iterator[Revisions]:
+    def revisions(self) -> Iterator[DatabaseView]:
         # Not the kind of connection that objects are loaded with: that may be to a replica, which lags.
         adapter = self._relstorage._adapter.new_instance()
         connection = StoreConnection(adapter.connmanager)
         try:
-            yield _Stored(adapter, connection, self._database)
+            yield SqlView(adapter, connection, self._database)
         finally:
             connection.drop()
             adapter.release()
@@ -130,7 +130,7 @@ def _lasting(identity: str) -> str:
     return re.sub(r"(?<=PostgreSQL )started [^,]+, |(?<=SQLite )on [^,]+, ", "", identity)
 
 
-class _TidTeller(NoBlobHelper):
+class _TidBlobHelper(NoBlobHelper):
     """RelStorage's blob helper of one instance: stores nothing, and learns the tid of each transaction with blobs."""
 
     NEEDS_DB_LOCK_TO_VOTE = True
@@ -141,7 +141,7 @@ class _TidTeller(NoBlobHelper):
     #: What the last undo of this transaction went back to: numbers of oid and tid.
     undone: list[tuple[int, int]] = []  # noqa: RUF012 (never changed, only replaced)
 
-    def new_instance(self, adapter: Any) -> "_TidTeller":
+    def new_instance(self, adapter: Any) -> "_TidBlobHelper":
         return type(self)()
 
     def begin(self) -> None:
@@ -158,8 +158,8 @@ class _TidTeller(NoBlobHelper):
         self.undone, self.tid = copied, tid
 
 
-class _Stored:
-    """The `Revisions` that are in the database."""
+class SqlView:
+    """The `DatabaseView` that are in the database."""
 
     shared = True
 
@@ -188,6 +188,16 @@ class _Stored:
         state, _ = self._adapter.mover.load_current(self._cursor(), u64(oid))
         return bool(state)
 
+    def tids(self, oid: bytes, pause: Callable[[], None] = lambda: None) -> set[bytes]:
+        tids: set[bytes] = set()
+        before: int | None = u64(maxtid)
+        while before is not None:
+            state, before = self._adapter.mover.load_before(self._cursor(), u64(oid), before)
+            if state:  # where the creation of the object has been undone, there is none
+                tids.add(p64(before))
+            pause()
+        return tids
+
     def no_restores(self) -> AbstractContextManager[None]:
         return _excluding(
             self._database.try_lock,
@@ -203,7 +213,7 @@ def _excluding(try_lock: Callable[[], AbstractContextManager[bool]], refusal: st
         while not stack.enter_context(try_lock()):
             stack.close()
             if time.monotonic() > deadline:
-                raise Busy(refusal)
+                raise DatabaseBusy(refusal)
             time.sleep(0.05)
         yield
 

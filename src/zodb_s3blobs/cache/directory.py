@@ -23,7 +23,7 @@ from .. import predecessor
 from ..errors import S3BlobsError
 from ..metrics import Metrics
 from ..openfiles import RAISE_THEIR_NUMBER, TOO_MANY_FILES
-from .index import Name
+from ..revision import Revision
 
 logger = logging.getLogger(__name__)
 
@@ -125,11 +125,11 @@ class CacheDirectory:
         """Give up the directory. Files stay."""
         self._lock_file.close()
 
-    def file(self, name: Name) -> str:
+    def file(self, name: Revision) -> str:
         """Return where the blob's file is if it is in the cache."""
         return path_in(self.path, *name)
 
-    def found(self) -> list[tuple[Name, int]]:
+    def found(self) -> list[tuple[Revision, int]]:
         """Return the files of earlier runs with their sizes, the least recently used first."""
         found = []
         for folder in self._entries(self._blobs):
@@ -156,7 +156,7 @@ class CacheDirectory:
             self._metrics.cache_errors.labels("read").inc()
             logger.error("Cannot read %s: %s; what is in it does not count towards cache-size", directory, error)
 
-    def size_of(self, name: Name) -> int | None:
+    def size_of(self, name: Revision) -> int | None:
         """Return the bytes of the blob's file, None if it cannot be read or is none; what a link leads to is none."""
         path = self.file(name)
         try:
@@ -177,7 +177,7 @@ class CacheDirectory:
         except OSError:
             pass  # read-only by now: only the order after the next start suffers
 
-    def last_use(self, name: Name) -> float:
+    def last_use(self, name: Revision) -> float:
         """Return when the file was last used, in seconds since 1970; 0 if it is not there."""
         try:
             return os.stat(self.file(name)).st_mtime
@@ -188,13 +188,13 @@ class CacheDirectory:
         """Give ``filename`` the mode of files in the cache."""
         os.chmod(filename, self._file_mode)
 
-    def move_in(self, filename: str, name: Name) -> None:
+    def move_in(self, filename: str, name: Revision) -> None:
         """Make ``filename`` the blob's file."""
         path = self.file(name)
         os.makedirs(os.path.dirname(path), mode=self._mode, exist_ok=True)
         os.replace(filename, path)
 
-    def delete(self, name: Name) -> None:
+    def delete(self, name: Revision) -> None:
         """Delete the blob's file, if it is there; never raises."""
         path = self.file(name)
         try:
@@ -205,7 +205,7 @@ class CacheDirectory:
             self._metrics.cache_errors.labels("delete").inc()
             logger.error("Cannot evict %s from the cache: %s", path, error)
 
-    def tidy(self, name: Name) -> None:
+    def tidy(self, name: Revision) -> None:
         """Delete the folder that the blob's file was in, if it is empty."""
         try:
             os.rmdir(os.path.dirname(self.file(name)))
@@ -225,10 +225,10 @@ class CacheDirectory:
             raise CacheError(f"Cannot write to cache-dir {self.path}: {error.strerror}; {advice}") from error
 
 
-def _parse(filename: str) -> Name | None:
+def _parse(filename: str) -> Revision | None:
     parts = filename.split(".")
     try:
         oid, tid = bytes.fromhex(parts[0]), bytes.fromhex(parts[1])
     except (ValueError, IndexError):
         return None
-    return (oid, tid) if parts[2:] == ["blob"] and len(oid) == len(tid) == 8 else None
+    return Revision(oid, tid) if parts[2:] == ["blob"] and len(oid) == len(tid) == 8 else None

@@ -19,15 +19,16 @@ from typing import TypeVar
 from ZODB.blob import rename_or_copy_blob
 
 from ..metrics import Metrics
+from ..revision import Revision
 from .directory import FULL, CacheDirectory, CacheError
-from .index import Entry, LruIndex, Name
+from .index import Entry, LruIndex
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 #: How long, in seconds, a file whose path was handed out stays, so that whoever asked can open it.
-LEASE = 10.0
+GRACE = 10.0
 
 #: How many files one call evicts at most, so that it does not hold up the event loop.
 _EVICTED_AT_ONCE = 50
@@ -36,7 +37,7 @@ _EVICTED_AT_ONCE = 50
 class Pin:
     """A cached file that is not evicted before `release`; a context manager that gives its path."""
 
-    def __init__(self, cache: "Cache", name: Name, path: str, entry: Entry) -> None:
+    def __init__(self, cache: "Cache", name: Revision, path: str, entry: Entry) -> None:
         self.path = path
         self._cache = cache
         self._name = name
@@ -65,9 +66,9 @@ class Pin:
         assert self._entry is not None
         return self._cache._pin_again(self._name, self.path, self._entry)
 
-    def lease(self) -> str:
-        """The path; the file stays `LEASE` seconds from now."""
-        self._cache._lease(self.again())
+    def release_later(self) -> str:
+        """Release the pin `GRACE` seconds from now; return the path."""
+        self._cache._release_later(self.again())
         self.release()
         return self.path
 
@@ -103,7 +104,7 @@ class Incoming:
     def publish(self, oid: bytes, tid: bytes) -> Pin:
         """Make it the blob's file in the cache; returns that, pinned. The file must be complete and synced."""
         with self._cache.writing():
-            return self._cache._publish((oid, tid), self.path)
+            return self._cache._publish(Revision(oid, tid), self.path)
 
     def discard(self) -> None:
         """Delete it, if it is still there; never raises."""
@@ -133,8 +134,8 @@ class Cache:
         self._lock = threading.RLock()
         self._index = LruIndex(limit)
         self._evicting = False  # whether a thread is evicting what one call did not
-        self._leases: deque[tuple[float, Pin]] = deque()
-        self._lease_timer_runs = False
+        self._due: deque[tuple[float, Pin]] = deque()
+        self._timer_runs = False
         self._read = threading.Event()
         self._closed = False
         metrics.cache_limit.set(limit)
@@ -168,11 +169,11 @@ class Cache:
 
     def path(self, oid: bytes, tid: bytes) -> str:
         """Return where the blob's file is if it is in the cache."""
-        return self._folder.file((oid, tid))
+        return self._folder.file(Revision(oid, tid))
 
     def get(self, oid: bytes, tid: bytes) -> Pin | None:
         """Return the blob's file, pinned, or None if it is not in the cache."""
-        name = oid, tid
+        name = Revision(oid, tid)
         with self._lock:
             size = self._folder.size_of(name)
             if size is None:
@@ -224,7 +225,7 @@ class Cache:
     def remove(self, oid: bytes, tid: bytes) -> None:
         """Drop a blob that is dead; it is no error if it is not there."""
         with self._lock:
-            self._remove((oid, tid))
+            self._remove(Revision(oid, tid))
 
     @property
     def size(self) -> int:
@@ -246,10 +247,10 @@ class Cache:
 
     # Pins
 
-    def _pin(self, name: Name) -> Pin:
+    def _pin(self, name: Revision) -> Pin:
         return Pin(self, name, self._folder.file(name), self._index.pin(name))
 
-    def _unpin(self, name: Name, entry: Entry) -> None:
+    def _unpin(self, name: Revision, entry: Entry) -> None:
         with self._lock:
             if not self._index.unpin(name, entry):
                 return
@@ -259,35 +260,35 @@ class Cache:
             else:
                 self._evict()
 
-    def _pin_again(self, name: Name, path: str, entry: Entry) -> Pin:
+    def _pin_again(self, name: Revision, path: str, entry: Entry) -> Pin:
         with self._lock:
             entry.pins += 1
         return Pin(self, name, path, entry)
 
-    def _lease(self, pin: Pin) -> None:
+    def _release_later(self, pin: Pin) -> None:
         with self._lock:
-            self._leases.append((time.monotonic() + LEASE, pin))
-            if not self._lease_timer_runs:
-                self._lease_timer_runs = True
-                self._start_timer(LEASE)
+            self._due.append((time.monotonic() + GRACE, pin))
+            if not self._timer_runs:
+                self._timer_runs = True
+                self._start_timer(GRACE)
 
     def _start_timer(self, seconds: float) -> None:
-        timer = threading.Timer(seconds, self._end_leases)
+        timer = threading.Timer(seconds, self._release_due)
         timer.daemon = True
         timer.start()
 
-    def _end_leases(self) -> None:
+    def _release_due(self) -> None:
         now = time.monotonic()
         with self._lock:  # to the end, so that no later timer can overtake and let younger files go first
-            while self._leases and self._leases[0][0] <= now:
-                self._leases.popleft()[1].release()
-            self._lease_timer_runs = bool(self._leases)
-            if self._leases:
-                self._start_timer(self._leases[0][0] - now)
+            while self._due and self._due[0][0] <= now:
+                self._due.popleft()[1].release()
+            self._timer_runs = bool(self._due)
+            if self._due:
+                self._start_timer(self._due[0][0] - now)
 
     # Publication and eviction
 
-    def _publish(self, name: Name, filename: str) -> Pin:
+    def _publish(self, name: Revision, filename: str) -> Pin:
         with self._lock:
             if self._closed:
                 raise CacheError(f"The cache in {self.directory} has been closed")
@@ -349,12 +350,12 @@ class Cache:
         # After the end, the directory may belong to another process.
         return not self._closed and self._index.is_over_limit()
 
-    def _evict_one(self, name: Name, size: int) -> None:
+    def _evict_one(self, name: Revision, size: int) -> None:
         self._metrics.cache_evictions.inc()
         self._metrics.cache_evicted_bytes.inc(size)
         self._remove(name)
 
-    def _remove(self, name: Name) -> None:
+    def _remove(self, name: Revision) -> None:
         self._folder.delete(name)
         self._index.remove(name)
         self._folder.tidy(name)

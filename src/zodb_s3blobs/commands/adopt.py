@@ -14,15 +14,15 @@ from contextlib import closing
 from datetime import datetime
 from typing import Any
 
-from ..bases import kind_of
-from ..bases.adapter import Kind
+from ..bases import adapter_for
+from ..bases.adapter import BaseAdapter
 from ..database import zeoconf
-from ..garbage.collector import scan_beside_a_server
+from ..garbage.scan import scan_beside_a_server
 from ..lease import FORMAT, Claim, NotOwner, claim_of, is_alive, why_not
 from ..metrics import Metrics
 from ..progress import showing
 from ..s3.bucket import Bucket
-from ..s3.control import Note
+from ..s3.control import ControlObject
 from . import common
 
 
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _adopt(arguments: argparse.Namespace) -> int:
     served = zeoconf.find(arguments.configure, arguments.storage)
     with closing(served.open_read_only()) as storage, closing(served.section.open_bucket(Metrics())) as bucket:
-        kind = kind_of(storage)
+        kind = adapter_for(storage)
         note = bucket.read_owner()
         refusal = why_not(note, kind.own_identity.read() or "", kind) if note is not None else None
         if note is None or refusal is None:
@@ -56,12 +56,12 @@ def _adopt(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             _show(found)
         if not arguments.yes and not _is_meant():
-            return _say(arguments, bucket, "Nothing was changed.", status=common.FAILED)
+            return _say(arguments, bucket, "Nothing was changed.", status=common.EXIT_ERROR)
         take_prefix(kind, bucket, note, arguments.storage or served.section.name or "1")
     return _say(arguments, bucket, "The prefix belongs to this database now. Packs delete nothing for a week.", found)
 
 
-def _look(kind: Kind, storage: Any, bucket: Bucket, note: Note) -> dict[str, Any]:
+def _look(kind: BaseAdapter, storage: Any, bucket: Bucket, note: ControlObject) -> dict[str, Any]:
     claim = Claim.of(note)
     scan = scan_beside_a_server(storage, bucket, 0)
     with showing("Listing the bucket", "objects") as progress:
@@ -97,7 +97,7 @@ def _is_meant() -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def take_prefix(kind: Kind, bucket: Bucket, note: Note, storage: str) -> None:
+def take_prefix(kind: BaseAdapter, bucket: Bucket, note: ControlObject, storage: str) -> None:
     """Have owner.json of ``bucket``, which says ``note`` now, say that the prefix belongs to the database of ``kind``.
 
     ``storage``: its name. Waits for S3; raises BucketError, and NotOwner if somebody else wrote it meanwhile.
@@ -115,7 +115,7 @@ def _say(
     bucket: Bucket,
     sentence: str,
     found: dict[str, Any] | None = None,
-    status: int = common.WELL,
+    status: int = common.EXIT_OK,
 ) -> int:
     if arguments.json:
         print(json.dumps({**(found or {"bucket": bucket.name}), "result": sentence}, indent=1))

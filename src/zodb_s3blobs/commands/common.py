@@ -14,7 +14,7 @@ from typing import Any
 
 from ZODB.POSException import StorageError
 
-from ..bases import kind_of
+from ..bases import adapter_for
 from ..cache.directory import CacheDirectoryError
 from ..config import StartRefused
 from ..errors import S3BlobsError
@@ -24,12 +24,12 @@ from ..s3.bucket import Bucket
 logger = logging.getLogger(__name__)
 
 # The exit statuses; 2 is argparse's.
-WELL = 0
-FAILED = 1  # the work could not be done
-DAMAGED = 3  # blobs are missing or damaged, or could not be copied
-GARBAGE = 4  # nothing worse than dead objects was found
-UNPROVEN = 5  # blobs carry no SHA-256 in the bucket
-FALLBACK = 6  # blobs are in fallback-blob-dir alone
+EXIT_OK = 0
+EXIT_ERROR = 1  # the work could not be done
+EXIT_DAMAGED = 3  # blobs are missing or damaged, or could not be copied
+EXIT_GARBAGE = 4  # nothing worse than dead objects was found
+EXIT_UNPROVEN = 5  # blobs carry no SHA-256 in the bucket
+FALLBACK = 6  # the bucket lacks blobs that clients can read all the same
 
 #: What the system says of a directory that takes no more.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -40,7 +40,7 @@ def check_owner(bucket: Bucket, storage: Any, must_be_ours: bool = False) -> boo
 
     Raises NotOwner instead if it is not and ``must_be_ours``; BucketError.
     """
-    kind = kind_of(storage)
+    kind = adapter_for(storage)
     found = standing(bucket, kind, kind.own_identity.read())
     if must_be_ours and not found.is_ours:
         raise NotOwner(found.whose)
@@ -71,16 +71,16 @@ def run(name: str, work: Callable[[], int], level: int = logging.INFO) -> int:
     except BrokenPipeError:
         raise
     except StartRefused:
-        return FAILED  # its sentence has been logged
+        return EXIT_ERROR  # its sentence has been logged
     except sqlite3.Error as error:  # the only database of ours is a temporary file
         complain(name, _of_temporary(_directory_of_sqlite(), str(error)))
-        return FAILED
+        return EXIT_ERROR
     except (OSError, CacheDirectoryError) as error:
         complain(name, _of_machine(error))
-        return FAILED
+        return EXIT_ERROR
     except (S3BlobsError, StorageError) as error:
         complain(name, str(error))
-        return FAILED
+        return EXIT_ERROR
     except KeyboardInterrupt:
         complain(name, "interrupted; the same command goes on where this one stopped")
         return 130

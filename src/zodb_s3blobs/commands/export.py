@@ -20,7 +20,7 @@ from ..database.blob_index import Named
 from ..database.survey import Outcome, Report, Survey, failure
 from ..metrics import Metrics
 from ..s3.bucket import Bucket
-from ..s3.errors import BlobNotFound, BucketError, Different
+from ..s3.errors import BlobMismatch, BlobNotFound, BucketError
 from . import common
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,8 @@ def _export(arguments: argparse.Namespace) -> int:
     report.show(_MEANINGS, _verdict(report, directory), arguments.json)
     if report.early_end:
         common.complain("export", report.early_end)
-        return common.FAILED
-    return common.DAMAGED if report.troubles else common.WELL
+        return common.EXIT_ERROR
+    return common.EXIT_DAMAGED if report.troubles else common.EXIT_OK
 
 
 def _verdict(report: Report, directory: BlobDirectory) -> str:
@@ -110,7 +110,7 @@ def _is_right(blob: Named, path: str, bucket: Bucket) -> bool:
     """Return whether the file at ``path`` is the blob, as far as the bucket can tell."""
     try:
         bucket.find(blob.oid, blob.tid, path)  # where it has none, the directory is the only one to have it
-    except Different:
+    except BlobMismatch:
         logger.warning("%s is not what the bucket has, and is replaced", path)
         return False
     except OSError as error:

@@ -13,7 +13,8 @@ from typing import Any
 import zc.lockfile
 
 from ..database import zeoconf
-from ..garbage.collector import abandoned_uploads, scan_beside_a_server
+from ..garbage.leftovers import abandoned_uploads
+from ..garbage.scan import scan_beside_a_server
 from ..metrics import Metrics
 from ..staging import abandoned, abandoned_after
 from . import common
@@ -37,7 +38,7 @@ def _gc(arguments: argparse.Namespace) -> int:
     else:
         deleted = _collect(served)
         print(json.dumps({"deleted_objects": deleted}) if arguments.json else f"{deleted} dead blobs were deleted.")
-    return common.WELL
+    return common.EXIT_OK
 
 
 def _collect(served: zeoconf.Served) -> int:

@@ -20,7 +20,7 @@ from ..database.survey import Outcome, Report, Survey, failure
 from ..metrics import Metrics
 from ..progress import showing
 from ..s3.bucket import Bucket
-from ..s3.errors import BlobNotFound, BucketError, Damaged, Different
+from ..s3.errors import BlobDamaged, BlobMismatch, BlobNotFound, BucketError
 from . import common
 
 _MEANINGS = {
@@ -76,10 +76,10 @@ def _migrate(arguments: argparse.Namespace) -> int:
     report.show(_MEANINGS, _verdict(report), arguments.json)
     if report.early_end:
         common.complain("migrate", report.early_end)
-        return common.FAILED
+        return common.EXIT_ERROR
     if report.troubles:
-        return common.DAMAGED
-    return common.UNPROVEN if report.objects["unproven"] else common.WELL
+        return common.EXIT_DAMAGED
+    return common.EXIT_UNPROVEN if report.objects["unproven"] else common.EXIT_OK
 
 
 def _look_for_others(source: BlobDirectory, inventory: Inventory, report: Report) -> None:
@@ -117,13 +117,13 @@ def _move(blob: Named, source: BlobDirectory, bucket: Bucket) -> Outcome:
     try:
         size = os.path.getsize(path)
         return Outcome(oid, tid, _store(blob, path, bucket), size)
-    except Different:
+    except BlobMismatch:
         trouble = (
             f"{key} in bucket {bucket.name} and {path} differ: the object or the file is damaged, or another database "
             f"uses this s3-prefix. Both were left as they are: delete the object, or replace the file, and run it again"
         )
         return Outcome(oid, tid, "different", size, trouble)
-    except Damaged as error:
+    except BlobDamaged as error:
         trouble = f"{error}. {path} is what the service says of the object: delete the object, and run it again"
         return Outcome(oid, tid, "different", size, trouble)
     except BucketError as error:
@@ -139,7 +139,7 @@ def _move(blob: Named, source: BlobDirectory, bucket: Bucket) -> Outcome:
 def _store(blob: Named, path: str, bucket: Bucket) -> str:
     """Make the file at ``path`` the object of ``blob``, unless it is that already; return the word for what was done.
 
-    Raises Different if the object has other bytes, Damaged, BucketError, BlobNotFound, and the OSErrors of the file.
+    Raises BlobMismatch if the object has other bytes, BlobDamaged, BucketError, BlobNotFound, and OSErrors of the file.
     """
     oid, tid = blob.oid, blob.tid
     stored = bucket.find(oid, tid, path) if blob.size is not None else None
@@ -151,7 +151,7 @@ def _store(blob: Named, path: str, bucket: Bucket) -> str:
         bucket.prove(oid, tid, path)
     try:
         arrived = bucket.find(oid, tid, path)
-    except Different:
+    except BlobMismatch:
         arrived = None
     if arrived is None:
         raise BucketError(

@@ -5,13 +5,17 @@ a blob that the database names. Without --checksum no blob is read, but those wh
 fallback-blob-dir have another size; of the others nothing but their size is known. --checksum reads every blob and
 compares its SHA-256; with --sample only some, and all are looked up as without --checksum. A blob whose object carries
 no SHA-256 (another tool copied it, or the service lost its metadata) is compared by its size, or by the MD5 that the
-service tells, and is called unproven. Nothing is changed, and the server may run.
+service tells, and is called unproven. Nothing is changed, but with --repair, and the server may run.
+
+A revision that an undo made has no object if the earlier package of this name, 1.2.1, served the database: its blob is
+that of an earlier revision. As long as the database has not been packed since, it tells which one that is; --repair
+copies that one's object, and overwrites none.
 
 Exit status, the first of these that applies: 3 blobs are missing, damaged, different or archived, so that clients
-cannot read them, or may read wrong bytes; 1 it could not be found out; 6 blobs are in fallback-blob-dir alone, where
-clients can read them, but the bucket does not have everything; 5 blobs are unproven; 4 dead objects are in the bucket,
-which the next pack deletes; 0 all is well. Damaged copies in cache-dir and fallback-blob-dir are listed, and do not
-change it.
+cannot read them, or may read wrong bytes; 1 it could not be found out; 6 clients can read all blobs, but some are in
+fallback-blob-dir alone, or are to be repaired: the bucket does not have everything; 5 blobs are unproven; 4 dead
+objects are in the bucket, which the next pack deletes; 0 all is well. Damaged copies in cache-dir and fallback-blob-dir
+are listed, and do not change it.
 """
 
 import argparse
@@ -22,17 +26,19 @@ import time
 import zlib
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
+from ..bases.adapter import repeated
 from ..blobdir import BlobDirectory, BlobDirectoryError
 from ..cache.directory import path_in
 from ..database import object_paths, zeoconf
 from ..database.blob_index import Named
 from ..database.survey import Outcome, Report, Survey, failure
-from ..garbage.collector import scan_beside_a_server
+from ..garbage.scan import scan_beside_a_server
 from ..metrics import Metrics
 from ..progress import showing
 from ..s3.bucket import Bucket
-from ..s3.errors import BlobNotFound, BucketError, Damaged
+from ..s3.errors import BlobDamaged, BlobNotFound, BucketError
 from . import common
 
 _LISTED = {"good": "in the bucket; not read, so only their sizes are known"}
@@ -40,6 +46,8 @@ _LISTED = {"good": "in the bucket; not read, so only their sizes are known"}
 _CHECKED = {"good": "in the bucket, read, and their SHA-256 is right"}
 
 _SAMPLED = {"unread": "in the bucket; of another part than the one that was read, so only their sizes are known"}
+
+_REPAIRED = {"repaired": "had no object after an undo by zodb-s3blobs 1.2.1, and have a copy of their own now"}
 
 _UNPROVEN = {
     "unproven": "in the bucket without SHA-256: damage may not show, they were compared by their size or MD5 alone. "
@@ -49,6 +57,8 @@ _UNPROVEN = {
 _MEANINGS = {
     "marked": "in the bucket, restored with the database after a pack had marked them as dead",
     "fallback": "in fallback-blob-dir alone: zodb-s3blobs migrate copies them",
+    "undone": "without an object after an undo by zodb-s3blobs 1.2.1, and read from the revision that it went back to: "
+    "zodb-s3blobs verify --repair copies them",
     "missing": "neither in the bucket nor in fallback-blob-dir",
     "damaged": "in the bucket, but not what was stored",
     "different": "in the bucket without SHA-256, and of another size than in fallback-blob-dir: one of them is damaged",
@@ -67,7 +77,10 @@ _MEANINGS = {
 _LOST = ("missing", "damaged", "different", "archived")
 
 #: The words of what is in the way of "all is well", the worst first.
-_TROUBLES = (*_LOST, "failed", "fallback", "unproven", "dead", "copy")
+_TROUBLES = (*_LOST, "failed", "fallback", "undone", "unproven", "dead", "copy")
+
+#: The words of what clients can read though the bucket lacks it, and the command that copies it.
+_CURES = {"fallback": "zodb-s3blobs migrate", "undone": "zodb-s3blobs verify --repair"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +93,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_sample,
         help="with --checksum: read only the Nth of T parts of the blobs, but look up all of them. N is at least 1, "
         "and counts from 1 again above T: $(date +%%d)/28 every night reads all of them in each month",
+    )
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="give revisions that an undo by zodb-s3blobs 1.2.1 made the objects that they lack; before the first pack",
     )
 
 
@@ -105,11 +123,20 @@ def _verify(arguments: argparse.Namespace) -> int:
     config = served.section.config
     fallback = served.section.open_fallback()
     with closing(served.section.open_bucket(Metrics())) as bucket, Survey(served) as survey:
-        is_ours = common.check_owner(bucket, survey.storage)
+        is_ours = common.check_owner(bucket, survey.storage, must_be_ours=arguments.repair)
         scan = scan_beside_a_server(survey.storage, bucket, config.gc_retention)
         with showing("Listing the bucket", "objects") as progress:
             survey.inventory.add_held(blob for blob, _, _ in progress.over(scan.run()))
-        look = _Look(bucket, config.cache_dir, fallback, scan.marks, arguments.checksum, arguments.sample or (1, 1))
+        look = _Look(
+            survey.storage,
+            bucket,
+            config.cache_dir,
+            fallback,
+            scan.marks,
+            arguments.checksum,
+            arguments.sample or (1, 1),
+            arguments.repair,
+        )
         report = survey.run("Verifying", look, bucket, config.s3_concurrency)
         for state in ("dead", "retained", "newer", "unknown"):
             word = "others" if state == "dead" and not is_ours else state
@@ -131,34 +158,38 @@ def _meanings(report: Report, arguments: argparse.Namespace) -> dict[str, str]:
         meanings |= _SAMPLED
     if arguments.checksum or report.objects["unproven"]:
         meanings |= _UNPROVEN
+    if arguments.repair:
+        meanings |= _REPAIRED
     return meanings | _MEANINGS
 
 
 def _status(report: Report) -> int:
     objects = report.objects
     if any(objects[word] for word in _LOST):
-        return common.DAMAGED
+        return common.EXIT_DAMAGED
     if objects["failed"] or report.early_end:
-        return common.FAILED
-    if objects["fallback"]:
+        return common.EXIT_ERROR
+    if any(objects[word] for word in _CURES):
         return common.FALLBACK
     if objects["unproven"]:
-        return common.UNPROVEN
-    return common.GARBAGE if objects["dead"] else common.WELL
+        return common.EXIT_UNPROVEN
+    return common.EXIT_GARBAGE if objects["dead"] else common.EXIT_OK
 
 
 def _verdict(report: Report, arguments: argparse.Namespace) -> str:
     status, counts = _status(report), report.counts(_TROUBLES, ": ")
     if report.early_end:
         return f"Not finished{counts}."
-    if status in (common.DAMAGED, common.FAILED):
+    if status in (common.EXIT_DAMAGED, common.EXIT_ERROR):
         return f"Not well{counts}."
     if status == common.FALLBACK:
-        return f"All blobs can be read, but the bucket lacks some, which zodb-s3blobs migrate copies{counts}."
-    if status == common.UNPROVEN:
+        cures = [cure for word, cure in _CURES.items() if report.objects[word]]
+        copy = "copies" if len(cures) == 1 else "copy"
+        return f"All blobs can be read, but the bucket lacks some, which {' and '.join(cures)} {copy}{counts}."
+    if status == common.EXIT_UNPROVEN:
         return f"No damage is known, but not all blobs carry a SHA-256{counts}."
     basis = _basis(arguments)
-    if status == common.GARBAGE:
+    if status == common.EXIT_GARBAGE:
         return f"All blobs are well{basis}; the next pack has work{counts}."
     if counts:
         return f"All blobs are well{basis}, but not all copies of them{counts}."
@@ -183,15 +214,19 @@ class _Copy:
 class _Look:
     """Finds out what there is of a blob. ``marks``: those of the last pack; ``sample``: which part of how many to read.
 
+    ``repair``: whether to give revisions that an undo made the objects that they lack.
+
     Only the database and the bucket decide how a blob is. A copy tells where to look closer. Any thread may call.
     """
 
+    storage: Any
     bucket: Bucket
     cache_dir: str
     fallback: BlobDirectory | None
     marks: dict[bytes, int]
     checksum: bool
     sample: tuple[int, int]
+    repair: bool
 
     def __call__(self, blob: Named) -> Outcome:
         """Return what was found of ``blob``."""
@@ -206,16 +241,16 @@ class _Look:
         if blob.size is None and kept is not None:
             return Outcome(oid, tid, "fallback", kept.size)
         advice = _advice(blob, cached or kept)
-        if blob.size is None:
-            return Outcome(oid, tid, "missing", trouble=f"{self._missing(blob)}{advice}")
         try:
+            if blob.size is None:
+                return self._undone(blob) or self._lost(blob, advice)
             return self._in_bucket(blob, blob.size, cached, kept, advice)
         except BlobNotFound as error:
             return Outcome(oid, tid, "missing", trouble=f"{error}{advice}")
-        except Damaged as error:
-            return Outcome(oid, tid, "damaged", blob.size, f"{error}{advice}")
+        except BlobDamaged as error:
+            return Outcome(oid, tid, "damaged", blob.size or 0, f"{error}{advice}")
         except BucketError as error:
-            return failure(oid, tid, blob.size, error, advice)
+            return failure(oid, tid, blob.size or 0, error, advice)
 
     def _in_fallback(self, oid: bytes, tid: bytes) -> _Copy | None:
         path = self.fallback.find(oid, tid) if self.fallback is not None else None
@@ -230,6 +265,44 @@ class _Look:
 
     def _missing(self, blob: Named) -> str:
         return f"{self.bucket.keys.key(blob.oid, blob.tid)} is not in bucket {self.bucket.name}"
+
+    def _undone(self, blob: Named) -> Outcome | None:
+        """Return the outcome of a ``blob`` without an object that repeats one which has; None if it does not.
+
+        Raises BlobNotFound and BucketError.
+        """
+        source = repeated(self.storage, blob.oid, blob.tid)
+        stored = self.bucket.look_up(blob.oid, source) if source is not None else None
+        if source is None or stored is None:
+            return None
+        if self.repair:
+            self._copy(blob, source, stored.size)
+            return Outcome(blob.oid, blob.tid, "repaired", stored.size)
+        trouble = f"{self._missing(blob)}; its bytes are those of {self.bucket.keys.key(blob.oid, source)}"
+        return Outcome(blob.oid, blob.tid, "undone", stored.size, trouble)
+
+    def _copy(self, blob: Named, source: bytes, size: int) -> None:
+        """Copy the object of the revision ``source``, of ``size`` bytes, to ``blob``, unless that has one by now."""
+        arrived = self.bucket.look_up(blob.oid, blob.tid)
+        if arrived is None:
+            self.bucket.copy(blob.oid, source, blob.tid)
+            arrived = self.bucket.look_up(blob.oid, blob.tid)
+        if arrived is None or arrived.size != size:
+            key = self.bucket.keys.key(blob.oid, blob.tid)
+            raise BucketError(
+                f"{key} is to be a copy of {self.bucket.keys.key(blob.oid, source)}, but bucket {self.bucket.name} "
+                f"does not have it with the same size: look at both objects"
+            )
+
+    def _lost(self, blob: Named, advice: str) -> Outcome:
+        """Return the outcome of a ``blob`` that is nowhere."""
+        if blob.candidates:
+            keys = ", ".join(self.bucket.keys.key(blob.oid, tid) for tid in blob.candidates)
+            advice += (
+                f"; if an undo by zodb-s3blobs 1.2.1 made this revision, its bytes are those of one of {keys}, and the "
+                f"pack since then took away what tells which: look at them, and copy the right one to the missing key"
+            )
+        return Outcome(blob.oid, blob.tid, "missing", trouble=f"{self._missing(blob)}{advice}")
 
     def _in_bucket(self, blob: Named, size: int, cached: _Copy | None, kept: _Copy | None, advice: str) -> Outcome:
         """Return what was found of ``blob``, whose object has ``size`` bytes. Raises as `Bucket.verify`."""

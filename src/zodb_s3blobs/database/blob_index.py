@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from ..revision import Revision
 from ..s3.listing import Listed
 
 _BATCH = 10_000
@@ -14,12 +15,24 @@ class Named(NamedTuple):
     """A blob that the database names, and what a listing of the bucket tells of its object.
 
     ``size``: in bytes, None if there is no object; ``archived``: whether its storage class is one of archives.
+    ``candidates``: if there is no object, the tids of earlier objects of the blob that the database does not name.
     """
 
     oid: bytes
     tid: bytes
     size: int | None
     archived: bool
+    candidates: tuple[bytes, ...] = ()
+
+
+_NAMED = """
+    SELECT oid, tid, size, archived, CASE WHEN size IS NULL THEN (
+        SELECT group_concat(hex(earlier.tid)) FROM held AS earlier
+        WHERE earlier.oid = named.oid AND earlier.tid < named.tid
+        AND NOT EXISTS (SELECT 1 FROM named AS known WHERE known.oid = earlier.oid AND known.tid = earlier.tid)
+    ) END
+    FROM named LEFT JOIN held USING (oid, tid)
+"""
 
 
 class Inventory:
@@ -35,7 +48,7 @@ class Inventory:
         """Delete the temporary file."""
         self._tables.close()
 
-    def add_named(self, blobs: Iterable[tuple[bytes, bytes]]) -> None:
+    def add_named(self, blobs: Iterable[Revision]) -> None:
         """Add blobs (oid, tid) that the database names; a blob that it names twice counts once."""
         self._add("INSERT OR IGNORE INTO named VALUES (?, ?)", blobs)
 
@@ -56,8 +69,9 @@ class Inventory:
 
     def named(self) -> Iterator[Named]:
         """Yield all blobs that the database names, by oid and tid."""
-        rows = self._tables.execute("SELECT oid, tid, size, archived FROM named LEFT JOIN held USING (oid, tid)")
-        return (Named(oid, tid, size, bool(archived)) for oid, tid, size, archived in rows)
+        for oid, tid, size, archived, candidates in self._tables.execute(_NAMED):
+            tids = map(bytes.fromhex, sorted(candidates.split(","))) if candidates else ()
+            yield Named(oid, tid, size, bool(archived), tuple(tids))
 
     def is_named(self, oid: bytes, tid: bytes) -> bool:
         """Return whether the database names that blob."""

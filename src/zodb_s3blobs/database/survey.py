@@ -14,10 +14,12 @@ from typing import Any
 from persistent.timestamp import TimeStamp
 from ZODB.blob import is_blob_record
 from ZODB.FileStorage import FileStorage
-from ZODB.utils import oid_repr, tid_repr
+from ZODB.utils import oid_repr, tid_repr, z64
 
-from ..garbage.collector import is_live
+from ..bases import adapter_for
+from ..bases.adapter import is_live
 from ..progress import showing
+from ..revision import Revision
 from ..s3.bucket import Bucket
 from ..s3.errors import BucketError
 from ..workers import in_parallel
@@ -190,7 +192,7 @@ class Report:
 class Survey:
     """The blobs of the storage that ``served`` describes, as they are now. A context manager; belongs to one thread.
 
-    The database is read once, from one end to the other, beside a running server.
+    The database is read once, from one end to the other, beside a running server. Raises DatabaseDamaged.
     """
 
     def __init__(self, served: Served) -> None:
@@ -207,12 +209,20 @@ class Survey:
                 closing(self.storage.iterator()) as transactions,
             ):
                 self.inventory.add_named(
-                    (record.oid, record.tid)
-                    for transaction in progress.over(transactions)
+                    Revision(record.oid, record.tid)
+                    for transaction in self._all(progress.over(transactions))
                     for record in transaction
                     if record.data and is_blob_record(record.data)
                 )
             self._undo = undo.pop_all()
+
+    def _all(self, transactions: Iterable[Any]) -> Iterator[Any]:
+        """Yield the ``transactions``; raise DatabaseDamaged if they end before the database does."""
+        last = z64
+        for transaction in transactions:
+            last = transaction.tid
+            yield transaction
+        adapter_for(self.storage).require_whole(last)
 
     def __enter__(self) -> "Survey":
         return self

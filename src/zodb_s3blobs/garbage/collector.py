@@ -1,10 +1,12 @@
-"""Which revisions are dead, and their safe deletion.
+"""The safe deletion of dead blobs.
 
 After the base has been packed, everything it cannot load any more is garbage. What makes that safe:
 
 - The order. First the last committed tid is read, then the bucket is listed, and only keys up to that tid are judged.
   A transaction that is still committing has a later tid; one that restores an old one is in the register of blobs in
   flight. Each blob is judged once more at the moment of its deletion.
+- The only copy. The earlier package of this name, 1.2.1, uploaded nothing when a transaction was undone: the bytes of
+  such a revision are at the key of an earlier one. Where a live revision has no object, all earlier ones are kept.
 - The lease. Nothing is deleted while another server may hold the prefix.
 - The retention. A dead blob is marked, and deleted when it has been dead for that long. While the lease is on
   probation, that is never.
@@ -12,244 +14,50 @@ After the base has been packed, everything it cannot load any more is garbage. W
   likely to be the wrong one.
 """
 
-import gc
-import itertools
 import logging
 import math
 import os
 import struct
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from operator import attrgetter, itemgetter
-from typing import Any, BinaryIO, TextIO, TypeVar
+from typing import BinaryIO, TextIO
 
-from ..bases.adapter import Revisions, revisions_of
-from ..bases.adapter import is_live as is_live  # for storage.py and survey.py
+from ..bases.adapter import DatabaseView
 from ..cache.files import Cache
 from ..errors import S3BlobsError
 from ..identity import Identity
-from ..inflight import InFlight, Name
+from ..inflight import InFlight
 from ..lease import Lease, NotOwner
-from ..metrics import GC_STATES, Metrics
+from ..metrics import Metrics
+from ..revision import Revision
 from ..s3.bucket import Bucket
 from ..s3.errors import BucketError, NotDeleted
-from ..s3.listing import Listed, ListedUpload
+from ..s3.listing import ListedUpload
 from ..staging import Staging
 from . import marks
+from .leftovers import UPLOADS_STAY, abandoned_uploads
+from .pace import Pace, low_interpreter_priority, throttled
+from .scan import Scan, live_names
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-#: After how many loads from the base to pause, and how many times as long as they took: others want the interpreter.
-_PAUSE_EVERY = 100
-_REST = 39
-
-#: For how long, in seconds, this thread may keep others waiting for the interpreter.
-_SWITCH_INTERVAL = 0.0001
+#: How many times as long as it uses the processor a gentle collection rests: on a quiet server, and on a busy one.
+_RESTS = 3.0, 39.0
 
 #: After how many objects to say in the log how far it is.
 _PROGRESS_EVERY = 100_000
 
 _DELETE_BATCH = 1000
 
-#: How many blobs of one object are judged at once, and in memory.
-_GROUP = 10_000
-
-#: Up to how many blobs are deleted with their objects, whatever share of the prefix they are.
-_ALWAYS_DELETED = 100
-
-#: Up to how many blobs are deleted where not one is live. ZODB's own tests have no others, and so need more.
-_DELETED_WITHOUT_A_LIVE_ONE = 0
-
-#: Not a reason to let a pack fail: some services cannot list or abort them, and each takes a permission of its own.
-_UPLOADS_STAY = "Unfinished uploads of crashed servers stay behind. %s"
-
 #: A dead blob in the file of those to be deleted: oid, tid and size.
 _RECORD = struct.Struct(">8s8sQ")
 
 
-class Refused(S3BlobsError):
+class CollectionRefused(S3BlobsError):
     """Garbage was found and, for the blobs' sake, none of it deleted; the message says why and what to do."""
-
-
-@dataclass
-class Found:
-    """What a scan found in one state: objects, and their bytes."""
-
-    objects: int = 0
-    bytes: int = 0
-
-    def add(self, size: int) -> None:
-        """One more object, of ``size`` bytes."""
-        self.objects += 1
-        self.bytes += size
-
-
-class Pace:
-    """The pace of a thread that computes much: it rests ``rest`` times as long as it uses the processor."""
-
-    def __init__(self, rest: float = 0) -> None:
-        self._rest = rest
-        self._begin()
-
-    def _begin(self) -> None:
-        self._used, self._began = time.thread_time(), time.monotonic()
-
-    def pause(self) -> None:
-        """Sleep as long as is due: what the thread has waited for S3 counts. Call it often, in one thread only."""
-        used = time.thread_time() - self._used
-        waited = time.monotonic() - self._began - used
-        time.sleep(max(0, used * self._rest - waited))
-        self._begin()
-
-
-@dataclass
-class Scan:
-    """What is in the bucket, by state; one of `metrics.GC_STATES`. The dead are to be deleted now, the retained later.
-
-    ``retention``: in seconds; ``now``: since 1970; ``pace``: without one, it does not pause.
-    """
-
-    base: Revisions
-    bucket: Bucket
-    in_flight: InFlight
-    retention: float = 0
-    marks: dict[bytes, int] = field(default_factory=dict)
-    now: int = field(default_factory=lambda: int(time.time()))
-    pace: Pace = field(default_factory=Pace)
-
-    def __post_init__(self) -> None:
-        self.found = {state: Found() for state in GC_STATES}
-        #: Those of the dead whose objects the database does not have either.
-        self.orphans = Found()
-        #: How many of the newer ones no transaction of this process explains.
-        self.unexplained = 0
-        #: Whether blobs have marks that are not dead.
-        self.has_wrong_marks = False
-        self._last = self.base.lastTransaction()
-
-    def run(self) -> Iterator[tuple[Listed, str, int]]:
-        """Yield each blob of ours, its state, and since when it is dead. Waits for S3; BucketError.
-
-        The revisions of an object are judged together as far as the bucket lists them one after the other.
-        """
-        listed = _gently(self.bucket.list_blobs(self.found["unknown"].add), self.pace)
-        for blobs in _groups(listed, attrgetter("oid")):
-            for blob, state, since in self._judge(blobs):
-                self.found[state].add(blob.size)
-                if state == "newer" and not self._is_being_committed(blob):
-                    self.unexplained += 1
-                if state in ("live", "newer") and blob.oid + blob.tid in self.marks:
-                    self.has_wrong_marks = True
-                yield blob, state, since
-
-    def refusal(self, max_delete_percent: int) -> str | None:
-        """After the scan: return why the dead blobs must not be deleted, None if they may."""
-        dead, orphans = self.found["dead"], self.orphans
-        ours = sum(found.objects for state, found in self.found.items() if state != "unknown")
-        name, prefix = self.bucket.name, self.bucket.keys.prefix
-        if not dead.objects:
-            return None
-        if not max_delete_percent:
-            return (
-                f"gc-max-delete-percent is 0, so none of the {dead.objects} dead blobs in bucket {name} is deleted, "
-                f"{dead.bytes} bytes"
-            )
-        if not self.found["live"].objects and dead.objects > _DELETED_WITHOUT_A_LIVE_ONE:
-            return (
-                f"{dead.objects} of {ours} blobs in bucket {name} are dead, {dead.bytes} bytes, and not one is live: "
-                f"none was deleted. Is this the database that belongs to s3-prefix {prefix!r}: the right Data.fs, and "
-                f"its disk mounted? If it is, and is to have none of these blobs, delete the objects below "
-                f"{self.bucket.keys.blobs} at the service; `zodb-s3blobs gc --dry-run` lists them"
-            )
-        if orphans.objects <= _ALWAYS_DELETED or orphans.objects * 100 <= max_delete_percent * ours:
-            return None
-        return (
-            f"{orphans.objects} of {ours} blobs in bucket {name} are of objects that the database does not have any "
-            f"more, {orphans.bytes} bytes: more than gc-max-delete-percent ({max_delete_percent}) allows, so no dead "
-            f"blob was deleted. Is this the database that belongs to s3-prefix {prefix!r}? If it is, set "
-            f"gc-max-delete-percent 100, restart and pack again; `zodb-s3blobs gc --dry-run` lists what would go"
-        )
-
-    def _judge(self, blobs: list[Listed]) -> Iterator[tuple[Listed, str, int]]:
-        """Yield as `run`; all ``blobs`` are of one object."""
-        oid = blobs[0].oid
-        tids = [blob.tid for blob in blobs if blob.tid <= self._last]
-        live = self.base.loadable(oid, tids, self.pace.pause) if tids else set()
-        has_object = len(live) == len(tids) or self.base.has_object(oid)
-        for blob in blobs:
-            if blob.tid > self._last:
-                yield blob, "newer", 0
-            elif blob.tid in live:
-                yield blob, "live", 0
-            else:
-                # A mark of the future, made while the clock was ahead, would keep it for as long as that.
-                since = min(self.marks.get(blob.oid + blob.tid, self.now), self.now)
-                is_due = self.now - since >= self.retention
-                if is_due and not has_object:
-                    self.orphans.add(blob.size)
-                yield blob, "dead" if is_due else "retained", since
-
-    def _is_being_committed(self, blob: Listed) -> bool:
-        return self.in_flight.is_wanted((blob.oid, blob.tid)) or blob.tid <= self.base.lastTransaction()
-
-
-def _gently(items: Iterable[T], pace: Pace) -> Iterator[T]:
-    """Yield ``items``, with pauses in between: each is to be asked of the base."""
-    for number, item in enumerate(items, 1):
-        if number % _PAUSE_EVERY == 0:
-            pace.pause()
-        yield item
-
-
-def _groups(items: Iterable[T], oid_of: Callable[[T], bytes]) -> Iterator[list[T]]:
-    """Yield the ``items`` in lists of one object each; what is too many for the memory, in several."""
-    for _, same in itertools.groupby(items, oid_of):
-        while group := list(itertools.islice(same, _GROUP)):
-            yield group
-
-
-def _live_names(base: Revisions, names: Iterable[Name], pause: Callable[[], None]) -> Iterator[Name]:
-    """Yield those of ``names`` that ``base`` can load, in their order; those of an object are to be together."""
-    for group in _groups(names, itemgetter(0)):
-        live = base.loadable(group[0][0], [tid for _, tid in group], pause)
-        yield from (name for name in group if name[1] in live)
-
-
-_making_way_lock = threading.Lock()
-_making_way_count = 0
-_usual_switch_interval = 0.0
-
-
-@contextmanager
-def _making_way() -> Iterator[None]:
-    """Let other threads, the event loop above all, have their turn soon while the body does much in Python.
-
-    A thread that waits gets the interpreter after the switch interval, 5 ms if nothing else is said, and a request
-    waits for it several times. Python's own garbage collector stops all threads while it looks at every object there
-    is: those there are by now, it need not look at meanwhile.
-    """
-    global _making_way_count, _usual_switch_interval
-    with _making_way_lock:  # several storages may collect at once
-        if not _making_way_count:
-            _usual_switch_interval = sys.getswitchinterval()
-            sys.setswitchinterval(min(_usual_switch_interval, _SWITCH_INTERVAL))
-            gc.freeze()
-        _making_way_count += 1
-    try:
-        yield
-    finally:
-        with _making_way_lock:
-            _making_way_count -= 1
-            if not _making_way_count:
-                gc.unfreeze()
-                sys.setswitchinterval(_usual_switch_interval)
 
 
 class Collector:
@@ -284,7 +92,7 @@ class Collector:
         #: The marks that hold, while the bucket has none because it is too full for them.
         self._unwritten: dict[bytes, int] | None = None
 
-    def before_pack(self, base: Revisions) -> None:
+    def before_pack(self, base: DatabaseView) -> None:
         """Take their marks from the blobs that ``base`` can load; to be called before ``base`` is packed.
 
         A restored database may have brought dead blobs back to life. They die again in the pack, and afterwards nobody
@@ -294,12 +102,12 @@ class Collector:
         """
         marking = self._retention or self._lease.is_on_probation
         try:
-            self._lease.confirm()
+            self._lease.renew_now()
             # The pack may take the transaction away that owner.json names; it is this database's all the same.
             self._identity.packed_away = self._lease.claimed
             marking = self._retention or self._lease.is_on_probation
             if marking:
-                with _making_way():
+                with low_interpreter_priority():
                     self._unmark_live(base)
                 return
         except NotOwner:
@@ -313,10 +121,10 @@ class Collector:
         # the collection, if it comes to that.
         self._doubt_marks()
 
-    def _unmark_live(self, base: Revisions) -> None:
-        since, pace = self._marks(), Pace(_REST)
-        names = _gently(((name[:8], name[8:]) for name in since), pace)
-        live = list(_live_names(base, names, pace.pause))
+    def _unmark_live(self, base: DatabaseView) -> None:
+        since, pace = self._marks(), Pace(*_RESTS)
+        names = throttled((Revision(name[:8], name[8:]) for name in since), pace)
+        live = list(live_names(base, names, pace.pause))
         if not live:
             return
         for oid, tid in live:
@@ -332,7 +140,7 @@ class Collector:
         """Return the marks that hold. Waits for S3; BucketError."""
         if self._unwritten is not None:
             return self._unwritten
-        return {} if self._identity.marks_are_doubtful else read_marks(self._bucket, self._cache)
+        return {} if self._identity.marks_are_doubtful else marks.fetch(self._bucket, self._cache)
 
     def _doubt_marks(self) -> None:
         if not self._identity.marks_are_doubtful:
@@ -344,19 +152,19 @@ class Collector:
         if self._identity.marks_are_doubtful:
             self._identity.marks_are_doubtful = False
 
-    def collect(self, base: Revisions, gently: bool = False) -> int:
+    def collect(self, base: DatabaseView, gently: bool = False) -> int:
         """Delete the blobs that ``base``, just packed, cannot load any more; return how many.
 
         Takes as long as listing the bucket takes: to be called on a thread of its own. ``gently``: leave most of the
-        time to the other threads, which serve clients; it takes several times as long. Raises Refused, lease.NotOwner,
-        bases.Busy, BucketError when S3 fails, and whatever the base raises besides POSKeyError; all that was deleted
-        until then was dead, and the next run goes on.
+        time to the other threads, which serve clients, and more of it while they do. Raises CollectionRefused,
+        lease.NotOwner, bases.DatabaseBusy, BucketError when S3 fails, and whatever the base raises besides POSKeyError;
+        all that was deleted until then was dead, and the next run goes on.
         """
         if not self._running.acquire(blocking=False):
-            raise Refused("another pack is still deleting dead blobs")
+            raise CollectionRefused("another pack is still deleting dead blobs")
         try:
-            with self._counting(), _making_way() if gently else nullcontext():
-                return self._collect(base, Pace(_REST if gently else 0))
+            with self._counting(), low_interpreter_priority() if gently else nullcontext():
+                return self._collect(base, Pace(*_RESTS) if gently else Pace())
         finally:
             self._running.release()
 
@@ -375,8 +183,8 @@ class Collector:
         self._metrics.gc_last_duration.set(time.monotonic() - started)
         self._metrics.gc_last_success.set_to_current_time()
 
-    def _collect(self, base: Revisions, pace: Pace) -> int:
-        self._lease.confirm()
+    def _collect(self, base: DatabaseView, pace: Pace) -> int:
+        self._lease.renew_now()
         started = time.monotonic()
         on_probation = self._lease.is_on_probation
         retention = math.inf if on_probation else self._retention
@@ -396,12 +204,12 @@ class Collector:
             if on_probation or not self._max_delete_percent:
                 self._log_nothing_deleted(scan, on_probation)
                 return 0
-            if refusal is not None and not scan.found["live"].objects:
+            if refusal is not None and not scan.has_live:
                 # No error: where the last blob has been removed it is right, and the pack of the base stands.
                 logger.warning("%s", refusal)
                 return 0
             if refusal is not None:
-                raise Refused(refusal)
+                raise CollectionRefused(refusal)
             dead.seek(0)
             deleted = self._delete(base, dead, pace)
             if not written and not self._put_marks(new_marks, replacing) and scan.has_wrong_marks:
@@ -450,6 +258,14 @@ class Collector:
                 scan.unexplained,
                 ", or another process was about to commit them" if scan.base.shared else "",
             )
+        if scan.only_copies:
+            logger.warning(
+                "Bucket %s keeps %d blobs that the database does not have any more: a later revision of each has no "
+                "object, as zodb-s3blobs 1.2.1 leaves it after an undo, so they may be the only copy of its bytes. "
+                "`zodb-s3blobs verify` lists such revisions, and `zodb-s3blobs verify --repair` gives them objects",
+                self._bucket.name,
+                scan.only_copies,
+            )
         for state, found in scan.found.items():
             self._metrics.gc_objects.labels(state).set(found.objects)
             self._metrics.gc_bytes.labels(state).set(found.bytes)
@@ -471,7 +287,7 @@ class Collector:
         and BucketError.
         """
         file.flush()
-        self._lease.check()
+        self._lease.require()
         if replacing or os.path.getsize(file.name):
             try:
                 self._bucket.put_marks(file.name)
@@ -484,21 +300,21 @@ class Collector:
         self._trust_marks()
         return True
 
-    def _delete(self, base: Revisions, dead: BinaryIO, pace: Pace) -> int:
+    def _delete(self, base: DatabaseView, dead: BinaryIO, pace: Pace) -> int:
         deleted = 0
         # Other processes may be waiting to restore something.
         pause = (lambda: None) if base.shared else pace.pause
         while records := dead.read(_RECORD.size * _DELETE_BATCH):
-            sizes = {(oid, tid): size for oid, tid, size in _RECORD.iter_unpack(records)}
+            sizes = {Revision(oid, tid): size for oid, tid, size in _RECORD.iter_unpack(records)}
             with base.no_restores(), self._in_flight.deleting(sizes) as free:
                 # Judged again now that nobody can begin to restore them: one may have been restored since.
-                live = set(_live_names(base, free, pause))
-                self._lease.look()
+                live = set(live_names(base, free, pause))
+                self._lease.verify()
                 deleted += self._delete_batch([name for name in free if name not in live], sizes)
             pace.pause()
         return deleted
 
-    def _delete_batch(self, names: list[Name], sizes: dict[Name, int]) -> int:
+    def _delete_batch(self, names: list[Revision], sizes: dict[Revision, int]) -> int:
         failure: NotDeleted | None = None
         gone = names
         try:
@@ -516,7 +332,7 @@ class Collector:
         return len(gone)
 
     def _delete_leftovers(self) -> None:
-        self._lease.look()
+        self._lease.verify()
         if not self._retention:
             self._bucket.delete_marks()  # of an earlier setting: one day they would be wrong
             self._trust_marks()
@@ -525,11 +341,11 @@ class Collector:
         for upload in abandoned_uploads(self._bucket, self._staging.abandoned_after):
             if self._is_under_way(upload):
                 continue
-            self._lease.check()
+            self._lease.require()
             try:
                 self._bucket.abort_upload(upload)
             except BucketError as error:
-                logger.warning(_UPLOADS_STAY, error)
+                logger.warning(UPLOADS_STAY, error)
                 break
             aborted += 1
         if staged or aborted:
@@ -539,47 +355,3 @@ class Collector:
         # Of this process, however old it seems to be: a clock may be wrong.
         name, staged = self._bucket.keys.parse(upload.key), self._bucket.keys.parse_staged(upload.key)
         return (name is not None and self._in_flight.is_wanted(name)) or self._staging.is_live(staged)
-
-
-def read_marks(bucket: Bucket, cache: Cache) -> dict[bytes, int]:
-    """The marks of the last run; the files they pass through are those of ``cache``. Waits for S3; BucketError."""
-    file = cache.new_file()
-    try:
-        if not bucket.get_marks(file):
-            return {}
-        # What is not ASCII makes no sense, but must not end in another error than all else that makes none.
-        with open(file.path, encoding="ascii", errors="replace") as opened:
-            return marks.read(marks.lines(opened))
-    except ValueError as error:
-        raise BucketError(
-            f"{bucket.keys.marks} of bucket {bucket.name}, which tells since when dead blobs are dead, cannot be read "
-            f"({error}): restore it, or delete it and have gc-retention begin anew for all dead blobs"
-        ) from None
-    finally:
-        file.discard()
-
-
-def scan_beside_a_server(base: Any, bucket: Bucket, retention: float) -> Scan:
-    """A scan by a process that commits nothing and has no cache; ``retention``: in seconds. Waits for S3; BucketError.
-
-    Its ``marks`` are those of the last run.
-    """
-    if not retention:
-        return Scan(revisions_of(base), bucket, InFlight())
-    with tempfile.TemporaryDirectory() as directory:
-        cache = Cache(directory, 0, Metrics())
-        try:
-            return Scan(revisions_of(base), bucket, InFlight(), retention, read_marks(bucket, cache))
-        finally:
-            cache.close()
-
-
-def abandoned_uploads(bucket: Bucket, age: float) -> Iterator[ListedUpload]:
-    """The uploads in parts that were begun more than ``age`` seconds ago: whoever did it lives no more."""
-    before = time.time() - age
-    try:
-        for upload in bucket.list_uploads():
-            if upload.begun.timestamp() < before:
-                yield upload
-    except BucketError as error:
-        logger.warning(_UPLOADS_STAY, error)

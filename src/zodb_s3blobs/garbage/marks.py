@@ -14,6 +14,10 @@ from typing import TextIO
 
 from ZODB.utils import p64, u64
 
+from ..cache.files import Cache
+from ..s3.bucket import Bucket
+from ..s3.errors import BucketError
+
 #: More than the longest line: somebody else's is not to be in memory as a whole.
 _LONGEST_LINE = 1000
 
@@ -47,3 +51,21 @@ def write(file: TextIO, oid: bytes, tid: bytes, since: int) -> None:
     """Append the mark of one blob."""
     moment = datetime.fromtimestamp(since, timezone.utc).isoformat()
     file.write(json.dumps({"oid": f"{u64(oid):x}", "tid": f"{u64(tid):x}", "dead_since": moment}) + "\n")
+
+
+def fetch(bucket: Bucket, cache: Cache) -> dict[bytes, int]:
+    """Return the marks of the last run; the file they pass through is one of ``cache``. Waits for S3; BucketError."""
+    file = cache.new_file()
+    try:
+        if not bucket.get_marks(file):
+            return {}
+        # What is not ASCII makes no sense, but must not end in another error than all else that makes none.
+        with open(file.path, encoding="ascii", errors="replace") as opened:
+            return read(lines(opened))
+    except ValueError as error:
+        raise BucketError(
+            f"{bucket.keys.marks} of bucket {bucket.name}, which tells since when dead blobs are dead, cannot be read "
+            f"({error}): restore it, or delete it and have gc-retention begin anew for all dead blobs"
+        ) from None
+    finally:
+        file.discard()

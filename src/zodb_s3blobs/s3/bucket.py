@@ -9,22 +9,28 @@ import os
 
 from .control import ControlObjects
 from .download import SHA256, Stored, digest_of, stored_in
-from .errors import BlobNotFound, Different
+from .errors import BlobMismatch, BlobNotFound
 
 
 class Bucket(ControlObjects):
     """The blobs below one prefix of one bucket. Making one sends no request."""
 
+    def look_up(self, oid: bytes, tid: bytes) -> Stored | None:
+        """Return what the bucket tells of blob (oid, tid), None if it is not there."""
+        try:
+            return stored_in(self._head(self.keys.key(oid, tid)))
+        except BlobNotFound:
+            return None
+
     def find(self, oid: bytes, tid: bytes, filename: str) -> Stored | None:
         """Return what the bucket tells of blob (oid, tid), None if it is not there.
 
-        Raises Different if it is not the blob in ``filename``: size and checksum tell, the size alone if the object
+        Raises BlobMismatch if it is not the blob in ``filename``: size and checksum tell, the size alone if the object
         carries no checksum.
         """
         key = self.keys.key(oid, tid)
-        try:
-            stored = stored_in(self._head(key))
-        except BlobNotFound:
+        stored = self.look_up(oid, tid)
+        if stored is None:
             return None
         same = stored.size == os.path.getsize(filename)
         if not same or (stored.digest and stored.digest != digest_of(stored.algorithm, filename)):
@@ -34,7 +40,7 @@ class Bucket(ControlObjects):
     def prove(self, oid: bytes, tid: bytes, filename: str) -> None:
         """Give blob (oid, tid), which carries no SHA-256, that of ``filename``, by storing it again.
 
-        Raises Different, and leaves it as it is, if its bytes are others.
+        Raises BlobMismatch, and leaves it as it is, if its bytes are others.
         """
         key = self.keys.key(oid, tid)
         digest = digest_of(SHA256, filename)
@@ -43,8 +49,8 @@ class Bucket(ControlObjects):
             raise self._different(key)
         self.put(oid, tid, filename)
 
-    def _different(self, key: str) -> Different:
-        return Different(
+    def _different(self, key: str) -> BlobMismatch:
+        return BlobMismatch(
             f"{key} in bucket {self.name} exists already and is another blob: "
             f"does another database use this s3-prefix? It was left as it is"
         )

@@ -18,7 +18,7 @@ _NOT_UNDERSTOOD = {"InvalidArgument", "InvalidRequest", "400"}
 
 
 @dataclass(frozen=True)
-class Note:
+class ControlObject:
     """A small object beside the blobs; ``written`` and ``now``: when that was, and is, by the clock of the service."""
 
     data: bytes
@@ -35,23 +35,23 @@ class Note:
 class ControlObjects(Uploads, Listing):
     """The objects beside the blobs of a bucket."""
 
-    def read_owner(self) -> Note | None:
+    def read_owner(self) -> ControlObject | None:
         """The object that says whose the prefix is, if there is one."""
 
-        def read() -> Note:
+        def read() -> ControlObject:
             answer = self._client.get_object(Bucket=self.name, Key=self.keys.owner, **self._key_options)
             date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
             now = parsedate_to_datetime(date) if date else datetime.datetime.now(datetime.timezone.utc)
             with contextlib.closing(answer["Body"]) as body:
                 data = body.read(READ)
-            return Note(data, answer["LastModified"], now, answer.get("ETag", ""))
+            return ControlObject(data, answer["LastModified"], now, answer.get("ETag", ""))
 
         try:
             return self._ask(f"read {self.keys.owner} of bucket {self.name}", read)
         except BlobNotFound:
             return None
 
-    def write_owner(self, data: bytes, instead_of: Note | None) -> None:
+    def write_owner(self, data: bytes, instead_of: ControlObject | None) -> None:
         """Write it, if it is still as in ``instead_of``, where the service can see to that; else whatever it is.
 
         Whether it was written, or another's was, `read_owner` tells.

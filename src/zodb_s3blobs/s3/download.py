@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import botocore.exceptions
 
-from .errors import BucketError, Damaged
+from .errors import BlobDamaged, BucketError
 from .objects import READ, Objects
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ PART = 8 << 20
 SHA256 = "sha256"
 
 
-class Corrupt(Exception):
+class TransferCorrupt(Exception):
     """What arrived is not what was stored."""
 
 
@@ -68,7 +68,7 @@ class Downloads(Objects):
     def verify(self, oid: bytes, tid: bytes) -> Stored:
         """Read blob (oid, tid) and check it, without keeping it; return what it was checked by.
 
-        Raises BlobNotFound, Damaged, or BucketError if S3 fails.
+        Raises BlobNotFound, BlobDamaged, or BucketError if S3 fails.
         """
         return self._read_back(self.keys.key(oid, tid))[0]
 
@@ -103,16 +103,16 @@ class Downloads(Objects):
         return self._verified(key, get)
 
     def _verified(self, key: str, read: Callable[[], Any]) -> Any:
-        """Return what ``read`` returns, which raises Corrupt if what it read is not right; then it is called again."""
+        """Return what ``read`` returns. It is called again if it raises TransferCorrupt: what it read is not right."""
         what = f"read {key} of bucket {self.name}"
         for attempt in range(1, self._attempts + 1):
             try:
                 return read()
-            except Corrupt as error:
+            except TransferCorrupt as error:
                 self._metrics.download_checksum_failures.inc()
                 logger.error("Could not %s: %s (attempt %d of %d)", what, error, attempt, self._attempts)
                 damage = str(error)
-        raise Damaged(f"Could not {what}: {damage}. The object is damaged or was changed; restore it from a backup")
+        raise BlobDamaged(f"Could not {what}: {damage}. The object is damaged or was changed; restore it from a backup")
 
     def _get(self, key: str, file: Target, most: int | None, first: "Opened") -> Stored:
         size = first.stored.size
@@ -169,7 +169,7 @@ class Downloads(Objects):
             opened = None
             try:
                 if answer.etag != etag:
-                    raise Corrupt("it was replaced while it was being read")
+                    raise TransferCorrupt("it was replaced while it was being read")
                 failure = self._write(answer, start, end, file)
             finally:
                 answer.close()
@@ -180,7 +180,7 @@ class Downloads(Objects):
             if attempt == self._attempts:
                 raise failure
 
-    def _write(self, answer: "Opened", start: int, end: int, file: Sink) -> BucketError | Corrupt | None:
+    def _write(self, answer: "Opened", start: int, end: int, file: Sink) -> BucketError | TransferCorrupt | None:
         """Write the body of ``answer`` to its place in ``file``; return why it broke off, None if it did not."""
         position = start
         try:
@@ -189,9 +189,9 @@ class Downloads(Objects):
                 position += len(chunk)
         except BucketError as error:
             if error.reason == "damaged":
-                raise Corrupt("it does not have the checksum that the service sent with it") from None
+                raise TransferCorrupt("it does not have the checksum that the service sent with it") from None
             return error
-        return None if position == end else Corrupt(f"{position - start} bytes of {end - start} arrived")
+        return None if position == end else TransferCorrupt(f"{position - start} bytes of {end - start} arrived")
 
     def _open_range(self, key: str, start: int, end: int) -> "Opened":
         options = {"Bucket": self.name, "Key": key, **self._key_options}
@@ -213,7 +213,7 @@ class Downloads(Objects):
         elif start:
             # The service ignores ranges and would send everything: only the first request may be answered so.
             answer["Body"].close()
-            raise Corrupt("the service answered one range with the whole object and another with a part")
+            raise TransferCorrupt("the service answered one range with the whole object and another with a part")
         return Opened(key, answer["Body"], length, stored, answer.get("ETag", ""), asked)
 
 
@@ -287,8 +287,8 @@ def md5_of(answer: dict[str, Any]) -> str:
 
 
 def _check(stored: Stored, size: int, digest: str) -> None:
-    """Raise Corrupt unless what was read has the size and the checksum, if there is one, of the object."""
+    """Raise TransferCorrupt unless what was read has the size and the checksum, if there is one, of the object."""
     if size != stored.size:
-        raise Corrupt(f"{size} bytes of {stored.size} arrived")
+        raise TransferCorrupt(f"{size} bytes of {stored.size} arrived")
     if stored.digest and digest != stored.digest:
-        raise Corrupt(f"its {stored.algorithm} is {digest} and should be {stored.digest[:64]!r}")
+        raise TransferCorrupt(f"its {stored.algorithm} is {digest} and should be {stored.digest[:64]!r}")

@@ -53,14 +53,14 @@ class NotDeleted(BucketError):
         self.keys = keys
 
 
-class Damaged(BucketError):
+class BlobDamaged(BucketError):
     """The object is not what was stored, however often it is read."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "", "damaged")
 
 
-class Different(BucketError):
+class BlobMismatch(BucketError):
     """The bucket has another blob where this one should be."""
 
 
@@ -430,7 +430,7 @@ _ADVICE_BY_REASON = {
 }
 
 #: The codes that no waiting will cure, and the key whose value is to be looked at first.
-MISCONFIGURED = {
+SETTING_FOR_ERROR = {
     "NoSuchBucket": "bucket-name",
     "InvalidBucketName": "bucket-name",
     "ParamValidationError": "bucket-name",

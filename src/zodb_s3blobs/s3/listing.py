@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ..revision import Revision
 from .errors import BlobNotFound, BucketError, NotDeleted, code_of, reason_of_answer
 from .objects import Objects
 
@@ -68,6 +69,13 @@ class Listing(Objects):
             else:
                 unknown(found["Size"])
 
+    def list_tids(self, oid: bytes) -> Iterator[bytes]:
+        """Yield the tids of all blobs of the object ``oid``."""
+        for found in self._list(self.keys.of_object(oid)):
+            name = self.keys.parse(found["Key"])
+            if name is not None:
+                yield name[1]
+
     def list_staged(self) -> Iterator[ListedStaged]:
         """All staged uploads, of this server and others."""
         for found in self._list(self.keys.staged):
@@ -108,7 +116,7 @@ class Listing(Objects):
             if error.code != "NoSuchUpload":
                 raise
 
-    def delete(self, blobs: Iterable[tuple[bytes, bytes]]) -> None:
+    def delete(self, blobs: Iterable[Revision]) -> None:
         """Delete the blobs (oid, tid), 1,000 a request; absent ones are no error.
 
         Raises NotDeleted, which names the first that could not be deleted, after all were tried.

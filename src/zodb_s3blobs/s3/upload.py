@@ -19,7 +19,7 @@ from ..metrics import Metrics
 from ..workers import DaemonPool
 from .client import BucketSettings
 from .download import PART, SHA256, Downloads, digest_of, md5_of, sha256_in
-from .errors import NOT_IMPLEMENTED, BlobNotFound, BucketError, Damaged, TransferCancelled, local_file
+from .errors import NOT_IMPLEMENTED, BlobDamaged, BlobNotFound, BucketError, TransferCancelled, local_file
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Uploads(Downloads):
             return
         try:
             self._read_back(key)
-        except Damaged:
+        except BlobDamaged:
             raise BucketError(
                 f"Could not {what}: the service has stored other bytes than were sent; something between damages them",
                 reason="damaged",

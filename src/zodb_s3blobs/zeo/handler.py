@@ -30,7 +30,8 @@ from ZODB.POSException import POSKeyError, StorageError, StorageTransactionError
 
 from ..monitoring import zeostats
 from ..storage import S3BlobStorage
-from ..workers import Waiting
+from ..vote import Vote
+from ..workers import Completion
 from . import errors, startlog
 from .stop import Stop
 
@@ -132,13 +133,31 @@ def _register(
     blobs, mixin = ours[storage_id]
     stock_class: type = type(handler)
     handler.__class__ = _handler_class(mixin, stock_class)
-    handler.take_over(blobs)
+    handler.bind_storage(blobs)
     return result
 
 
 @functools.cache
 def _handler_class(mixin: type, stock: type) -> type:
     return type(f"S3{mixin.__name__}", (mixin, stock), {})
+
+
+def _when_found(handler: Any, requested: Future, oid: bytes, serial: bytes, send: Callable[[Future], None]) -> None:
+    """Call ``send`` on the loop with ``requested``, when that is done, or with what was asked for instead of it."""
+
+    def ask_again(requested: Future) -> None:
+        try:
+            repeated = handler.blobs.request_repeated(requested, oid, serial)
+        except Exception as error:  # of the base
+            requested = Future()
+            requested.set_exception(error)
+            repeated = None
+        if repeated is None:
+            send(requested)
+        else:
+            repeated.add_done_callback(lambda done: handler.call_soon_threadsafe(send, done))
+
+    requested.add_done_callback(lambda done: handler.call_soon_threadsafe(ask_again, done))
 
 
 class DemoHandler(_Stock):
@@ -153,7 +172,7 @@ class DemoHandler(_Stock):
     sending = ()
     blob_written = -math.inf
 
-    def take_over(self, blobs: S3BlobStorage) -> None:
+    def bind_storage(self, blobs: S3BlobStorage) -> None:
         """The client has chosen a demostorage around ``blobs``."""
         self.blobs = blobs
 
@@ -162,10 +181,9 @@ class DemoHandler(_Stock):
         stock = super().sendBlob
         if self._is_changed(oid, serial):
             return stock(oid, serial)
-        requested = self.blobs.request_blob(oid, serial)
         delay = Delay()
 
-        def send() -> None:
+        def send(requested: Future) -> None:
             try:
                 errors.check(requested)
                 with self.blobs.pinned(requested, oid, serial):
@@ -175,7 +193,7 @@ class DemoHandler(_Stock):
             else:
                 delay.reply(None)
 
-        requested.add_done_callback(lambda done: self.call_soon_threadsafe(send))
+        _when_found(self, self.blobs.request_blob(oid, serial), oid, serial, send)
         return delay
 
     def _is_changed(self, oid: bytes, serial: bytes) -> bool:
@@ -200,10 +218,10 @@ class BlobHandler(_Stock):
     #: Why the transaction cannot be committed, found out where ZEO lets nobody tell the client: one of
     #: `metrics.VOTE_FAILURES`, and the sentence.
     refusal: tuple[str, str] | None = None
-    #: When the vote began, a reading of `time.monotonic`.
-    vote_began: float
+    #: The last vote of this client.
+    voting: Vote
 
-    def take_over(self, blobs: S3BlobStorage) -> None:
+    def bind_storage(self, blobs: S3BlobStorage) -> None:
         """The client has chosen the storage ``blobs``, which the server may know in wrappings."""
         self.blobs = blobs
         self.sending = []
@@ -244,10 +262,10 @@ class BlobHandler(_Stock):
         if not (_is_id(oid) and _is_id(serial)):
             raise StorageError("The oid and the tid of a blob are 8 bytes each")
         pin = self.blobs.request_blob(oid, serial)
-        if pin.done():
+        if pin.done() and not pin.cancelled() and pin.exception() is None:
             return self._send(oid, serial, pin)
         delay = Delay()
-        pin.add_done_callback(lambda done: self.call_soon_threadsafe(self._send_later, delay, oid, serial, done))
+        _when_found(self, pin, oid, serial, functools.partial(self._send_later, delay, oid, serial))
         return delay
 
     def _send_later(self, delay: Delay, oid: bytes, serial: bytes, pin: Future) -> None:
@@ -332,19 +350,19 @@ class BlobHandler(_Stock):
             raise StorageError(sentence)
         if self.pending is not None:
             raise StorageTransactionError("Already voting")
-        self.vote_began = time.monotonic()
+        self.voting = self.blobs.new_vote()
         vote = super().vote
         staged = self.blobs.staging.waiting(filename for _, _, _, filename in self.blob_log)
         if staged is None:
             return vote(tid)
 
         def go_on() -> Any:
-            if not staged.has_succeeded():
+            if not staged.succeeded():
                 self.blobs.metrics.transactions_aborted.inc()
-                self._end_vote(staged)
+                self._require(staged)
             return vote(tid)
 
-        return self._reply_when(staged, go_on)
+        return self._reply_after(staged, go_on)
 
     def _vote(self, delay: Any = None) -> Any:
         """With the commit lock: the stock vote without its wait for S3, then answer when the uploads are done.
@@ -353,7 +371,7 @@ class BlobHandler(_Stock):
         """
         kept = self._link_blobs()
         try:
-            result, uploads = self.blobs.vote_later(functools.partial(super()._vote, delay), self.vote_began)
+            result = self.blobs.vote_without_waiting(self.voting, functools.partial(super()._vote, delay))
         except Exception:
             _unlink_blobs(kept)
             raise
@@ -362,18 +380,20 @@ class BlobHandler(_Stock):
             self.blob_log = kept
             return result
         _unlink_blobs(kept)
+        uploads = self.voting.uploads
         if uploads is None:
             return result
 
         def end() -> Any:
             try:
-                self._end_vote(uploads)
+                self._require(uploads)
             except Exception:
                 self._abort_vote()
                 raise
+            self.voting.succeed()
             return result
 
-        return end() if uploads.done.done() else self._reply_when(uploads, end)
+        return end() if uploads.done.done() else self._reply_after(uploads, end)
 
     def _link_blobs(self) -> list[Any]:
         if not self.client_conflict_resolution:
@@ -384,10 +404,11 @@ class BlobHandler(_Stock):
             kept.append((oid, serial, data, f"{filename}.kept"))
         return kept
 
-    def _end_vote(self, waiting: Waiting) -> None:
-        if waiting.done.done():
-            errors.check(waiting.done)
-        self.blobs.end_vote(waiting, self.vote_began)
+    def _require(self, uploads: Completion) -> None:
+        """Raise StorageError unless ``uploads`` have succeeded."""
+        if uploads.done.done():
+            errors.check(uploads.done)
+        self.voting.require(uploads)
 
     def _abort_vote(self) -> None:
         """As the stock vote does when it fails."""
@@ -395,7 +416,7 @@ class BlobHandler(_Stock):
         self.storage.tpc_abort(self.transaction)
         self._clear_transaction()
 
-    def _reply_when(self, uploads: Waiting, reply: Callable[[], Any]) -> Delay:
+    def _reply_after(self, uploads: Completion, reply: Callable[[], Any]) -> Delay:
         """Answer the call that is being handled with what ``reply`` returns, or raises.
 
         It is called when ``uploads`` have ended or must; not at all if the transaction ends meanwhile.

@@ -67,7 +67,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 return 130
             raise
         report.add("clean-up", _clean_up(scratch, with_former=not report.is_hopeless))
-    return common.WELL if report.conclude(scratch.bucket.name) else common.DAMAGED
+    return common.EXIT_OK if report.conclude(scratch.bucket.name) else common.EXIT_DAMAGED
 
 
 class _Report:

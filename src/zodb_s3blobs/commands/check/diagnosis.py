@@ -10,7 +10,7 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from ...s3.errors import MISCONFIGURED, BlobNotFound, BucketError
+from ...s3.errors import SETTING_FOR_ERROR, BlobNotFound, BucketError
 from .scratch import FORBIDDEN, Scratch, WrongKey, is_answered
 
 SMALL = b"This is a blob of zodb-s3blobs check."
@@ -51,7 +51,7 @@ def reach(scratch: Scratch) -> str:
     if trouble is None:
         find_wrong_keys(scratch)
         return ""
-    hopeless = trouble.code in _OF_CREDENTIALS or trouble.code in MISCONFIGURED.keys() - FORBIDDEN
+    hopeless = trouble.code in _OF_CREDENTIALS or trouble.code in SETTING_FOR_ERROR.keys() - FORBIDDEN
     if is_answered(trouble) and not hopeless:
         # It may be no more than listing that does not work.
         find_wrong_keys(scratch)

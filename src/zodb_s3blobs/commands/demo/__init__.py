@@ -7,50 +7,29 @@ compares every byte, and shows what reached S3. Then it stays up for clients of 
 import argparse
 import collections
 import contextlib
-import http.client
 import os
-import queue
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
-from urllib.request import ProxyHandler, build_opener
 
 import ZEO
 from persistent.mapping import PersistentMapping
-from prometheus_client.parser import text_string_to_metric_families
 from ZODB.blob import Blob
 from ZODB.POSException import POSError
 
-from ...s3.keys import FOLDER, OWNER
-
-PACKAGE = Path(__file__).parents[2]
-#: What the ZEO server is started with; it takes its values from the environment, see `ZEOServer`.
-CONFIG = PACKAGE / "zeo-configs" / "quickstart.conf"
-
-BUCKET = "zodb-demo"
-ACCESS_KEY, SECRET_KEY = "demo", "demo-secret"  # made up: moto accepts everything
-
-#: What the extra `demo` of pyproject.toml installs.
-MOTO = "moto[s3,server]>=5"
+from ...s3.keys import FOLDER
+from . import servers
+from .servers import ACCESS_KEY, BUCKET, PACKAGE, SECRET_KEY, DemoError, Request, S3Server, ZEOServer
 
 #: The size in bytes of the generated file: large enough for a multipart upload and ranged reads.
 LARGE = 20 << 20
-
-#: How long, in seconds, the ZEO server may take to start, and to stop.
-_START_TIMEOUT, _STOP_TIMEOUT = 30.0, 10.0
-
-_LOG_LINES = 15
 
 #: The metrics that are shown.
 _SHOWN = (
@@ -63,10 +42,6 @@ _SHOWN = (
     "s3blobs_cache_size_bytes",
     "zeo_loads_total",
 )
-
-
-class DemoError(Exception):
-    """The demo has failed; the message is for the person who runs it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +79,7 @@ def demo(directory: Path, once: bool, signals: "Signals") -> None:
         _say()
         _say(f"  S3 server      {s3.url} (moto, in this process)")
         _say(f"  ZEO server     {server.address} (runzeo)")
-        _say(f"  configuration  {CONFIG}")
+        _say(f"  configuration  {servers.CONFIG}")
         _say(f"  files          {directory}")
         _say()
         server.start()
@@ -238,198 +213,6 @@ def _client(server: "ZEOServer", blob_dir: Path) -> Iterator[Any]:
 
 
 # The two servers
-
-
-@dataclass(frozen=True)
-class Request:
-    """One request as it reached S3; ``operation`` as S3 calls it."""
-
-    operation: str
-    key: str
-
-
-class S3Server:
-    """moto's S3 server in a thread, with an empty bucket, and a record of its requests. A context manager."""
-
-    def __init__(self) -> None:
-        try:
-            from moto.server import DomainDispatcherApplication, create_backend_app
-            from werkzeug.serving import WSGIRequestHandler, make_server
-        except ImportError as error:
-            raise DemoError(
-                f"the S3 server of the demo is not installed ({error}): {sys.executable} -m pip install '{MOTO}'"
-            ) from None
-
-        class Handler(WSGIRequestHandler):
-            protocol_version = "HTTP/1.1"  # keeps connections open, as every S3 server does
-
-            def log(self, *args: Any) -> None:
-                """The demo shows the requests in its own way."""
-
-        self._app = DomainDispatcherApplication(create_backend_app)
-        self._requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
-        self._server = make_server("127.0.0.1", 0, self._record, threaded=True, request_handler=Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def _record(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        # Before the answer: whoever has read a blob finds all its requests in the record. The server's lease of the
-        # prefix is not what is to be shown.
-        if not environ["PATH_INFO"].endswith(OWNER):
-            self._requests.put(_request(environ))
-        return self._app(environ, start_response)
-
-    def __enter__(self) -> "S3Server":
-        threading.Thread(target=self._server.serve_forever, name="demo S3", daemon=True).start()
-        connection = http.client.HTTPConnection("127.0.0.1", self._server.server_port)
-        connection.request("PUT", f"/{BUCKET}")
-        status = connection.getresponse().status
-        connection.close()
-        if status != 200:
-            raise DemoError(f"moto answered HTTP {status} when it was to make the bucket {BUCKET}")
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def take(self) -> list[Request]:
-        """The requests since the last call."""
-        requests = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                requests.append(self._requests.get_nowait())
-        return requests
-
-    def wait_for_request(self, timeout: float) -> Request | None:
-        """The next request, or None if there is none for ``timeout`` seconds."""
-        try:
-            return self._requests.get(timeout=timeout)
-        except queue.Empty:
-            return None
-
-
-def _request(environ: dict[str, Any]) -> Request:
-    method = environ["REQUEST_METHOD"]
-    key = environ["PATH_INFO"].lstrip("/").partition("/")[2]
-    query = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
-    copy = "HTTP_X_AMZ_COPY_SOURCE" in environ
-    if "partNumber" in query:
-        operation = "UploadPartCopy" if copy else "UploadPart"
-    elif "uploadId" in query:
-        operation = "CompleteMultipartUpload" if method == "POST" else "AbortMultipartUpload"
-    elif "uploads" in query:
-        operation = "CreateMultipartUpload" if method == "POST" else "ListMultipartUploads"
-    elif "delete" in query:
-        operation = "DeleteObjects"
-    elif "list-type" in query:
-        operation = "ListObjectsV2"
-    elif not key:
-        operation = f"{method.capitalize()}Bucket"
-    else:
-        operation = "CopyObject" if copy else f"{method.capitalize()}Object"
-    return Request(operation, key)
-
-
-class ZEOServer:
-    """A ``runzeo`` process with the packaged configuration; leaving the context ends it."""
-
-    def __init__(self, directory: Path, s3_url: str) -> None:
-        directory.mkdir()
-        self.cache = directory / "blobcache"  # as in CONFIG
-        self._log = directory / "runzeo.log"
-        self.port, metrics_port = _free_ports(2)
-        self.address = f"127.0.0.1:{self.port}"
-        self.metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
-        self._process: subprocess.Popen[bytes] | None = None
-        # INSTANCE_HOME would make runzeo write a pid file there.
-        inherited = {name: value for name, value in os.environ.items() if name != "INSTANCE_HOME"}
-        self._environment = {
-            **inherited,
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-            "S3BLOBS_ADDRESS": self.address,
-            "S3BLOBS_METRICS_ADDRESS": f"127.0.0.1:{metrics_port}",
-            "S3BLOBS_DIR": str(directory),
-            "S3BLOBS_ENDPOINT": s3_url,
-            "S3BLOBS_BUCKET": BUCKET,
-            "S3BLOBS_ACCESS_KEY": ACCESS_KEY,
-            "S3BLOBS_SECRET_KEY": SECRET_KEY,
-        }
-
-    def __enter__(self) -> "ZEOServer":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-
-    def start(self) -> None:
-        """Start the process and wait until its port answers."""
-        with open(self._log, "ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "ZEO.runzeo", "-C", str(CONFIG)],
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the demo, which ends the server while S3 is still there
-            )
-        deadline = time.monotonic() + _START_TIMEOUT
-        while not _answers(self.port):
-            if self.has_ended():
-                raise DemoError(f"runzeo did not start. {self.last_log_lines()}")
-            if time.monotonic() > deadline:
-                raise DemoError(
-                    f"runzeo does not answer on {self.address} after {_START_TIMEOUT:g} s. {self.last_log_lines()}"
-                )
-            time.sleep(0.05)
-
-    def stop(self) -> None:
-        """End the process, if there is one, and wait until it is gone."""
-        if self._process is None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def figures(self, names: Iterable[str]) -> dict[str, float]:
-        """The metrics ``names``, each summed over its labels."""
-        with build_opener(ProxyHandler({})).open(self.metrics_url, timeout=_STOP_TIMEOUT) as answer:
-            families = text_string_to_metric_families(answer.read().decode())
-        sums: collections.Counter[str] = collections.Counter()
-        for sample in (sample for family in families for sample in family.samples):
-            sums[sample.name] += sample.value  # type: ignore[assignment]
-        return {name: sums[name] for name in names}
-
-    def has_ended(self) -> bool:
-        """Whether the process is gone."""
-        return self._process is not None and self._process.poll() is not None
-
-    def last_log_lines(self) -> str:
-        """What the process wrote last, for an error message."""
-        lines = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-        return "The last lines of its log:\n\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:  # all at once, or they might get the same one
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
-def _answers(port: int) -> bool:
-    try:
-        with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
-            return bool(connection.recv(64))  # ZEO speaks first; not to listen would be an error in its log
-    except OSError:
-        return False
-
-
-# What the person at the terminal sees
 
 
 def _show_table(files: list[Path], cold: dict[str, Read], warm: dict[str, Read]) -> dict[str, str]:
