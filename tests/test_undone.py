@@ -6,10 +6,9 @@ Its bytes are those of the revision that the undo went back to, at the key of th
 import json
 import logging
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transaction
@@ -17,6 +16,7 @@ import ZODB
 import ZODB.config
 from bases import Base
 from persistent.timestamp import TimeStamp
+from sites import run
 from zc.zlibstorage import ZlibStorage
 from zeoserver import CONFIG, SECTION
 from ZODB.blob import Blob
@@ -149,10 +149,9 @@ class Old:
         """Run it, beside the open database, if it is open."""
         conf = self.directory / "zeo.conf"
         conf.write_text(CONFIG.format(port=1, dir=self.directory, zeo="", storages=self._section()))
-        command = [sys.executable, "-m", "zodb_s3blobs", "verify", "-C", str(conf), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == status, (done.stdout, done.stderr)
-        return done
+        returned, stdout, stderr = run("verify", "-C", str(conf), *arguments)
+        assert returned == status, (stdout, stderr)
+        return SimpleNamespace(stdout=stdout, stderr=stderr)
 
 
 @pytest.fixture
