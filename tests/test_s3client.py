@@ -123,7 +123,7 @@ def test_another_web_server_has_neither_blobs_nor_has_it_none(open_bucket, open_
             lambda: bucket.put(OID, TID, filename) if "ETag" not in headers else bucket.probe(),
             bucket.read_owner,
         ):
-            with pytest.raises(BucketError, match=r"no S3 service.*s3-endpoint-url") as caught:
+            with pytest.raises(BucketError, match=r"not an S3 service.*s3-endpoint-url") as caught:
                 call()
             assert caught.value.reason == "foreign"
 
@@ -339,7 +339,7 @@ def test_a_host_that_does_not_answer_is_a_timeout_of_the_service(open_bucket, ne
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("http://no-such-host.invalid", "the name of the host is not known"),
+        ("http://no-such-host.invalid", "the host name is unknown"),
         ("https://{address}", "SSLError"),  # it talks no TLS there
     ],
 )
