@@ -166,7 +166,7 @@ def test_a_client_without_boto3_gets_an_answer_that_it_can_read(live, link, tmp_
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("http://no-such-host.invalid", "the name of the host is not known"),
+        ("http://no-such-host.invalid", "the host name is unknown"),
         ("https://{address}", "the server there does not speak TLS"),
     ],
 )

@@ -19,7 +19,7 @@ _NOT_UNDERSTOOD = {"InvalidArgument", "InvalidRequest", "400"}
 
 @dataclass(frozen=True)
 class ControlObject:
-    """A small object beside the blobs; ``written``, ``now``: times of its last write and of the read, by the service."""
+    """A small object beside the blobs; ``written``, ``now``: times of its last write and of the read, by S3."""
 
     data: bytes
     written: datetime.datetime
