@@ -483,7 +483,7 @@ def test_on_probation_dead_blobs_are_only_marked_and_one_line_says_until_when(
         assert marked() == {dead: today()}
         assert found(metrics)[0] == {"live": 1, "retained": 1}
         (line,) = infos(caplog)
-        assert "1 live blobs and 1 dead ones" in line
+        assert "1 live and 1 dead blobs" in line
         assert "until a week after this database took the s3-prefix over" in line
     assert deletions(s3) == []
     assert (value(metrics.gc_failures), value(metrics.gc_deleted)) == (0, 0)
@@ -789,7 +789,7 @@ def test_with_a_largest_share_of_0_nothing_is_deleted_and_one_line_says_so(
     assert (value(metrics.gc_failures), value(metrics.gc_deleted)) == (0, 0)
     assert found(metrics)[0] == {"live": 1, "retained" if retention else "dead": 2}
     (line,) = infos(caplog)
-    assert "1 live blobs and 2 dead ones" in line and "gc-max-delete-percent is 0" in line
+    assert "1 live and 2 dead blobs" in line and "gc-max-delete-percent is 0" in line
 
 
 def test_with_a_largest_share_of_0_not_one_live_blob_is_no_error(s3, bucket_name, put, collector):

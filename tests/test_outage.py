@@ -167,8 +167,8 @@ def test_a_client_without_boto3_gets_an_answer_that_it_can_read(live, link, tmp_
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("http://no-such-host.invalid", "the name of the host is not known"),
-        ("https://{address}", "what listens there does not speak TLS"),
+        ("http://no-such-host.invalid", "the host name is unknown"),
+        ("https://{address}", "the server there does not speak TLS"),
     ],
 )
 def test_a_client_without_boto3_is_told_what_is_wrong_with_the_way(s3, bucket_name, tmp_path, url, words):

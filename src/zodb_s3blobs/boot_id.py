@@ -1,11 +1,11 @@
-"""What tells this machine from others."""
+"""The identity of the running machine."""
 
 import uuid
 from pathlib import Path
 
 
 def boot_id() -> str:
-    """What tells this machine, as it runs now, from others; the same in all its containers."""
+    """Return a text that identifies this machine until its next boot, equal in all its containers."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,7 +1,7 @@
-"""The identity of a database: what tells it from all others, and from its own copies.
+"""The identity of a database, which no other database and no copy of this one has.
 
-It is a number in a file beside the database's own files, so that it lives as long as they do, whatever becomes of the
-cache. A copy of the file is another file, on another file system or with another inode, and so another identity.
+The identity is a number in a file beside the database's own files, so that it lives as long as they do, independently
+of the cache. A copy of that file has another inode or another file system, and so gives another identity.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from ZODB.utils import p64, u64
 
 
 class Identity:
-    """The identity of the database whose file is ``database``; of one in memory, which ends with it, if that is None.
+    """The identity of the database in the file ``database``; None: of one in memory, kept in this object only.
 
     Any thread may call. Raises the OSErrors of the disk.
     """
@@ -28,7 +28,7 @@ class Identity:
         self._doubt_in_memory = False
 
     def make(self) -> str:
-        """Return it; a database that has none is given one."""
+        """Return the identity; create one for a database that has none."""
         if self._file is not None and not self._number():  # a crash may leave an empty file
             with open(self._file, "w", encoding="ascii") as file:
                 file.write(uuid.uuid4().hex)
@@ -37,13 +37,13 @@ class Identity:
         return self.read() or ""
 
     def read(self) -> str | None:
-        """Return it; None if the database has none yet. Nothing is written."""
+        """Return the identity; None if the database has none yet. Writes nothing."""
         if self._file is None:
             return self._in_memory
         number = self._number()
         if not number:
             return None
-        # Not the number of the device, which may be another after a restart of the machine.
+        # Not the number of the device, which may change when the machine restarts.
         return f"{number} {os.statvfs(self._file).f_fsid:x}:{os.stat(self._file).st_ino:x}"
 
     def _number(self) -> str:
@@ -55,9 +55,9 @@ class Identity:
 
     @property
     def packed_away(self) -> set[bytes]:
-        """The tids of transactions that the database had before its last pack, which may have taken them away.
+        """Tids that owner.json may name and that the last pack may have removed from the database.
 
-        It outlives the process.
+        The set outlives the process.
         """
         try:
             lines = self._packed.read_text(encoding="ascii").split() if self._packed is not None else []
@@ -72,9 +72,9 @@ class Identity:
 
     @property
     def marks_are_doubtful(self) -> bool:
-        """Whether a pack of the database may have killed blobs again whose old marks have not been taken away.
+        """True if blobs may be dead again after they were live, and still have their old marks.
 
-        It outlives the process.
+        The value outlives the process.
         """
         return self._doubt.exists() if self._doubt is not None else self._doubt_in_memory
 

@@ -1,21 +1,22 @@
 """The owner lease: which database the prefix belongs to, and which server may delete from it.
 
 Two databases on one prefix, such as production and a copy of it that still has production's settings, must never delete
-each other's blobs. So a server writes an object beside the blobs that says whose they are, renews it, and collects
-garbage only while it holds it. Whoever finds the lease of another database serves all the same, and never deletes.
+each other's blobs. So a server writes an object beside the blobs, owner.json, which names the owner of the prefix; it
+renews owner.json, and collects garbage only while it holds this lease. A server that finds another database's lease
+stores and serves blobs, and never deletes any.
 
-The object names the database by its identity, and by its last transaction. A database takes a prefix back at once, and
-one that another database had only when that is stopped, or has not been heard of for a while, and when it has exactly
-that last transaction itself: then it is its successor, and neither a stranger, nor empty, nor an older state. All else
-takes an explicit command (`adopt`). After it has taken a prefix over, a database only marks dead blobs for a week.
+owner.json names the database by its identity and by its last transaction. A database takes back its own prefix at once.
+It takes another database's prefix only if that database's server has stopped, or has been silent for a while, and if it
+has exactly that last transaction: then it is the successor, and not a foreign, empty or older database. Every other
+case takes an explicit command (`adopt`). After a takeover, a database only marks dead blobs for a week.
 
-Several servers on one database, as RelStorage has them, hold the lease together.
+Several servers on one database, as with RelStorage, hold the lease together.
 
-Every write is conditional where the service can do that, and is read back everywhere. Ages are those that the service
-tells: its own clock at the last write and now. A server that stops leaves the object behind, marked as stopped.
+Every write is conditional if the service supports that, and is always read back. Ages are differences of the service's
+own clock: between the last write and now. A server that stops leaves owner.json behind, marked as stopped.
 
-A full bucket takes no writes, and deleting dead blobs is the way to make room. So while it is full, the object that a
-read shows to be this server's own is as good as a renewed one: another server has to write as well to take it.
+A full bucket refuses writes, and deleting dead blobs makes room. So while the bucket is full, owner.json counts as
+renewed if a read shows that it is this server's own: another server could not write either to take the prefix.
 """
 
 import json
@@ -41,100 +42,100 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 2
 
-#: In seconds: how often a lease is renewed, and how old one is that nobody keeps any more.
+#: In seconds: the time between two renewals, and the age from which a lease counts as abandoned.
 RENEW_EVERY, STALE_AFTER = 300.0, 900.0
 
-#: For how long, in seconds, after the last renewal the owner deletes. Less than `STALE_AFTER` by more than any request
+#: How long, in seconds, the owner may delete after its last renewal. Less than `STALE_AFTER` by more than any request
 #: takes, so that no deletion is still under way when another server takes a stale lease.
 _TRUSTED_FOR = 600.0
 
-#: How often, in seconds, a server without the lease looks whether it can have it.
+#: Seconds between two attempts of a server without the lease to take it.
 _LOOK_EVERY = 60.0
 
-#: How long, in seconds, the end of the server waits for the lease to be marked as stopped.
+#: How long, in seconds, a stopping server waits for the write that marks the lease as stopped.
 _RELEASE_TIMEOUT = 2.0
 
-#: For how long a database that has taken a prefix over from another one deletes nothing.
+#: How long a database deletes nothing after it took the prefix over from another one.
 PROBATION = timedelta(days=7)
 
-#: How much of what the lease of another says is shown, in characters.
+#: The most characters of each field of owner.json that a message shows.
 _LONGEST_SHOWN = 100
 
 
 class NotOwner(S3BlobsError):
-    """Nothing may be deleted; the message says who holds the prefix, or why that is not known."""
+    """This server may not delete, because it does not hold the lease; the message names the owner, or the error."""
 
 
 class Database(Protocol):
-    """What the lease has to know of the database. It may be asked in any thread."""
+    """The view of the database that the lease needs. Any thread may call."""
 
-    #: Whether other processes commit to it, and hold the lease as well.
+    #: Whether other processes commit to the database, and hold the lease as well.
     shared: bool
 
     def identity(self) -> str:
-        """Return what tells it from all others and from its copies, as of now. May wait for a database server."""
+        """Return the present identity of the database, which no other one and no copy has. May wait for its server."""
 
     def was(self, identity: str) -> bool:
-        """Return whether it can have had that ``identity`` before its server, or the machine, was started anew."""
+        """Return whether the database can have had ``identity`` before a restart of its server or the machine."""
 
     def last_transaction(self) -> bytes:
-        """Return the tid of its last transaction."""
+        """Return the tid of the database's last transaction."""
 
     def has_transaction(self, tid: bytes) -> bool:
-        """Return whether it has the transaction with exactly that tid."""
+        """Return whether the database has the transaction with exactly this tid."""
 
 
 class Lease:
     """This server's claim to the prefix of ``bucket``, on behalf of ``database``; any thread may call.
 
-    ``metrics``: those of the storage; ``name``: what owner.json calls the storage.
+    ``metrics``: those of the storage; ``name``: the storage's name in owner.json.
     """
 
     def __init__(self, bucket: Bucket, database: Database, metrics: Metrics, name: str) -> None:
         self._bucket = bucket
         self._database = database
-        self._identity = ""  # as of the last time it was asked
+        self._identity = ""  # of the database, at the last renewal
         self._metrics = metrics
         self._name = name
         self._owner = uuid.uuid4().hex
         self._started = _now()
-        self._lock = threading.Lock()  # one at a time asks and writes
+        self._lock = threading.Lock()  # one thread at a time reads and writes owner.json
         self._renewed: tuple[float, float] | None = None  # monotonic and wall clock before the last renewal was sent
-        self._predecessor = ""  # whose claim is held without being renewed, in a full bucket
-        #: The transactions of which owner.json may name one as the last; none before it was read as this database's.
+        self._predecessor = ""  # the owner whose claim counts as this server's while a full bucket refuses a renewal
+        #: Tids that owner.json may name as the last transaction; empty until it was read as this database's.
         self.claimed: set[bytes] = set()
-        self._taken = ""  # when the database took the prefix over from another one
+        self._taken = ""  # time when the database took the prefix over from another one
         self._on_probation = False
-        self._refusal: str | None = None  # why it is not ours, as of the last look
+        self._refusal: str | None = None  # why the lease was not ours at the last read
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="s3blobs lease", daemon=True)
 
     def start(self) -> None:
-        """Begin to ask for it and to keep it, in a thread of its own."""
+        """Start the thread that acquires and renews the lease."""
         self._thread.start()
 
     def is_held(self) -> bool:
-        """Whether the prefix is surely this server's at this moment. Does not wait."""
+        """Return whether this server certainly holds the lease now. Does not wait."""
         renewed = self._renewed
         if renewed is None or self._ending.is_set():
             return False
-        # Both, because neither tells everything: the one may stand still while a virtual machine sleeps, the other
+        # The maximum of both clocks: the monotonic one may stand still while a virtual machine sleeps, the wall clock
         # may be set back.
         elapsed = max(time.monotonic() - renewed[0], time.time() - renewed[1])
         return elapsed < _TRUSTED_FOR
 
     def require(self) -> None:
-        """Raise NotOwner unless it is held. Does not wait."""
+        """Raise NotOwner unless this server holds the lease. Does not wait."""
         if not self.is_held():
             raise NotOwner(self._reason())
 
     def renew_now(self) -> None:
-        """Renew it now. Waits for S3; raises NotOwner if another server holds it, BucketError if S3 fails."""
+        """Renew the lease. Waits for S3; raises NotOwner if another server holds the lease, BucketError if S3 fails."""
         self._renew()
         self.require()
 
     def verify(self) -> None:
-        """Look whether it still is ours. Waits for S3; raises as `renew_now` does."""
+        """Check against the bucket that this server still holds the lease. Waits for S3; NotOwner, BucketError."""
         with self._lock:
             note = self._bucket.read_owner()
             claim = Claim.of(note)
@@ -144,18 +145,19 @@ class Lease:
 
     @property
     def is_on_probation(self) -> bool:
-        """Whether the database has the prefix from another one since less than a week, as of the last renewal.
+        """True if the database took the prefix over less than a week ago, as of the last renewal.
 
-        Then nothing is to be deleted that was the other's.
+        During that time nothing that the other database may need must be deleted.
         """
         return self._on_probation
 
     def close(self) -> None:
-        """Mark it as stopped, so that another server need not wait until it is stale. From here on it is not held.
+        """Give up the lease and mark owner.json as stopped, so that a successor need not wait until it is stale.
 
-        That others on this database are gone as well it cannot know: then it stays as it is.
+        Waits for S3, for `_RELEASE_TIMEOUT` seconds at most. A shared lease is not marked, because other processes may
+        still hold it.
         """
-        kept = self._thread.is_alive()  # before it is told to end
+        kept = self._thread.is_alive()  # asked before the thread is told to end
         self._ending.set()
         if kept:
             release = threading.Thread(target=self._release, name="s3blobs lease release", daemon=True)
@@ -200,19 +202,22 @@ class Lease:
             data = self._claim()
             self.claimed = {claim.tid, Claim.read(data).tid}  # the answer to the write may be lost
             try:
-                self._bucket.write_owner(data, note)  # or somebody else does at the same moment
+                self._bucket.write_owner(data, note)  # or another server does at the same moment
             except BucketError as error:
                 if error.reason != "quota" or note is None or claim.database != self._identity:
                     raise
-                logger.warning("The owner lease is held without renewing it. %s", error)
+                logger.warning("The bucket is full: the owner lease is held without renewal. %s", error)
                 data, self._predecessor = note.data, claim.owner
             written = self._bucket.read_owner()
             theirs = Claim.of(written)
             if written is None or not (written.data == data or self._is_ours(theirs)):
                 self._lost_to(written, _not_any_more(theirs))
             elif written.data != data and note is not None and written.data == note.data:
-                # Ours, but the one from before: it grows old.
-                raise BucketError(f"Bucket {self._bucket.name} did not take {self._bucket.keys.owner}")
+                # owner.json is still ours, but was not renewed.
+                raise BucketError(
+                    f"Could not write {self._bucket.keys.owner} to bucket {self._bucket.name}: the service reported "
+                    f"success, but kept the old object"
+                )
             else:
                 self._renewed = before
                 self.claimed = {theirs.tid}
@@ -222,12 +227,13 @@ class Lease:
     def _lost_to(self, note: ControlObject | None, refusal: str) -> None:
         self._renewed = None
         self._report(
-            f"bucket {self._bucket.name} with this s3-prefix belongs to {Claim.of(note)}, as "
-            f"{self._bucket.keys.owner} says. {refusal}"
+            f"bucket {self._bucket.name} with this s3-prefix belongs to {Claim.of(note)}, according to "
+            f"{self._bucket.keys.owner}. {refusal}"
         )
 
     def _is_ours(self, claim: "Claim") -> bool:
-        # That of all servers of a database; and our own, if the database says something else since: it was restarted.
+        # A shared lease belongs to all servers of the database; and our own claim stays ours if a restart of the
+        # database has changed its identity.
         return claim.owner == self._owner or (self._database.shared and claim.database == self._identity)
 
     def _report(self, refusal: str | None) -> None:
@@ -242,13 +248,13 @@ class Lease:
     def _release(self) -> None:
         with self._lock:
             if self._database.shared:
-                return  # others may hold it as well
+                return  # other processes may still hold the lease
             try:
                 note = self._bucket.read_owner()
                 if note is not None and Claim.of(note).owner == self._owner:
                     self._bucket.write_owner(self._claim(stopped=_now()), note)
             except BucketError as error:
-                logger.warning("The owner lease is not marked as stopped: %s", error)
+                logger.warning("The owner lease could not be marked as stopped: %s", error)
 
     def _claim(self, stopped: str = "") -> bytes:
         return claim_of(self._database, self._identity, self._owner, self._name, self._started, stopped, self._taken)
@@ -257,7 +263,7 @@ class Lease:
 def claim_of(
     database: Database, identity: str, owner: str, storage: str, started: str, stopped: str, taken: str
 ) -> bytes:
-    """Return what owner.json says, as of now. ``started``, ``stopped``, ``taken``: moments in ISO format, or ""."""
+    """Return the content of owner.json as of now. ``started``, ``stopped``, ``taken``: times in ISO format, or ""."""
     last = f"{u64(database.last_transaction()):x}"
     claim = Claim(FORMAT, owner, platform.node(), storage, identity, last, started, _now(), stopped, taken)
     return json.dumps(asdict(claim), indent=2).encode()
@@ -269,51 +275,51 @@ def is_alive(note: ControlObject) -> bool:
 
 
 def why_not(note: ControlObject, identity: str, database: Database, owner: str = "") -> str | None:
-    """Return why the ``database`` with that ``identity`` may not take the prefix that ``note`` claims; None if it may.
+    """Return why the ``database`` with this ``identity`` may not take the prefix that ``note`` claims; None if it may.
 
-    ``owner``: what the server calls itself.
+    ``owner``: the server's name for itself in owner.json.
     """
     claim = Claim.of(note)
     if claim.format > FORMAT:
-        return "A later version of this software wrote that, which may mean something else by it: use that one"
+        return "A later version of this software wrote that object, and this version cannot read it: use the later one"
     if (owner and claim.owner == owner) or (database.shared and claim.database == identity):
         return None
     if identity and claim.database == identity:
         if claim.tid == z64 or database.has_transaction(claim.tid):
             return None
         return (
-            f"This is that database, but it does not have its last transaction {tid_repr(claim.tid)} any more: was an "
-            f"older state restored? If that is meant to be: {_ADOPT}"
+            f"This is that database, but it does not have the last transaction {tid_repr(claim.tid)} any more: was an "
+            f"older state restored? If so, and on purpose: {_ADOPT}"
         )
     if is_alive(note):
         return (
-            "Two databases must never share a prefix: give this one another s3-prefix, or stop the other one. A "
-            "successor, which has its last transaction, takes over at once then, or "
-            f"{STALE_AFTER / 60:g} minutes after it was last heard of"
+            "Two databases must never share a prefix: give this database another s3-prefix, or stop that server. A "
+            "successor, which has the last transaction of that database, takes the prefix over at once after the stop, "
+            f"or {STALE_AFTER / 60:g} minutes after the last renewal"
         )
     if database.was(claim.database) or (claim.tid != z64 and database.has_transaction(claim.tid)):
         return None
     if claim.tid == z64:
-        return f"It does not say what the last transaction of its database was. If this one is to have it: {_ADOPT}"
+        return f"That object names no last transaction. If the prefix must belong to this database: {_ADOPT}"
     return (
         f"This database does not have the last transaction of that one, {tid_repr(claim.tid)}: it is another database, "
-        f"an empty one, or an older state. Is this the right Data.fs, and its disk mounted? If it is to have the "
-        f"prefix: {_ADOPT}"
+        f"an empty one, or an older state. Is this the right Data.fs, and its disk mounted? If the prefix must belong "
+        f"to it: {_ADOPT}"
     )
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Whose a prefix is, as one database sees it."""
+    """The ownership of a prefix from the point of view of one database."""
 
-    #: A sentence that tells.
+    #: A sentence that names the owner.
     whose: str
-    #: Whether the database has the prefix, or may take it.
+    #: Whether the database owns the prefix, or may take it.
     is_ours: bool
 
 
 def standing(bucket: Bucket, database: Database, identity: str | None) -> Standing:
-    """Return whose the prefix of ``bucket`` is. Waits for S3; BucketError.
+    """Return the ownership of the prefix of ``bucket``. Waits for S3; BucketError.
 
     ``identity``: that of the ``database``, None if it has none yet.
     """
@@ -338,7 +344,7 @@ def _not_any_more(claim: "Claim") -> str:
 
 @dataclass
 class Claim:
-    """What owner.json says; ``tid``: of the last transaction that the database had when it was written."""
+    """The content of owner.json; ``last``: the database's last transaction at the time of the write, in hexadecimal."""
 
     format: int
     owner: str
@@ -353,12 +359,12 @@ class Claim:
 
     @classmethod
     def of(cls, note: ControlObject | None) -> "Claim":
-        """Return what ``note`` says; none claims nothing."""
+        """Return the claim in ``note``; an empty claim for None."""
         return cls.read(note.data if note is not None else b"")
 
     @classmethod
     def read(cls, data: bytes) -> "Claim":
-        """Return what ``data`` says; what makes no sense claims nothing, and can be taken when it is old."""
+        """Return the claim in ``data``; an empty claim for invalid data, whose prefix can be taken when it is old."""
         fields = list(cls.__annotations__)[1:]
         try:
             said = json.loads(data)
@@ -369,7 +375,7 @@ class Claim:
 
     @property
     def tid(self) -> bytes:
-        """The tid of the last transaction; that of none if it makes no sense."""
+        """Tid of the last transaction; `z64` if the claim names none."""
         try:
             return p64(int(self.last, 16))
         except (ValueError, OverflowError, struct.error):
@@ -377,8 +383,8 @@ class Claim:
 
     def __str__(self) -> str:
         if not self.owner:
-            return "a server that its owner.json does not tell"
-        # Anybody may have written it who may write to the bucket: it is shown, on one line and in short.
+            return "a server that owner.json does not name"
+        # Any writer to the bucket may have written these texts: each is shown on one line, and shortened.
         host, storage, started, database = (
             repr(text[:_LONGEST_SHOWN]) for text in (self.host, self.storage, self.started, self.database)
         )
@@ -386,7 +392,7 @@ class Claim:
 
 
 def _moment(text: str) -> datetime:
-    """Return the moment that ``text`` names in ISO format; the far future if it names none, to be on the safe side."""
+    """Return the time that ``text`` gives in ISO format; the far future, which is safe, if it gives none."""
     try:
         moment = datetime.fromisoformat(text)
         return moment if moment.tzinfo is not None else moment.replace(tzinfo=timezone.utc)

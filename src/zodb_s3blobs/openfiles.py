@@ -1,8 +1,8 @@
-"""What to do where no more files can be opened, whatever they are wanted for: connections, or files of the cache."""
+"""The errors of too many open files, for connections and cache files alike, and the advice for the operator."""
 
 import errno
 
-#: The errors of the process and of the whole system.
+#: The errors for the limit of the process and for that of the whole system.
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 RAISE_THEIR_NUMBER = (

@@ -1,4 +1,4 @@
-"""Which section of this process stores where in S3: two that store at one place would delete each other's blobs."""
+"""The places in S3 of this process: two sections that store at one place would delete each other's blobs."""
 
 import contextlib
 import threading
@@ -15,7 +15,7 @@ Place = tuple[str, str, str]
 
 
 class PlaceTaken(S3BlobsError):
-    """Another section of this process stores where this one would; the message names both."""
+    """Another section of this process already stores at this place; the message names both sections."""
 
 
 @dataclass(eq=False)
@@ -25,7 +25,7 @@ class _Holder:
     kind: BaseAdapter
 
     def may_share_with(self, other: "_Holder") -> bool:
-        """Return whether both are one database that several storages can have open."""
+        """Return whether both sections have one database, of a kind that several storages can have open."""
         return self.kind.shared and other.kind.shared and self.kind.identity() == other.kind.identity()
 
 
@@ -37,17 +37,17 @@ class Places:
         self._holders: list[_Holder] = []
 
     def take(self, place: Place, label: str, kind: BaseAdapter) -> Callable[[], None]:
-        """Take the ``place`` for the section ``label`` with a base of this ``kind``; return what gives it back.
+        """Take the ``place`` for the section ``label`` with the base ``kind``; return a function that gives it back.
 
-        Raises PlaceTaken. May wait for a database server where two sections with RelStorage meet.
+        Raises PlaceTaken. May wait for a database server if two sections with RelStorage have one place.
         """
         holder = _Holder(place, label, kind)
         with self._lock:
             for other in self._holders:
                 if other.place == place and not holder.may_share_with(other):
                     raise PlaceTaken(
-                        f"{other.label} and {label} have the same bucket and prefix, so that each would take the "
-                        f"blobs of the other one for garbage: give each a prefix of its own"
+                        f"{other.label} and {label} have the same bucket and prefix, so that each would delete the "
+                        f"blobs of the other one as garbage: give each a prefix of its own"
                     )
             self._holders.append(holder)
 
@@ -59,10 +59,10 @@ class Places:
 
 
 def place_of(bucket: Bucket) -> Place:
-    """Return where ``bucket`` and its prefix are, however its endpoint is spelt."""
+    """Return the place of ``bucket`` and its prefix, equal for all spellings of its endpoint."""
     url = urlsplit(bucket.endpoint_url)
     host = (url.hostname or "").lower()
-    if host.endswith(".amazonaws.com"):  # the name of a bucket is unique among all regions
+    if host.endswith(".amazonaws.com"):  # a bucket's name is unique among all regions
         return "amazonaws.com", bucket.name, bucket.keys.prefix
     port = url.port or {"http": 80, "https": 443}.get(url.scheme)
     return f"{url.scheme}://{host}:{port}{url.path.rstrip('/')}", bucket.name, bucket.keys.prefix

@@ -1,6 +1,6 @@
-"""What zodb-s3blobs 1.2.1, the earlier package of this name, leaves behind: keys of its section, and its cache.
+"""The leftovers of zodb-s3blobs 1.2.1, the earlier package of this name: keys of its section, and its cache.
 
-Its buckets need nothing of this: they have the same layout.
+Its buckets need no conversion: their layout is that of this package.
 """
 
 import re
@@ -10,31 +10,31 @@ from typing import Any
 
 NAME = "zodb-s3blobs 1.2.1"
 
-#: The keys that have no effect any more, and those whose values hold for downloads now.
+#: Key of 1.2.1 without effect -> key whose value applies to downloads now.
 REPLACED = {
     "s3-download-connect-timeout": "s3-connect-timeout",
     "s3-download-read-timeout": "s3-read-timeout",
     "s3-download-max-attempts": "s3-max-attempts",
 }
 
-#: The keys whose values 1.2.1 takes without a unit only.
+#: The keys whose values must have no unit in 1.2.1.
 TIMEOUTS = ("s3-connect-timeout", "s3-read-timeout")
 
-# An oid or a tid as 1.2.1 writes it.
+# An oid or a tid in the notation of 1.2.1.
 _NUMBER = "(0|[1-9a-f][0-9a-f]{0,15})"
 
 
 class SecondsWithoutUnit(float):
-    """A time that was written as 1.2.1 demands: as a number alone."""
+    """A time written as a number alone, as 1.2.1 demands."""
 
 
 def seconds_without_unit(text: str) -> SecondsWithoutUnit | None:
-    """Return the time ``text`` if it is a number alone, else None."""
+    """Return the time in ``text`` if it is a number alone, else None."""
     return SecondsWithoutUnit(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?", text) else None
 
 
 def warnings(config: Any) -> Iterator[str]:
-    """Yield a sentence for each key of the section ``config`` that 1.2.1 understands in another way."""
+    """Yield a sentence for each key of the section ``config`` that has another meaning in 1.2.1."""
     for key, replacement in REPLACED.items():
         if getattr(config, key.replace("-", "_")) is not None:
             yield (

@@ -1,7 +1,7 @@
 """The storages that `S3BlobStorage` can wrap, and the choice of the adapter for one.
 
 The key of a blob ends with the tid of its transaction, and the blob must be in the bucket before the vote returns. So
-the base has to tell the tid before it finishes the transaction.
+the base must know the tid before it finishes the transaction.
 """
 
 from collections.abc import Callable
@@ -18,15 +18,15 @@ from .adapter import BaseAdapter, UnsuitableBase, innermost
 def adapter_for(base: Any) -> BaseAdapter:
     """Return the adapter for the storage ``base``.
 
-    Raises `UnsuitableBase` if it cannot tell the tid of a transaction in time, or stores blobs itself.
+    Raises `UnsuitableBase` if the base does not know the tid of a transaction in time, or stores blobs itself.
     """
     inside = innermost(base)
     relational = type(inside).__module__.startswith("relstorage.")
-    # RelStorage puts how it connects to the database into its name.
+    # RelStorage's name contains the parameters of its connection to the database.
     name = type(base).__name__ if relational else f"{type(base).__name__} {base.getName()!r}"
     if _stores_blobs(base):
         raise UnsuitableBase(
-            f"{name} stores blobs itself already: remove blob-dir from its section, or the s3blobstorage around it"
+            f"{name} stores blobs itself: remove blob-dir from its section, or the s3blobstorage around it"
         )
     if relational:
         from .relstorage import RelStorageAdapter  # it need not be installed
@@ -35,16 +35,15 @@ def adapter_for(base: Any) -> BaseAdapter:
     holder = _tid_holder(inside)
     if holder is None:
         raise UnsuitableBase(
-            f"{name} cannot tell the tid of a transaction before it is finished, which s3blobstorage needs to name "
-            f"the blobs in the bucket: use a filestorage, mappingstorage, demostorage or relstorage, or a wrapper of "
-            f"one"
+            f"{name} does not know the tid of a transaction before its end, but s3blobstorage needs the tid for the "
+            f"keys of blobs: use a filestorage, mappingstorage, demostorage or relstorage, or a wrapper of one"
         )
     return BaseAdapter(base, holder)
 
 
 def _stores_blobs(storage: Any) -> bool:
     if isinstance(storage, DemoStorage):
-        # Without a changes storage of its own it offers blobs, but keeps none before it is asked to.
+        # A demo storage without its own changes storage provides IBlobStorage, but stores no blob until the first one.
         temporary = isinstance(storage.changes, MappingStorage)
         return _stores_blobs(storage.base) or not (temporary or not _stores_blobs(storage.changes))
     return IBlobStorage.providedBy(storage)
@@ -52,6 +51,6 @@ def _stores_blobs(storage: Any) -> bool:
 
 def _tid_holder(storage: Any) -> Callable[[], Any] | None:
     if isinstance(storage, DemoStorage):
-        # Not now: a demo storage may replace its changes storage.
+        # Looked up at each call: a demo storage may replace its changes storage.
         return (lambda: storage.changes) if _tid_holder(innermost(storage.changes)) else None
     return (lambda: storage) if isinstance(storage, BaseStorage | MappingStorage) else None

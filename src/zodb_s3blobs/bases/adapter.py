@@ -1,4 +1,4 @@
-"""What is particular to a base: all that `S3BlobStorage` has to know of it and that ZODB has no interface for."""
+"""Adapters for the supported base storages: what `S3BlobStorage` needs and ZODB's interfaces do not cover."""
 
 import os
 import time
@@ -21,22 +21,22 @@ from ZODB.utils import load_current, maxtid, oid_repr, p64, tid_repr, u64
 from ..errors import S3BlobsError
 from ..identity import Identity
 
-#: The modules of wrappers that have exactly the revisions of their ``base``. All others are asked themselves.
+#: The modules of wrappers that have exactly the revisions of their ``base``. Every other wrapper is asked itself.
 _TRANSPARENT = {"zc.zlibstorage"}
 
-#: How often to look for a transaction while another one is being written, and how many seconds to wait in between.
+#: Attempts to read transactions while another one is being written, and the seconds between two attempts.
 _TRIES, _PAUSE = 5, 0.1
 
-#: After how many revisions to pause.
+#: Revisions between two pauses.
 _PAUSE_EVERY = 100
 
 
 class UnsuitableBase(S3BlobsError, ValueError):
-    """The storage cannot be wrapped; the message says why and what to do."""
+    """The storage cannot be wrapped; the message says why, and what to do."""
 
 
 class DatabaseBusy(S3BlobsError):
-    """Another process does what excludes this; the message says what to do."""
+    """Another process holds the lock that this operation needs; the message says what to do."""
 
 
 class DatabaseDamaged(S3BlobsError):
@@ -44,22 +44,22 @@ class DatabaseDamaged(S3BlobsError):
 
 
 class DatabaseView(Protocol):
-    """What a database holds at the moment when it is asked, whatever has been read from it before."""
+    """A live view of a database: each call reads the present state."""
 
     #: Whether other processes commit to the database.
     shared: bool
 
     def lastTransaction(self) -> bytes:
-        """The tid of the last transaction of any process."""
+        """Return the tid of the last transaction of any process."""
 
     def loadSerial(self, oid: bytes, tid: bytes) -> bytes:
-        """The record of that revision. Raises POSKeyError if there is none."""
+        """Return the record of the revision. Raises POSKeyError if there is none."""
 
     def loadable(self, oid: bytes, tids: Iterable[bytes], pause: Callable[[], None] = lambda: None) -> set[bytes]:
-        """Return at least those of ``tids`` at which `loadSerial` finds a record of the object.
+        """Return at least the ``tids`` at which `loadSerial` finds a record of the object.
 
-        For many of them, this takes as long as for a few. ``pause`` is called now and then, and may sleep: other
-        threads wait for nothing meanwhile.
+        The time hardly depends on the number of ``tids``. ``pause`` is called now and then without a lock held, and
+        may sleep.
         """
 
     def has_object(self, oid: bytes) -> bool:
@@ -69,36 +69,39 @@ class DatabaseView(Protocol):
         """Return the tids of all revisions of the object that `loadSerial` finds; ``pause`` as in `loadable`."""
 
     def no_restores(self) -> AbstractContextManager[None]:
-        """While it lasts no other process restores transactions, with tids from before. Raises DatabaseBusy."""
+        """Keep other processes from restoring transactions, with their old tids, during the body. DatabaseBusy."""
 
 
 class BaseAdapter:
-    """A storage that tells the tid when a transaction begins, and is this process's alone.
+    """The adapter for a storage that knows the tid when a transaction begins, and that only this process uses.
 
-    ``storage``: the base; ``holder`` returns the storage in its wrappings that has the tid. Threads are the base's
-    business, as in `S3BlobStorage`.
+    ``storage``: the base; ``holder`` returns the wrapped storage that has the tid. A method may be called in the
+    threads in which the base allows the methods that it uses.
     """
 
     #: Whether other processes commit to the same database.
     shared = False
-    #: Why a ZEO server cannot serve it.
+    #: Reason why a ZEO server cannot serve the base; None if it can.
     not_for_zeo: str | None = None
 
     def __init__(self, storage: Any, holder: Callable[[], Any]) -> None:
         self._storage = storage
         self._holder = holder
-        #: That of the database's own files; of one in memory or behind a server, what is kept here ends with it.
+        #: The identity in the database's own files; for a database in memory or behind a server, kept in memory.
         self.own_identity = Identity(_file_of(innermost(storage)))
 
     def committing_tid(self) -> bytes | None:
-        """The tid of the transaction that is being committed; None as long as it has none."""
+        """Return the tid of the transaction that is being committed; None while it has none."""
         return self._holder()._tid
 
     def mark_has_blobs(self) -> None:
-        """The transaction that is being committed has blobs: its tid is needed at the end of the vote."""
+        """Record that the current transaction has blobs, and so needs its tid at the end of the vote."""
 
     def undo(self, transaction_id: bytes, transaction: Any) -> tuple[Any, Iterator[tuple[bytes, bytes, bytes]]]:
-        """The base's undo and its result; also the revisions that objects go back to: oid, tid and record."""
+        """Undo a transaction in the base (IStorageUndoable); return the result, and the revisions now current again.
+
+        The revisions are an iterator of oid, tid and record.
+        """
         result = self._storage.undo(transaction_id, transaction)
         _, oids = result
         return result, self._before(decodebytes(transaction_id + b"\n"), oids)
@@ -113,16 +116,16 @@ class BaseAdapter:
                 yield oid, before[1], before[0]
 
     def copy(self, other: Any, destination: Any) -> None:
-        """Copy the transactions of ``other``, with their blobs, to ``destination``, which is around the base."""
+        """Copy the transactions of ``other``, with their blobs, to ``destination``, the storage around the base."""
         ZODB.blob.copyTransactionsFromTo(other, destination)
 
     def restoring(self) -> AbstractContextManager[None]:
-        """While it lasts, transactions can be restored with tids from before. Raises DatabaseBusy."""
+        """Allow restoring transactions, with their old tids, during the body. Raises DatabaseBusy."""
         return nullcontext()
 
     @contextmanager
     def revisions(self) -> Iterator[DatabaseView]:
-        """What the database holds; for the thread that enters."""
+        """Open a view of the database for the thread that enters."""
         if not IMVCCStorage.providedBy(self._storage):
             yield StorageView(self._storage)
             return
@@ -132,24 +135,24 @@ class BaseAdapter:
         finally:
             instance.release()
 
-    # As `lease.Database`
+    # The protocol `lease.Database`
 
     def identity(self) -> str:
-        """Return what tells the database from all others and from its copies; one that has none yet is given one."""
+        """Return the identity of the database, which no other one and no copy has; create one if there is none yet."""
         return self.own_identity.make()
 
     def was(self, identity: str) -> bool:
-        """Return whether the database can have had that ``identity`` before a restart."""
+        """Return whether the database can have had this ``identity`` before a restart."""
         return False
 
     def last_transaction(self) -> bytes:
-        """Return the tid of the last transaction that the database has, `z64` of none.
+        """Return the tid of the last transaction that the database really has, `z64` if it has none.
 
-        That is not always what a FileStorage says: one that is started after a crash names the transaction that it has
-        just cut off, and one that is packed a transaction of which the pack has left nothing.
+        A FileStorage's own `lastTransaction` may differ: after a crash it is the transaction that the start has cut
+        off, and after a pack it may be a transaction that the pack has removed.
         """
         last = self._storage.lastTransaction()
-        for bits in range(0, 64, 4):  # how much is looked through grows
+        for bits in range(0, 64, 4):  # ever longer ranges of tids
             tids = self._tids(p64(max(0, u64(last) - (1 << bits) + 1)), last)
             if tids is None:
                 break
@@ -158,7 +161,7 @@ class BaseAdapter:
         return last
 
     def has_transaction(self, tid: bytes) -> bool:
-        """Return whether the database has the transaction with exactly that tid, or had it before a pack."""
+        """Return whether the database has the transaction with exactly this tid, or had it before a pack."""
         return tid in self.own_identity.packed_away or tid in (self._tids(tid, tid) or ())
 
     def require_whole(self, last: bytes) -> None:
@@ -183,13 +186,13 @@ class BaseAdapter:
             try:
                 return _tids(innermost(self._storage), start, stop)
             except (AttributeError, ValueError, CorruptedError):
-                # FileStorage's iterator stumbles over a transaction that is just being written at the end of the file.
+                # FileStorage's iterator fails at a transaction that is being written at the end of the file.
                 time.sleep(_PAUSE)
         return None
 
 
 class StorageView:
-    """The `DatabaseView` of a storage of which this process sees all changes, after ``poll``."""
+    """The `DatabaseView` of a storage that shows this process all changes after ``poll``."""
 
     shared = False
 
@@ -222,12 +225,12 @@ class StorageView:
 
 
 def revisions_of(storage: Any) -> DatabaseView:
-    """Return what a ``storage`` holds of which this process sees all changes, such as one opened read-only."""
+    """Return the view of a ``storage`` that shows this process all changes, such as one opened read-only."""
     return StorageView(storage)
 
 
 def is_live(revisions: Any, oid: bytes, tid: bytes) -> bool:
-    """Return whether the storage, or `DatabaseView`, can load that revision."""
+    """Return whether ``revisions``, a storage or a `DatabaseView`, can load the revision."""
     try:
         revisions.loadSerial(oid, tid)
     except POSKeyError:
@@ -236,7 +239,7 @@ def is_live(revisions: Any, oid: bytes, tid: bytes) -> bool:
 
 
 def loadable_one_by_one(revisions: Any, oid: bytes, tids: Iterable[bytes], pause: Callable[[], None]) -> set[bytes]:
-    """Return as `DatabaseView.loadable`, but exactly; by a `loadSerial` for each of ``tids``."""
+    """Return exactly the ``tids`` that can be loaded, by one `loadSerial` each. ``pause``: see `DatabaseView`."""
     live = set()
     for number, tid in enumerate(tids, 1):
         if is_live(revisions, oid, tid):
@@ -247,7 +250,7 @@ def loadable_one_by_one(revisions: Any, oid: bytes, tids: Iterable[bytes], pause
 
 
 def _loadable(storage: Any, oid: bytes, tids: set[bytes], pause: Callable[[], None]) -> set[bytes]:
-    """As `DatabaseView.loadable`; where one walk through the history of the object can answer for all, that does."""
+    """Return `DatabaseView.loadable`, by one walk through the object's history where the storage allows that."""
     inside, stock = _inside(storage)
     if stock is DemoStorage.loadSerial:
         live = _loadable(inside.changes, oid, tids, pause)
@@ -258,16 +261,16 @@ def _loadable(storage: Any, oid: bytes, tids: set[bytes], pause: Callable[[], No
 
 
 def _inside(storage: Any) -> tuple[Any, Any]:
-    """Return the storage in transparent wrappers that has the revisions, and its `loadSerial`, which tells its kind."""
+    """Return the storage inside transparent wrappers, and its `loadSerial`, which identifies its kind."""
     while type(storage).__module__ in _TRANSPARENT:
         storage = storage.base
     return storage, getattr(type(storage), "loadSerial", None)
 
 
 def _loadable_in_file(storage: Any, oid: bytes, tids: set[bytes], pause: Callable[[], None]) -> set[bytes]:
-    """As `_loadable`, of a FileStorage.
+    """Return `_loadable` of a FileStorage, without its lock.
 
-    Its `loadSerial` and `history` walk from the newest revision on, and hold the storage's lock as long.
+    FileStorage's own `loadSerial` and `history` walk from the newest revision on, and hold the lock all the time.
     """
     live: set[bytes] = set()
     undone: set[bytes] = set()
@@ -279,13 +282,13 @@ def _loadable_in_file(storage: Any, oid: bytes, tids: set[bytes], pause: Callabl
                     if len(live) == len(tids):
                         break
     except CorruptedError:
-        return loadable_one_by_one(storage, oid, tids, pause)  # which says what is wrong
-    # What an undo wrote has no data of its own: it goes back to that of another revision, or to none.
+        return loadable_one_by_one(storage, oid, tids, pause)  # raises the storage's own error
+    # A record written by an undo has no data of its own: it points back to another revision's data, or to none.
     return live | loadable_one_by_one(storage, oid, undone - live, pause)
 
 
 def _tids_of(storage: Any, oid: bytes, pause: Callable[[], None]) -> set[bytes]:
-    """As `DatabaseView.tids`."""
+    """Return `DatabaseView.tids` of a storage."""
     inside, stock = _inside(storage)
     if stock is DemoStorage.loadSerial:
         return _tids_of(inside.changes, oid, pause) | _tids_of(inside.base, oid, pause)
@@ -306,10 +309,10 @@ def _tids_of(storage: Any, oid: bytes, pause: Callable[[], None]) -> set[bytes]:
 
 
 def repeated(storage: Any, oid: bytes, tid: bytes) -> bytes | None:
-    """Return the tid of the earlier revision whose record, and so whose blob, that revision of ``storage`` repeats.
+    """Return the tid of the earlier revision whose record, and so whose blob, the revision (oid, tid) repeats.
 
-    An undo makes such revisions. None if the revision repeats no other one, and where nothing proves which one: only a
-    FileStorage remembers it, and only until a pack.
+    An undo makes such revisions. Returns None if the revision repeats no other one, or if the storage does not record
+    which one: only a FileStorage does, and only until a pack.
     """
     inside, stock = _inside(storage)
     if stock is DemoStorage.loadSerial:
@@ -319,7 +322,7 @@ def repeated(storage: Any, oid: bytes, tid: bytes) -> bytes | None:
     with _records(inside, oid, lambda: None) as records:
         for record, with_data in records:
             if record.tid == tid:
-                # The record that has the data is the one that was stored together with the blob.
+                # The record with the data was stored together with the blob.
                 source = None if record.plen else with_data()
                 return source.tid if source is not None else None
     return None
@@ -329,11 +332,11 @@ def repeated(storage: Any, oid: bytes, tid: bytes) -> bytes | None:
 def _records(
     storage: Any, oid: bytes, pause: Callable[[], None]
 ) -> Iterator[Iterator[tuple[DataHeader, Callable[[], DataHeader | None]]]]:
-    """Walk through the records of an object in a FileStorage, from the newest on, without holding the storage's lock.
+    """Yield the records of an object in a FileStorage, the newest first, without holding the storage's lock.
 
-    Each comes with a function that returns the record which has its data: another one if an undo wrote it, None if
-    that undid the creation of the object. Both raise CorruptedError. The file as it is now only grows, and one that a
-    pack replaces can be read until it is closed.
+    Each record comes with a function that returns the record with its data: another one if an undo wrote the record,
+    None if the undo removed the object. Both raise CorruptedError. Reading without the lock is safe: the file only
+    grows, and a file that a pack has replaced stays readable until it is closed.
     """
     with storage._lock:
         try:
@@ -382,7 +385,7 @@ def _record(file: int, oid: bytes, position: int) -> DataHeader:
 
 
 def innermost(storage: Any) -> Any:
-    """What is in wrappers such as zlibstorage: what they do not have they take from their base."""
+    """Return the storage inside wrappers such as zlibstorage, which take missing attributes from their ``base``."""
     while not isinstance(storage, BaseStorage | MappingStorage | DemoStorage):
         base = vars(storage).get("base")
         if base is None:
@@ -412,7 +415,7 @@ def _newest_in_file(storage: FileStorage) -> bytes | None:
 
 
 def _file_of(storage: Any) -> str | None:
-    """Return the file of the database; of a demostorage, that of what is stored into. None if it has none."""
+    """Return the file of the database, None if it has none; of a demostorage, the file of its changes."""
     if isinstance(storage, DemoStorage):
         return _file_of(innermost(storage.changes))
     return os.path.abspath(storage.getName()) if isinstance(storage, FileStorage) else None

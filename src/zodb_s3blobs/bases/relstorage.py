@@ -1,11 +1,11 @@
-"""RelStorage as the base. All that is used of it and is not a promise of ZODB's interfaces is in this file.
+"""RelStorage as the base. Only this file uses parts of RelStorage that ZODB's interfaces do not promise.
 
 RelStorage chooses the tid when it finishes a transaction, unless the transaction has blobs in a shared directory: then
-it locks the database at the end of the vote, and tells its blob helper the tid. Our helper does nothing but ask for
-that. Several processes work on one database, so what one of them knows is not all there is: garbage collection asks
-the database itself, and excludes by a lock in the database that another process restores transactions meanwhile.
+RelStorage locks the database at the end of the vote, and passes the tid to its blob helper. Our helper only requests
+that. Several processes use one database, and no process knows all of its state: garbage collection reads the database
+itself, and a lock in the database keeps other processes from restoring transactions meanwhile.
 
-No class or module of RelStorage is changed. `TESTED` are the versions whose insides are known to be as used here.
+No class or module of RelStorage is changed. `TESTED` are the versions whose internals are known to work as used here.
 """
 
 import os
@@ -31,15 +31,15 @@ from .adapter import BaseAdapter, DatabaseBusy, DatabaseView, UnsuitableBase, lo
 #: The least version of RelStorage, and the first one that has not been tested.
 TESTED = (4, 0), (4, 4)
 
-#: How long, in seconds, to wait for what another process does: it deletes some blobs, or restores one transaction.
+#: How long, in seconds, to wait for another process that deletes some blobs, or restores one transaction.
 _PATIENCE = 60.0
 
-#: What tells our lock in PostgreSQL from others. Those of RelStorage are in another space of numbers.
+#: The number of our lock in PostgreSQL. RelStorage's locks are in another number space.
 _LOCK = "1395868226, 1"
 
 
 class RelStorageAdapter(BaseAdapter):
-    """``holder`` is the RelStorage itself, ``storage`` possibly a wrapper of it. Raises `bases.UnsuitableBase`."""
+    """The adapter for the RelStorage ``relstorage``, which ``storage`` is or wraps. Raises `UnsuitableBase`."""
 
     shared = True
     not_for_zeo = (
@@ -58,8 +58,8 @@ class RelStorageAdapter(BaseAdapter):
             self._database = _SQLite(adapter)
         else:
             raise UnsuitableBase(
-                "s3blobstorage can wrap a relstorage with sqlite3 or postgresql: it does not know yet what tells one "
-                "database of another kind from its copies"
+                "s3blobstorage can wrap a relstorage with sqlite3 or postgresql only: for other databases there is no "
+                "reliable way yet to distinguish a database from a copy. Use one of the two, or RelStorage's own blobs"
             )
         if not isinstance(relstorage.blobhelper, _TidBlobHelper):  # a new instance has it already
             relstorage.blobhelper = _TidBlobHelper()
@@ -68,7 +68,7 @@ class RelStorageAdapter(BaseAdapter):
         return self._relstorage.blobhelper.tid
 
     def mark_has_blobs(self) -> None:
-        # The way that RelStorage's own `storeBlob` takes; it makes the helper part of the transaction.
+        # Like RelStorage's own `storeBlob`; this makes the helper part of the transaction.
         self._relstorage._tpc_phase.shared_state.blobhelper.txn_has_blobs = True
 
     def undo(self, transaction_id: bytes, transaction: Any) -> tuple[Any, Iterator[tuple[bytes, bytes, bytes]]]:
@@ -84,10 +84,10 @@ class RelStorageAdapter(BaseAdapter):
 
     def copy(self, other: Any, destination: Any) -> None:
         if self._storage is not self._relstorage:
-            # The wrapper has told RelStorage how it encodes records, and RelStorage's way would do that as well.
+            # The wrapper has registered its encoding of records with RelStorage, whose `Copy` would encode them again.
             super().copy(other, destination)
             return
-        # In a history-free database this one copies current revisions only.
+        # In a history-free database `Copy` copies current revisions only.
         Copy(destination, destination, destination).copyTransactionsFrom(other)
 
     def restoring(self) -> AbstractContextManager[None]:
@@ -98,7 +98,7 @@ class RelStorageAdapter(BaseAdapter):
 
     @contextmanager
     def revisions(self) -> Iterator[DatabaseView]:
-        # Not the kind of connection that objects are loaded with: that may be to a replica, which lags.
+        # Not a load connection, which may go to a replica that lags behind.
         adapter = self._relstorage._adapter.new_instance()
         connection = StoreConnection(adapter.connmanager)
         try:
@@ -126,19 +126,19 @@ class RelStorageAdapter(BaseAdapter):
 
 
 def _lasting(identity: str) -> str:
-    """Return what a restart, of PostgreSQL or of the machine of SQLite, leaves as it is."""
+    """Return the part of ``identity`` that a restart, of PostgreSQL or of SQLite's machine, does not change."""
     return re.sub(r"(?<=PostgreSQL )started [^,]+, |(?<=SQLite )on [^,]+, ", "", identity)
 
 
 class _TidBlobHelper(NoBlobHelper):
-    """RelStorage's blob helper of one instance: stores nothing, and learns the tid of each transaction with blobs."""
+    """A blob helper of one RelStorage instance: it stores no blobs, and receives the tid of transactions with blobs."""
 
     NEEDS_DB_LOCK_TO_VOTE = True
 
     txn_has_blobs = False
-    #: The tid, from the moment when the database is locked to the end of the transaction.
+    #: The tid, from the lock of the database to the end of the transaction.
     tid: bytes | None = None
-    #: What the last undo of this transaction went back to: numbers of oid and tid.
+    #: The revisions that the last undo of this transaction made current again: numbers of oid and tid.
     undone: list[tuple[int, int]] = []  # noqa: RUF012 (never changed, only replaced)
 
     def new_instance(self, adapter: Any) -> "_TidBlobHelper":
@@ -151,7 +151,7 @@ class _TidBlobHelper(NoBlobHelper):
 
     def vote(self, tid: bytes | None = None) -> None:
         if tid is None:
-            raise StorageTransactionError("The tid is needed, so the database has to be locked now")
+            raise StorageTransactionError("RelStorage has not locked the database, so the transaction has no tid yet")
         self.tid = tid
 
     def copy_undone(self, copied: list[tuple[int, int]], tid: bytes) -> None:
@@ -159,7 +159,7 @@ class _TidBlobHelper(NoBlobHelper):
 
 
 class SqlView:
-    """The `DatabaseView` that are in the database."""
+    """The `DatabaseView` of an SQL database, which sees the commits of all processes."""
 
     shared = True
 
@@ -169,7 +169,7 @@ class SqlView:
         self._database = database
 
     def _cursor(self) -> Any:
-        self._connection.rollback_quietly()  # or what was seen before is what is seen now
+        self._connection.rollback_quietly()  # ends the snapshot of earlier reads
         return self._connection.cursor
 
     def lastTransaction(self) -> bytes:
@@ -193,7 +193,7 @@ class SqlView:
         before: int | None = u64(maxtid)
         while before is not None:
             state, before = self._adapter.mover.load_before(self._cursor(), u64(oid), before)
-            if state:  # where the creation of the object has been undone, there is none
+            if state:  # empty where the creation of the object has been undone
                 tids.add(p64(before))
             pause()
         return tids
@@ -201,8 +201,8 @@ class SqlView:
     def no_restores(self) -> AbstractContextManager[None]:
         return _excluding(
             self._database.try_lock,
-            "another process has been restoring a transaction (copyTransactionsFrom, zodbconvert), or deleting dead "
-            "blobs, for a minute: pack again later",
+            "another process has been restoring a transaction (copyTransactionsFrom, zodbconvert) or deleting dead "
+            "blobs for a minute: pack again later",
         )
 
 
@@ -219,16 +219,16 @@ def _excluding(try_lock: Callable[[], AbstractContextManager[bool]], refusal: st
 
 
 class _PostgreSQL:
-    """What is PostgreSQL's own. Any thread may call; each call has a connection of its own."""
+    """Identity and locks of a PostgreSQL database. Any thread may call; each call opens its own connection."""
 
     def __init__(self, adapter: Any) -> None:
         self._connmanager = adapter.connmanager
 
     def identity(self) -> str:
-        """The running server, the database in it, and the tables in that.
+        """Return an identity made of the server's start time, the database and the table in it.
 
-        A copy in the same server has other tables, and one in another server has another start: even if that is
-        a copy of the whole server.
+        A copy on this server has other tables, and a copy on another server, even of the whole server, has another
+        start time.
         """
         with self._cursor() as cursor:
             cursor.execute(
@@ -240,19 +240,19 @@ class _PostgreSQL:
 
     @contextmanager
     def try_lock(self) -> Iterator[bool]:
-        """Whether there is the lock now, until the end."""
+        """Try to lock the database for the body; yield whether that succeeded."""
         with self._cursor() as cursor:
             cursor.execute(f"SELECT pg_try_advisory_lock({_LOCK})")
             [locked] = cursor.fetchone()
-            # The lock is the session's and ends with it. A transaction that does nothing may be ended by the server.
+            # The session owns the lock until it ends. An idle transaction could be ended by the server.
             cursor.connection.commit()
             yield locked
 
     @contextmanager
     def try_lock_in(self, connection: Any) -> Iterator[bool]:
-        """The same until the end of the transaction of ``connection``.
+        """Try to lock the database until the transaction of ``connection`` ends; yield whether that succeeded.
 
-        It is committed with the lock or not at all: a lock of another connection could have been lost by then.
+        That transaction commits only if it still has the lock; another connection could lose the lock before.
         """
         connection.cursor.execute(f"SELECT pg_try_advisory_xact_lock({_LOCK})")
         [locked] = connection.cursor.fetchone()
@@ -268,19 +268,19 @@ class _PostgreSQL:
 
 
 class _SQLite:
-    """What is SQLite's own: a database is a file that processes of one machine use."""
+    """Identity and lock of an SQLite database, a file that only processes of one machine use."""
 
     def __init__(self, adapter: Any) -> None:
         self._path = adapter.connmanager.path
 
     def identity(self) -> str:
-        """The file, on this machine as it runs now."""
+        """Return an identity made of this machine's boot, and the file's device and inode."""
         status = os.stat(self._path)
         return f"SQLite on {boot_id()}, device {status.st_dev}, inode {status.st_ino}"
 
     @contextmanager
     def try_lock(self) -> Iterator[bool]:
-        """Whether there is the lock now, until the end."""
+        """Try to lock the database for the body; yield whether that succeeded."""
         try:
             lock = zc.lockfile.LockFile(f"{self._path}.s3blobs.lock")
         except zc.lockfile.LockError:
@@ -292,17 +292,16 @@ class _SQLite:
             lock.close()
 
     def try_lock_in(self, connection: Any) -> AbstractContextManager[bool]:
-        """The same; neither the lock nor a transaction outlives this process."""
+        """Try to lock the database for the body. The lock need not be the connection's: both end with this process."""
         return self.try_lock()
 
 
 def _check_version() -> None:
     installed = version("RelStorage")
     least, untested = TESTED
-    number = re.match(r"(\d+)\.(\d+)", installed)  # what follows may be such as rc1
+    number = re.match(r"(\d+)\.(\d+)", installed)  # a suffix such as rc1 does not matter
     if number is None or not least <= (int(number[1]), int(number[2])) < untested:
         raise UnsuitableBase(
-            f"s3blobstorage uses the insides of RelStorage and is tested with {least[0]}.{least[1]} and newer, but not "
-            f"{untested[0]}.{untested[1]} or newer; {installed} is installed: install one of those, or a newer "
-            f"zodb-s3blobs"
+            f"s3blobstorage uses internals of RelStorage and works with versions from {least[0]}.{least[1]} to before "
+            f"{untested[0]}.{untested[1]}; {installed} is installed: install one of those, or a newer zodb-s3blobs"
         )

@@ -1,10 +1,10 @@
-"""The directory of the cache: who may use it, what is in it, and where each file lies.
+"""The directory of the cache: its lock, its contents, and the path of each file.
 
     {directory}/tmp/                                   the temporary files of ZODB and ZEO
     {directory}/incoming/                              blobs on their way into the bucket or into the cache
     {directory}/blobs/{last byte of oid}/{oid}.{tid}.blob
 
-The modification time of a file is the time of its last use: that is how the order survives a restart.
+The modification time of a file is the time of its last use, so that the order of eviction survives a restart.
 """
 
 import errno
@@ -27,7 +27,7 @@ from ..revision import Revision
 
 logger = logging.getLogger(__name__)
 
-#: The errors of a disk that takes no more.
+#: The errors of a full disk or quota.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _LOCK_FILE = ".zodb-s3blobs.lock"
@@ -35,33 +35,33 @@ _LOCK_FILE = ".zodb-s3blobs.lock"
 #: The folder of the cache directory that holds the blobs.
 _BLOBS = "blobs"
 
-#: What to do about a file that cannot be written.
+#: Error of a write -> advice.
 _ADVICE = {
     **dict.fromkeys(FULL, "free space on its disk or lower cache-size"),
     **dict.fromkeys(TOO_MANY_FILES, RAISE_THEIR_NUMBER),
-    errno.EROFS: "look why its file system is read-only, and mount it for writing",
-    errno.ENOENT: "it is gone, or a part of it: mount its disk, or restart the server, which makes it again",
+    errno.EROFS: "find out why its file system is read-only, and mount it for writing",
+    errno.ENOENT: "the directory or a part of it is missing: mount its disk, or restart the server, which recreates it",
 }
 
 
 class CacheDirectoryError(S3BlobsError, ValueError):
-    """The cache directory cannot be used; the message says why and what to do."""
+    """The cache directory cannot be used; the message says why, and what to do."""
 
 
 class CacheError(S3BlobsError, OSError):
-    """A file could not be written to the cache directory; the message says why and what to do."""
+    """A file could not be written to the cache directory; the message says why, and what to do."""
 
 
 def path_in(directory: str | os.PathLike[str], oid: bytes, tid: bytes) -> str:
-    """Return where the blob's file is in the cache directory, if it is in the cache. A file there is whole."""
+    """Return the path that the blob's file has if the cache ``directory`` has it. A file at that path is complete."""
     return os.path.join(directory, _BLOBS, f"{oid[-1]:02x}", f"{oid.hex()}.{tid.hex()}.blob")
 
 
 class CacheDirectory:
-    """The directory at ``path``, which belongs to this object alone until `close`. It is made if it is missing.
+    """The directory at ``path``, made if missing, which belongs to this object alone until `close`.
 
     ``metrics``: those of the storage. Raises `CacheDirectoryError` if the directory cannot be written, belongs to
-    another process, or holds something else than a cache. Any thread may call.
+    another process, or is not a cache and not empty. Any thread may call.
     """
 
     def __init__(self, path: str | os.PathLike[str], metrics: Metrics) -> None:
@@ -78,7 +78,7 @@ class CacheDirectory:
             raise CacheDirectoryError(f"{self.path} cannot be used: {error}") from error
 
     def _take(self) -> zc.lockfile.LockFile:
-        """Make the directory, refuse one that is no cache, and lock it."""
+        """Make the directory, or refuse one that is not a cache; lock it."""
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._refuse_foreign()
@@ -107,14 +107,14 @@ class CacheDirectory:
                 )
 
     def _prepare(self) -> None:
-        """Delete what a crash left behind, and make the folders. Nobody uses them: the lock is ours."""
+        """Delete the temporary files of a crashed process, and make the folders. The caller holds the lock."""
         self._mode = stat.S_IMODE(self.path.stat().st_mode)
         for directory in (self.temporary, self.incoming):
             if directory.exists():
                 shutil.rmtree(directory)
         for directory in (self.temporary, self.incoming, self._blobs):
             directory.mkdir(mode=self._mode, exist_ok=True)
-        # Readable for those who may read the directory, writable for nobody.
+        # Readable for all who may read the directory, and read-only, since a blob never changes.
         self._file_mode = stat.S_IMODE(self._blobs.stat().st_mode) & 0o444
         if self._mode & 0o007:
             logger.warning(
@@ -122,11 +122,11 @@ class CacheDirectory:
             )
 
     def close(self) -> None:
-        """Give up the directory. Files stay."""
+        """Release the lock. Files stay."""
         self._lock_file.close()
 
     def file(self, name: Revision) -> str:
-        """Return where the blob's file is if it is in the cache."""
+        """Return the path that the blob's file has if it is in the cache."""
         return path_in(self.path, *name)
 
     def found(self) -> list[tuple[Revision, int]]:
@@ -140,7 +140,7 @@ class CacheDirectory:
                 except FileNotFoundError:
                     continue
                 if name is None or entry.path != self.file(name) or not stat.S_ISREG(status.st_mode):
-                    logger.warning("%s is no file of this cache and is left alone", entry.path)
+                    logger.warning("Ignoring %s: it is not a file of the cache. Move it out of cache-dir", entry.path)
                 else:
                     found.append((status.st_mtime_ns, name, status.st_size))
         found.sort()
@@ -151,13 +151,13 @@ class CacheDirectory:
             with os.scandir(directory) as entries:
                 yield from entries
         except (FileNotFoundError, NotADirectoryError):
-            pass  # evicted meanwhile, or not ours
+            pass  # evicted meanwhile, or not a folder of the cache
         except OSError as error:
             self._metrics.cache_errors.labels("read").inc()
-            logger.error("Cannot read %s: %s; what is in it does not count towards cache-size", directory, error)
+            logger.error("Cannot read %s: %s; its files do not count towards cache-size", directory, error)
 
     def size_of(self, name: Revision) -> int | None:
-        """Return the bytes of the blob's file, None if it cannot be read or is none; what a link leads to is none."""
+        """Return the size in bytes of the blob's file; None if it is missing, unreadable, or not a regular file."""
         path = self.file(name)
         try:
             status = os.lstat(path)
@@ -170,32 +170,32 @@ class CacheDirectory:
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def touch(self, filename: str) -> None:
-        """Note that ``filename`` is used now."""
+        """Set the time of the last use of ``filename`` to now."""
         now = time.time_ns()
         try:
             os.utime(filename, ns=(now, now))
         except OSError:
-            pass  # read-only by now: only the order after the next start suffers
+            pass  # the file system is read-only: only the order of eviction after the next start suffers
 
     def last_use(self, name: Revision) -> float:
-        """Return when the file was last used, in seconds since 1970; 0 if it is not there."""
+        """Return the time of the file's last use, in seconds since 1970; 0 if the file is missing."""
         try:
             return os.stat(self.file(name)).st_mtime
         except FileNotFoundError:
             return 0
 
     def protect(self, filename: str) -> None:
-        """Give ``filename`` the mode of files in the cache."""
+        """Set the mode of ``filename`` to that of files in the cache: read-only."""
         os.chmod(filename, self._file_mode)
 
     def move_in(self, filename: str, name: Revision) -> None:
-        """Make ``filename`` the blob's file."""
+        """Rename ``filename`` to the path of the blob's file."""
         path = self.file(name)
         os.makedirs(os.path.dirname(path), mode=self._mode, exist_ok=True)
         os.replace(filename, path)
 
     def delete(self, name: Revision) -> None:
-        """Delete the blob's file, if it is there; never raises."""
+        """Delete the blob's file if it exists; never raise."""
         path = self.file(name)
         try:
             os.unlink(path)
@@ -206,7 +206,7 @@ class CacheDirectory:
             logger.error("Cannot evict %s from the cache: %s", path, error)
 
     def tidy(self, name: Revision) -> None:
-        """Delete the folder that the blob's file was in, if it is empty."""
+        """Delete the folder of the blob's file if it is empty."""
         try:
             os.rmdir(os.path.dirname(self.file(name)))
         except OSError:

@@ -1,7 +1,7 @@
 """The LRU file cache of committed blobs: pins, atomic publication, eviction.
 
-Knows nothing of S3 or ZODB. A file in the cache is named by its (oid, tid), is complete, and never changes. All sizes
-are in bytes. Every method may be called from any thread, and none waits for more than a few file system calls.
+The cache does not use S3 or ZODB. A file in the cache is named by its (oid, tid), is complete, and never changes. All
+sizes are in bytes. Any thread may call; no method waits for more than a few file system calls.
 """
 
 import functools
@@ -27,15 +27,15 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: How long, in seconds, a file whose path was handed out stays, so that whoever asked can open it.
+#: How long, in seconds, a file stays after its path was handed out, so that the caller can open the file.
 GRACE = 10.0
 
-#: How many files one call evicts at most, so that it does not hold up the event loop.
+#: The most files that one call evicts, so that it does not hold up the event loop.
 _EVICTED_AT_ONCE = 50
 
 
 class Pin:
-    """A cached file that is not evicted before `release`; a context manager that gives its path."""
+    """A cached file that is not evicted before `release`; a context manager that returns its path."""
 
     def __init__(self, cache: "Cache", name: Revision, path: str, entry: Entry) -> None:
         self.path = path
@@ -50,19 +50,19 @@ class Pin:
         self.release()
 
     def release(self) -> None:
-        """Let the file go; a second call does nothing."""
+        """Allow the eviction of the file; a second call does nothing."""
         entry, self._entry = self._entry, None
         if entry is not None:
             self._cache._unpin(self._name, entry)
 
     @property
     def size(self) -> int:
-        """The bytes of the file; only before `release`."""
+        """Size of the file in bytes; only before `release`."""
         assert self._entry is not None
         return self._entry.size
 
     def again(self) -> "Pin":
-        """One more pin of the same file; only before `release`."""
+        """Return another pin of this file; only before `release`."""
         assert self._entry is not None
         return self._cache._pin_again(self._name, self.path, self._entry)
 
@@ -74,10 +74,10 @@ class Pin:
 
 
 class Incoming:
-    """A file that is not yet a blob of the cache: being downloaded, or waiting for its transaction's end.
+    """A file that is not yet a blob of the cache: a download in progress, or a blob of an unfinished transaction.
 
-    Belongs to whoever made it, until `publish` or `discard`. On a full disk its methods evict blobs to make room,
-    and raise CacheError once there is nothing left to evict.
+    The caller that made the file owns it until `publish` or `discard`. On a full disk its methods evict blobs to make
+    room, and raise CacheError once there is nothing left to evict.
     """
 
     def __init__(self, cache: "Cache", path: str) -> None:
@@ -85,29 +85,29 @@ class Incoming:
         self._cache = cache
 
     def write_at(self, data: bytes, position: int) -> None:
-        """Write ``data`` at ``position`` bytes from the start. Several threads may write different places."""
+        """Write ``data`` at ``position`` bytes from the start. Several threads may write to different positions."""
         with self._cache.writing(), open(self.path, "r+b", buffering=0) as file:
             file.seek(position)
             self._cache.write(file.fileno(), data)
 
     def clear(self) -> None:
-        """Make it empty again."""
+        """Truncate the file to zero bytes."""
         with self._cache.writing():
             os.truncate(self.path, 0)
 
     def sync(self) -> None:
-        """Wait until its bytes are on the disk: or a power cut could leave half a file where only whole ones may be."""
-        # Not tried again on a full disk: the system may have dropped what it could not write, and say so only once.
+        """Wait until the file's bytes are on the disk; or a power cut could leave half a file in the cache."""
+        # Not retried on a full disk: the system may have dropped the bytes, and reports that error only once.
         with self._cache.writing(), open(self.path, "rb") as file:
             os.fsync(file.fileno())
 
     def publish(self, oid: bytes, tid: bytes) -> Pin:
-        """Make it the blob's file in the cache; returns that, pinned. The file must be complete and synced."""
+        """Move the file into the cache as blob (oid, tid); return its pin. The file must be complete and synced."""
         with self._cache.writing():
             return self._cache._publish(Revision(oid, tid), self.path)
 
     def discard(self) -> None:
-        """Delete it, if it is still there; never raises."""
+        """Delete the file if it still exists; never raise."""
         try:
             os.unlink(self.path)
         except FileNotFoundError:
@@ -120,9 +120,9 @@ class Incoming:
 class Cache:
     """The files of one cache directory, which belongs to this object alone until `close`.
 
-    ``directory``: made if missing; ``limit``: how many bytes of files to keep; ``metrics``: those of the storage.
-    Raises `directory.CacheDirectoryError` if the directory cannot be written, belongs to another process, or holds
-    something else than a cache.
+    ``directory``: made if missing; ``limit``: the most bytes of files to keep; ``metrics``: those of the storage.
+    Raises `directory.CacheDirectoryError` if the directory cannot be written, belongs to another process, or is not a
+    cache and not empty.
     """
 
     def __init__(self, directory: str | os.PathLike[str], limit: int, metrics: Metrics) -> None:
@@ -133,7 +133,7 @@ class Cache:
         self.limit = limit
         self._lock = threading.RLock()
         self._index = LruIndex(limit)
-        self._evicting = False  # whether a thread is evicting what one call did not
+        self._evicting = False  # True while a thread evicts the files that one call left over
         self._due: deque[tuple[float, Pin]] = deque()
         self._timer_runs = False
         self._read = threading.Event()
@@ -147,20 +147,20 @@ class Cache:
         threading.Thread(target=self._read_directory, name="s3blobs cache index", daemon=True).start()
 
     def _read_directory(self) -> None:
-        """Find the files of earlier runs."""
+        """Add the files of earlier runs to the index."""
         found = self._folder.found()
-        with self._lock:  # for as short as can be: whoever reads or commits waits meanwhile
+        with self._lock:  # briefly: reads and commits wait meanwhile
             self._index.add_found(found)
         self._evict_rest()
         self._read.set()
         logger.info("The cache in %s holds %d blobs, %d bytes", self.directory, len(self), self.size)
 
     def wait_until_read(self, timeout: float | None = None) -> bool:
-        """Wait until the files of earlier runs are all known; False if that took longer than ``timeout`` seconds."""
+        """Wait until the index has the files of earlier runs; return False after ``timeout`` seconds."""
         return self._read.wait(timeout)
 
     def close(self) -> None:
-        """Give up the directory. Files stay and can still be found by `get`."""
+        """Release the directory to other processes. Its files stay, and `get` still finds them."""
         with self._lock:
             self._closed = True
             self._folder.close()
@@ -168,7 +168,7 @@ class Cache:
     # Files
 
     def path(self, oid: bytes, tid: bytes) -> str:
-        """Return where the blob's file is if it is in the cache."""
+        """Return the path that the blob's file has if it is in the cache."""
         return self._folder.file(Revision(oid, tid))
 
     def get(self, oid: bytes, tid: bytes) -> Pin | None:
@@ -182,25 +182,25 @@ class Cache:
             self._folder.touch(self.path(oid, tid))
             if name not in self._index:
                 if self._index.is_complete:
-                    # Not ours to serve: a file that somebody else put here.
+                    # A file that the cache did not put here is not served.
                     return None
                 self._index.put(name, size)
             return self._pin(name)
 
     def new_file(self) -> Incoming:
-        """Make an empty file to write a blob into."""
+        """Create and return an empty file for a blob. Raises CacheError."""
         with self.writing():
             fd, path = self._when_full(lambda: tempfile.mkstemp(dir=self._folder.incoming), 1)
             os.close(fd)
         return Incoming(self, path)
 
     def new_temporary(self) -> tuple[int, str]:
-        """Return an empty file in `temporary`, and its open descriptor; CacheError if there can be none."""
+        """Create an empty file in `temporary`; return its open descriptor and its path. Raises CacheError."""
         with self.writing():
             return self._when_full(lambda: tempfile.mkstemp(dir=self.temporary), 1)
 
     def adopt(self, filename: str) -> Incoming:
-        """Take the complete file ``filename`` over: a rename, or a copy if it is on another file system."""
+        """Move the complete file ``filename`` here; copy it from another file system. Raises CacheError."""
         incoming = self.new_file()
         try:
             with self.writing():
@@ -216,20 +216,20 @@ class Cache:
         return self._folder.writing()
 
     def write(self, fd: int, data: bytes) -> None:
-        """Write all of ``data`` to a file of this directory, evicting blobs if the disk is full; or CacheError."""
+        """Write all of ``data`` to a file of this directory; evict blobs if the disk is full. Raises CacheError."""
         view = memoryview(data)
         with self.writing():
             while view:
                 view = view[self._when_full(functools.partial(os.write, fd, view), len(view)) :]
 
     def remove(self, oid: bytes, tid: bytes) -> None:
-        """Drop a blob that is dead; it is no error if it is not there."""
+        """Delete a dead blob from the cache; no error if the cache does not have it."""
         with self._lock:
             self._remove(Revision(oid, tid))
 
     @property
     def size(self) -> int:
-        """The bytes of all files in the cache."""
+        """Size of all files in the cache in bytes."""
         return self._index.size
 
     def __len__(self) -> int:
@@ -255,7 +255,7 @@ class Cache:
             if not self._index.unpin(name, entry):
                 return
             if entry.size > self.limit and not self._closed:
-                # Larger than the whole cache: read it may be, but not at the price of everything else.
+                # Larger than the whole cache: keeping this file would evict every other one.
                 self._evict_one(name, entry.size)
             else:
                 self._evict()
@@ -279,7 +279,7 @@ class Cache:
 
     def _release_due(self) -> None:
         now = time.monotonic()
-        with self._lock:  # to the end, so that no later timer can overtake and let younger files go first
+        with self._lock:  # to the end, so that no later timer overtakes this one and releases younger files first
             while self._due and self._due[0][0] <= now:
                 self._due.popleft()[1].release()
             self._timer_runs = bool(self._due)
@@ -293,16 +293,16 @@ class Cache:
             if self._closed:
                 raise CacheError(f"The cache in {self.directory} has been closed")
             size = os.stat(filename).st_size
-            self._folder.touch(filename)  # its times are those of its writing, wherever that was
+            self._folder.touch(filename)  # its time is still that of its writing, perhaps on another machine
             self._folder.protect(filename)
             self._when_full(functools.partial(self._folder.move_in, filename, name), 1)
-            self._index.put(name, size)  # if it is the same blob again: whoever reads the old file goes on with it
+            self._index.put(name, size)  # if the cache had the blob: readers of the old file keep that file
             pin = self._pin(name)
             self._evict()
         return pin
 
     def _when_full(self, work: Callable[[], T], needed: int) -> T:
-        """Do ``work``; as long as it fails for a full disk, evict at least ``needed`` bytes and do it again."""
+        """Return the result of ``work``; while the disk is full, evict at least ``needed`` bytes and call it again."""
         while True:
             try:
                 return work()
@@ -321,9 +321,9 @@ class Cache:
             return evicted
 
     def _evict(self) -> None:
-        """Evict until the limit is kept; if that takes many files, let a thread of its own evict the rest.
+        """Evict files until the limit is kept; beyond `_EVICTED_AT_ONCE` files, in a thread of its own.
 
-        The lock is held, perhaps by a thread that must not wait long.
+        The caller holds the lock, and may be a thread that must not wait long.
         """
         self._evict_some()
         if self._is_over_limit() and not self._evicting:
@@ -337,7 +337,7 @@ class Cache:
                 if not self._is_over_limit():
                     self._evicting = False
                     return
-            time.sleep(0.001)  # or the others would not get the lock in between
+            time.sleep(0.001)  # or other threads would not get the lock in between
 
     def _evict_some(self) -> None:
         for _ in range(_EVICTED_AT_ONCE):
@@ -347,7 +347,7 @@ class Cache:
             self._evict_one(*oldest)
 
     def _is_over_limit(self) -> bool:
-        # After the end, the directory may belong to another process.
+        # After `close`, the directory may belong to another process.
         return not self._closed and self._index.is_over_limit()
 
     def _evict_one(self, name: Revision, size: int) -> None:

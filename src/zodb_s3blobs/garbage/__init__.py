@@ -1,1 +1,1 @@
-"""Garbage collection: which blobs are dead, and their safe deletion."""
+"""Garbage collection: the search for dead blobs, and their safe deletion."""

@@ -1,17 +1,17 @@
 """The safe deletion of dead blobs.
 
-After the base has been packed, everything it cannot load any more is garbage. What makes that safe:
+A blob is dead if the packed base cannot load its revision. Five safeguards protect live blobs:
 
-- The order. First the last committed tid is read, then the bucket is listed, and only keys up to that tid are judged.
-  A transaction that is still committing has a later tid; one that restores an old one is in the register of blobs in
-  flight. Each blob is judged once more at the moment of its deletion.
-- The only copy. The earlier package of this name, 1.2.1, uploaded nothing when a transaction was undone: the bytes of
+- The order. The collection reads the last committed tid, then lists the bucket, and judges only keys up to that tid.
+  A transaction that is still committing has a later tid; a blob that is being restored with an old tid is in the
+  register of blobs in flight. Each blob is judged again at the moment of its deletion.
+- The only copy. The earlier package of this name, 1.2.1, uploads nothing when a transaction is undone: the bytes of
   such a revision are at the key of an earlier one. Where a live revision has no object, all earlier ones are kept.
 - The lease. Nothing is deleted while another server may hold the prefix.
-- The retention. A dead blob is marked, and deleted when it has been dead for that long. While the lease is on
-  probation, that is never.
-- The valve. If not one blob is live, or many are of objects that the database does not have, the database is more
-  likely to be the wrong one.
+- The retention. A dead blob is marked, and deleted when it has been dead for gc-retention; while the lease is on
+  probation, dead blobs are only marked.
+- The deletion limit. If no blob is live, or many blobs are of objects that the database does not have, it is more
+  likely that this is the wrong database.
 """
 
 import logging
@@ -44,27 +44,28 @@ from .scan import Scan, live_names
 
 logger = logging.getLogger(__name__)
 
-#: How many times as long as it uses the processor a gentle collection rests: on a quiet server, and on a busy one.
+#: Seconds that a gentle collection rests for each second of processor time: on a quiet server, and on a busy one.
 _RESTS = 3.0, 39.0
 
-#: After how many objects to say in the log how far it is.
+#: Objects between two lines of progress in the log.
 _PROGRESS_EVERY = 100_000
 
 _DELETE_BATCH = 1000
 
-#: A dead blob in the file of those to be deleted: oid, tid and size.
+#: A blob in the file of dead blobs: oid, tid and size.
 _RECORD = struct.Struct(">8s8sQ")
 
 
 class CollectionRefused(S3BlobsError):
-    """Garbage was found and, for the blobs' sake, none of it deleted; the message says why and what to do."""
+    """A collection deleted nothing, to protect live blobs; the message says why, and what to do."""
 
 
 class Collector:
-    """Collects the garbage of one prefix.
+    """The garbage collector of one prefix.
 
-    ``retention``: in seconds; ``max_delete_percent``: the largest share of the prefix that one run deletes together
-    with their objects, 0 if it deletes nothing at all; ``identity``: where it is kept that the marks are doubtful.
+    ``retention``: in seconds; ``max_delete_percent``: the largest share of the prefix that may be dead blobs of objects
+    which the database does not have, above which a run refuses to delete; 0: delete nothing; ``identity``: remembers
+    that the marks are doubtful.
     """
 
     def __init__(
@@ -89,21 +90,21 @@ class Collector:
         self._max_delete_percent = max_delete_percent
         self._identity = identity
         self._running = threading.Lock()
-        #: The marks that hold, while the bucket has none because it is too full for them.
+        #: The valid marks, while the bucket is too full to store them.
         self._unwritten: dict[bytes, int] | None = None
 
     def before_pack(self, base: DatabaseView) -> None:
-        """Take their marks from the blobs that ``base`` can load; to be called before ``base`` is packed.
+        """Remove the marks of blobs that ``base`` can load. Call this before ``base`` is packed; waits for S3.
 
-        A restored database may have brought dead blobs back to life. They die again in the pack, and afterwards nobody
-        can tell that they have lived meanwhile. Waits for S3. Then ``base`` must not be packed: BucketError if this
-        server has not read owner.json yet, or if dead blobs are only marked at first. In the latter case also
+        After a restore of the database, dead blobs may be live again. If the pack kills them once more, their old marks
+        would shorten their retention. If this method raises, ``base`` must not be packed. It raises BucketError if this
+        server has never read owner.json, or if dead blobs are marked before they are deleted; in the latter case also
         cache.CacheError, and for a database of several processes lease.NotOwner.
         """
         marking = self._retention or self._lease.is_on_probation
         try:
             self._lease.renew_now()
-            # The pack may take the transaction away that owner.json names; it is this database's all the same.
+            # The pack may remove the transaction that owner.json names; the database must still recognise its tid.
             self._identity.packed_away = self._lease.claimed
             marking = self._retention or self._lease.is_on_probation
             if marking:
@@ -112,13 +113,13 @@ class Collector:
                 return
         except NotOwner:
             if base.shared and marking:
-                raise  # there is no place to keep the doubt that all its processes see
+                raise  # there is no place for the doubt that all processes of the database can read
         except BucketError:
             if marking or not self._lease.claimed:
                 raise
             self._identity.packed_away = self._lease.claimed
-        # Marks are another's, who may not have them for ever; or those of an earlier setting, which go at the end of
-        # the collection, if it comes to that.
+        # The marks are another database's, which may hold the prefix for some time only; or those of an earlier
+        # gc-retention, which are deleted at the end of the collection if the collection gets there.
         self._doubt_marks()
 
     def _unmark_live(self, base: DatabaseView) -> None:
@@ -137,7 +138,7 @@ class Collector:
                 self._unwritten = since
 
     def _marks(self) -> dict[bytes, int]:
-        """Return the marks that hold. Waits for S3; BucketError."""
+        """Return the valid marks. Waits for S3; BucketError."""
         if self._unwritten is not None:
             return self._unwritten
         return {} if self._identity.marks_are_doubtful else marks.fetch(self._bucket, self._cache)
@@ -147,18 +148,18 @@ class Collector:
             self._identity.marks_are_doubtful = True
 
     def _trust_marks(self) -> None:
-        """What is in the bucket is right."""
+        """Record that the marks in the bucket are valid."""
         self._unwritten = None
         if self._identity.marks_are_doubtful:
             self._identity.marks_are_doubtful = False
 
     def collect(self, base: DatabaseView, gently: bool = False) -> int:
-        """Delete the blobs that ``base``, just packed, cannot load any more; return how many.
+        """Delete the dead blobs of the packed ``base``; return their number.
 
-        Takes as long as listing the bucket takes: to be called on a thread of its own. ``gently``: leave most of the
-        time to the other threads, which serve clients, and more of it while they do. Raises CollectionRefused,
-        lease.NotOwner, bases.DatabaseBusy, BucketError when S3 fails, and whatever the base raises besides POSKeyError;
-        all that was deleted until then was dead, and the next run goes on.
+        Takes at least as long as listing the bucket: call it in a thread of its own. ``gently``: leave most of the
+        processor to the threads that serve clients. Raises CollectionRefused, lease.NotOwner, bases.DatabaseBusy,
+        BucketError when S3 fails, and any error of the base except POSKeyError. After an error, only dead blobs have
+        been deleted, and the next run continues.
         """
         if not self._running.acquire(blocking=False):
             raise CollectionRefused("another pack is still deleting dead blobs")
@@ -188,10 +189,10 @@ class Collector:
         started = time.monotonic()
         on_probation = self._lease.is_on_probation
         retention = math.inf if on_probation else self._retention
-        # None to be read may be in the bucket all the same.
+        # Doubtful marks are not read, but the bucket has them.
         replacing = self._identity.marks_are_doubtful
         scan = Scan(base, self._bucket, self._in_flight, retention, self._marks() if retention else {}, pace=pace)
-        # On the disk: there may be a million.
+        # In a file: there may be a million dead blobs.
         with (
             self._cache.writing(),
             tempfile.TemporaryFile(dir=self._cache.temporary) as dead,
@@ -205,7 +206,7 @@ class Collector:
                 self._log_nothing_deleted(scan, on_probation)
                 return 0
             if refusal is not None and not scan.has_live:
-                # No error: where the last blob has been removed it is right, and the pack of the base stands.
+                # No error: perhaps the last blob of the database was removed on purpose, and the base has been packed.
                 logger.warning("%s", refusal)
                 return 0
             if refusal is not None:
@@ -213,12 +214,16 @@ class Collector:
             dead.seek(0)
             deleted = self._delete(base, dead, pace)
             if not written and not self._put_marks(new_marks, replacing) and scan.has_wrong_marks:
-                logger.warning("gc-retention begins anew for all dead blobs")
+                logger.warning(
+                    "The marks in bucket %s could not be updated and are deleted: gc-retention begins anew for all "
+                    "dead blobs",
+                    self._bucket.name,
+                )
                 self._bucket.delete_marks()
                 self._trust_marks()
         self._delete_leftovers()
         logger.info(
-            "Deleted %d dead blobs of bucket %s in %.1f s; %d live ones, %d dead ones that are retained",
+            "Deleted %d dead blobs of bucket %s in %.1f s; kept %d live and %d retained dead blobs",
             deleted,
             self._bucket.name,
             time.monotonic() - started,
@@ -229,7 +234,7 @@ class Collector:
 
     def _log_nothing_deleted(self, scan: Scan, on_probation: bool) -> None:
         logger.info(
-            "Bucket %s has %d live blobs and %d dead ones. Nothing was deleted: %s",
+            "Bucket %s has %d live and %d dead blobs. Nothing was deleted: %s",
             self._bucket.name,
             scan.found["live"].objects,
             scan.found["dead"].objects + scan.found["retained"].objects,
@@ -246,14 +251,14 @@ class Collector:
             if state == "dead":
                 dead.write(_RECORD.pack(blob.oid, blob.tid, blob.size))
             if state in ("dead", "retained"):
-                # Those that go now, too: if they cannot be deleted, they need not wait again.
+                # Blobs deleted now are marked too: if their deletion fails, they need not wait again.
                 marks.write(new_marks, blob.oid, blob.tid, since)
         if scan.unexplained:
             logger.warning(
                 "Bucket %s has %d blobs that are newer than the last transaction of the database. Either the "
                 "database was restored from a backup, or another database uses the same s3-prefix%s. They are "
-                "left alone until the database has a later transaction than theirs; then a pack takes them for "
-                "dead",
+                "kept until the database has a later transaction than theirs; after that, a pack treats them as "
+                "dead. If another database uses the prefix, give it another s3-prefix before that",
                 self._bucket.name,
                 scan.unexplained,
                 ", or another process was about to commit them" if scan.base.shared else "",
@@ -261,7 +266,7 @@ class Collector:
         if scan.only_copies:
             logger.warning(
                 "Bucket %s keeps %d blobs that the database does not have any more: a later revision of each has no "
-                "object, as zodb-s3blobs 1.2.1 leaves it after an undo, so they may be the only copy of its bytes. "
+                "object, as after an undo with zodb-s3blobs 1.2.1, so they may be the only copy of its bytes. "
                 "`zodb-s3blobs verify` lists such revisions, and `zodb-s3blobs verify --repair` gives them objects",
                 self._bucket.name,
                 scan.only_copies,
@@ -272,7 +277,7 @@ class Collector:
 
     @contextmanager
     def _new_marks(self) -> Iterator[TextIO]:
-        """Make a file for the marks from now on, which goes when the body ends."""
+        """Open a temporary file for the new marks; delete it at the end of the body."""
         new = self._cache.new_file()
         try:
             with open(new.path, "w", encoding="ascii") as file:
@@ -281,9 +286,9 @@ class Collector:
             new.discard()
 
     def _put_marks(self, file: TextIO, replacing: bool) -> bool:
-        """Store the marks in ``file``; return False if the bucket is too full for them.
+        """Upload the marks in ``file``; return False if the bucket is too full for them.
 
-        ``replacing``: whether there are others so far, which have to go even if there are no new ones. Raises NotOwner
+        ``replacing``: whether the bucket has older marks, which even an empty ``file`` must replace. Raises NotOwner
         and BucketError.
         """
         file.flush()
@@ -294,7 +299,7 @@ class Collector:
             except BucketError as error:
                 if error.reason != "quota":
                     raise
-                # What is not marked is kept, and what was due before goes, which makes room.
+                # Unmarked blobs are kept, and blobs with older marks can still be deleted, which makes room.
                 logger.warning("The marks of dead blobs could not be written. %s", error)
                 return False
         self._trust_marks()
@@ -302,12 +307,12 @@ class Collector:
 
     def _delete(self, base: DatabaseView, dead: BinaryIO, pace: Pace) -> int:
         deleted = 0
-        # Other processes may be waiting to restore something.
+        # No pauses while other processes may be waiting to restore transactions.
         pause = (lambda: None) if base.shared else pace.pause
         while records := dead.read(_RECORD.size * _DELETE_BATCH):
             sizes = {Revision(oid, tid): size for oid, tid, size in _RECORD.iter_unpack(records)}
             with base.no_restores(), self._in_flight.deleting(sizes) as free:
-                # Judged again now that nobody can begin to restore them: one may have been restored since.
+                # Judged again now that no transaction can restore them: one may have been restored since the scan.
                 live = set(live_names(base, free, pause))
                 self._lease.verify()
                 deleted += self._delete_batch([name for name in free if name not in live], sizes)
@@ -334,7 +339,7 @@ class Collector:
     def _delete_leftovers(self) -> None:
         self._lease.verify()
         if not self._retention:
-            self._bucket.delete_marks()  # of an earlier setting: one day they would be wrong
+            self._bucket.delete_marks()  # left by an earlier gc-retention, and not kept up to date any more
             self._trust_marks()
         staged = self._staging.sweep()
         aborted = 0
@@ -352,6 +357,6 @@ class Collector:
             logger.info("Deleted %d staged and %d unfinished uploads of crashed servers", staged, aborted)
 
     def _is_under_way(self, upload: ListedUpload) -> bool:
-        # Of this process, however old it seems to be: a clock may be wrong.
+        # Uploads of this process are never aborted, even if they seem old: a clock may be wrong.
         name, staged = self._bucket.keys.parse(upload.key), self._bucket.keys.parse_staged(upload.key)
         return (name is not None and self._in_flight.is_wanted(name)) or self._staging.is_live(staged)

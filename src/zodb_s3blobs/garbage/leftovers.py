@@ -1,4 +1,4 @@
-"""Uploads that a crash has left in the bucket."""
+"""The uploads that a crashed server has left in the bucket."""
 
 import logging
 import time
@@ -10,12 +10,15 @@ from ..s3.listing import ListedUpload
 
 logger = logging.getLogger(__name__)
 
-#: Not a reason to let a pack fail: some services cannot list or abort them, and each takes a permission of its own.
+#: A log line, no error of a pack: some services cannot list or abort multipart uploads, and each needs a permission.
 UPLOADS_STAY = "Unfinished uploads of crashed servers stay behind. %s"
 
 
 def abandoned_uploads(bucket: Bucket, age: float) -> Iterator[ListedUpload]:
-    """The uploads in parts that were begun more than ``age`` seconds ago: whoever did it lives no more."""
+    """Yield the incomplete multipart uploads begun more than ``age`` seconds ago, which only a crash leaves behind.
+
+    Waits for S3; logs its errors.
+    """
     before = time.time() - age
     try:
         for upload in bucket.list_uploads():

@@ -1,10 +1,10 @@
-"""Since when dead blobs are dead: the object that lets garbage collection wait for ``gc-retention``.
+"""The marks of dead blobs: the object that lets garbage collection wait for ``gc-retention``.
 
 One line of JSON for each dead blob, in an object beside the blobs::
 
     {"oid": "1f", "tid": "40d30c28a82b566", "dead_since": "2026-11-22T16:00:00+00:00"}
 
-It is written anew by each garbage collection, with what is dead now: a blob that lives again loses its mark.
+Each garbage collection rewrites the object with the blobs that are dead now: a blob that is live again loses its mark.
 """
 
 import json
@@ -18,22 +18,22 @@ from ..cache.files import Cache
 from ..s3.bucket import Bucket
 from ..s3.errors import BucketError
 
-#: More than the longest line: somebody else's is not to be in memory as a whole.
+#: More than the longest line, in characters: an object of other software may be one huge line.
 _LONGEST_LINE = 1000
 
 
 def lines(file: TextIO) -> Iterator[str]:
-    """The lines of ``file``; of one that is too long to be a mark, pieces that are none."""
+    """Return an iterator over the lines of ``file``, with lines that are too long for a mark cut into pieces."""
     return iter(lambda: file.readline(_LONGEST_LINE), "")
 
 
 def read(lines: Iterable[str]) -> dict[bytes, int]:
-    """oid + tid -> when it was first found dead, in seconds since 1970; ValueError names the line that makes no sense.
+    """Return oid + tid -> time when a collection first found the blob dead, in seconds since 1970.
 
-    Compact, because there may be a million.
+    The result is compact, because there may be a million marks. Raises ValueError, which names the invalid line.
     """
     marks: dict[bytes, int] = {}
-    times: dict[str, int] = {}  # most are the same
+    times: dict[str, int] = {}  # most marks have equal times
     for number, line in enumerate(lines, 1):
         try:
             mark = json.loads(line)
@@ -54,18 +54,18 @@ def write(file: TextIO, oid: bytes, tid: bytes, since: int) -> None:
 
 
 def fetch(bucket: Bucket, cache: Cache) -> dict[bytes, int]:
-    """Return the marks of the last run; the file they pass through is one of ``cache``. Waits for S3; BucketError."""
+    """Return the marks of the last run, downloaded through a file of ``cache``. Waits for S3; BucketError."""
     file = cache.new_file()
     try:
         if not bucket.get_marks(file):
             return {}
-        # What is not ASCII makes no sense, but must not end in another error than all else that makes none.
+        # Bytes outside ASCII are replaced, so that they raise the same ValueError as any other invalid line.
         with open(file.path, encoding="ascii", errors="replace") as opened:
             return read(lines(opened))
     except ValueError as error:
         raise BucketError(
-            f"{bucket.keys.marks} of bucket {bucket.name}, which tells since when dead blobs are dead, cannot be read "
-            f"({error}): restore it, or delete it and have gc-retention begin anew for all dead blobs"
+            f"Could not read {bucket.keys.marks} of bucket {bucket.name}, the marks of dead blobs ({error}): restore "
+            f"that object, or delete it, which lets gc-retention begin anew for all dead blobs"
         ) from None
     finally:
         file.discard()

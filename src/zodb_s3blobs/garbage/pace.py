@@ -11,23 +11,23 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-#: After how many loads from the base to pause: others may want the interpreter.
+#: Loads from the base between two pauses, in which other threads get the interpreter.
 _PAUSE_EVERY = 100
 
-#: Up to how many seconds of processor other threads use between two pauses of a quiet server. A request takes more.
+#: The most processor seconds that other threads of a quiet server use between two pauses. A request takes more.
 _QUIET = 0.0001
 
-#: For how long, in seconds, a server counts as busy after a request: the next one of that client may come soon.
+#: How long, in seconds, a server counts as busy after a request: the client's next request may follow soon.
 _BUSY_FOR = 0.25
 
-#: For how long, in seconds, this thread may keep others waiting for the interpreter: several times for each request.
+#: How long, in seconds, this thread may keep others waiting for the interpreter; a request waits several times.
 _SWITCH_INTERVAL = 0.00001
 
 
 class Pace:
-    """The pace of a thread that computes much in a process whose other threads serve clients.
+    """A limit of one thread's share of the processor, for the sake of the threads that serve clients.
 
-    The thread rests ``quiet`` times as long as it uses the processor; ``busy`` times while other threads use the
+    For each second of processor time the thread rests ``quiet`` seconds; ``busy`` seconds while other threads use the
     processor, and for `_BUSY_FOR` seconds after.
     """
 
@@ -45,9 +45,12 @@ class Pace:
         return time.process_time() - time.thread_time()
 
     def pause(self) -> None:
-        """Sleep as long as is due: what the thread has waited for S3 counts. Call it often, in one thread only."""
+        """Sleep off the processor time used since the last call, less the time waited for S3.
+
+        Call this often, in one thread only.
+        """
         now, others = time.monotonic(), self._used_by_others()
-        if others - self._others > _QUIET:  # since the last pause began: they mostly run while this thread sleeps
+        if others - self._others > _QUIET:  # since the last pause began: others mostly run while this thread sleeps
             self._busy_until = now + _BUSY_FOR
         self._others = others
         used = time.thread_time() - self._used
@@ -58,7 +61,7 @@ class Pace:
 
 
 def throttled(items: Iterable[T], pace: Pace) -> Iterator[T]:
-    """Yield ``items``, with pauses in between: each is to be asked of the base."""
+    """Yield ``items`` with pauses in between; the caller loads each from the base."""
     for number, item in enumerate(items, 1):
         if number % _PAUSE_EVERY == 0:
             pace.pause()
@@ -72,11 +75,11 @@ _usual_switch_interval = 0.0
 
 @contextmanager
 def low_interpreter_priority() -> Iterator[None]:
-    """Let other threads, the event loop above all, have their turn soon while the body does much in Python.
+    """Shorten the time for which the body, which computes much, keeps other threads waiting for the interpreter.
 
-    A thread that waits gets the interpreter after the switch interval, 5 ms if nothing else is said, and a request
-    waits for it several times. Python's own garbage collector stops all threads while it looks at every object there
-    is: those there are by now, it need not look at meanwhile.
+    A waiting thread gets the interpreter after the switch interval, 5 ms by default, and one request waits several
+    times. Python's own garbage collector stops all threads while it examines every object; so the objects that exist
+    now are exempted during the body. Any number of threads may enter at once.
     """
     global _users, _usual_switch_interval
     with _lock:  # several storages may collect at once

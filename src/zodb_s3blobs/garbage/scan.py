@@ -1,6 +1,6 @@
-"""What is in the bucket, and which of it is dead.
+"""The scan of a bucket for dead blobs.
 
-A scan judges each blob by what the database can load. It asks for all revisions of an object at once.
+A scan judges each blob by the revisions that the database can load. It asks for all revisions of an object at once.
 """
 
 import itertools
@@ -26,22 +26,22 @@ from .pace import Pace, throttled
 
 T = TypeVar("T")
 
-#: How many blobs of one object are judged at once, and in memory.
+#: The most blobs of one object that are judged at once, and in memory.
 _GROUP = 10_000
 
-#: Up to how many blobs are deleted with their objects, whatever share of the prefix they are.
+#: The number of blobs of lost objects that may always be deleted, whatever their share of the prefix.
 _ALWAYS_DELETED = 100
 
-#: Up to how many blobs are deleted where not one is live. ZODB's own tests have no others, and so need more.
+#: The number of blobs that may be deleted if no blob is live. ZODB's own tests delete all blobs, and raise it.
 _DELETED_WITHOUT_A_LIVE_ONE = 0
 
-#: How the pickle in a record begins, of whatever age: with its protocol, a tuple, or a class.
+#: The first byte of a pickle in a record: its protocol, or in old ones a tuple or a class.
 _PICKLE_STARTS = (b"\x80", b"(", b"c")
 
 
 @dataclass
 class Tally:
-    """A count of objects, and their bytes."""
+    """The number and the total size of some objects."""
 
     objects: int = 0
     bytes: int = 0
@@ -54,9 +54,10 @@ class Tally:
 
 @dataclass
 class Scan:
-    """What is in the bucket, by state; one of `metrics.GC_STATES`. The dead are to be deleted now, the retained later.
+    """One reading of the bucket; it sorts blobs by state, one of `metrics.GC_STATES`.
 
-    ``retention``: in seconds; ``now``: since 1970; ``pace``: without one, it does not pause.
+    Dead blobs may be deleted now, retained ones later. ``retention``: in seconds; ``now``: seconds since 1970;
+    ``pace``: by default, the scan does not pause.
     """
 
     base: DatabaseView
@@ -69,20 +70,20 @@ class Scan:
 
     def __post_init__(self) -> None:
         self.found = {state: Tally() for state in GC_STATES}
-        #: Those of the dead whose objects the database does not have either.
+        #: Dead blobs of objects that the database does not have either.
         self.orphans = Tally()
-        #: How many of the newer ones no transaction of this process explains.
+        #: Number of newer blobs that no transaction of this process explains.
         self.unexplained = 0
-        #: How many blobs that the database does not have any more are taken for live, as perhaps the only copy.
+        #: Number of blobs that the database cannot load, counted as live because they may be the only copy.
         self.only_copies = 0
-        #: Whether blobs have marks that are not dead.
+        #: Whether some live or newer blobs have marks.
         self.has_wrong_marks = False
         self._last = self.base.lastTransaction()
 
     def run(self) -> Iterator[tuple[Listed, str, int]]:
-        """Yield each blob of ours, its state, and since when it is dead. Waits for S3; BucketError.
+        """Yield each blob below the prefix, its state, and the time of its death. Waits for S3; BucketError.
 
-        The revisions of an object are judged together as far as the bucket lists them one after the other.
+        Revisions of an object that the bucket lists one after the other are judged together.
         """
         listed = throttled(self.bucket.list_blobs(self.found["unknown"].add), self.pace)
         for blobs in _groups(listed, attrgetter("oid")):
@@ -96,11 +97,11 @@ class Scan:
 
     @property
     def has_live(self) -> bool:
-        """Whether the bucket has blobs that the database can load; to be asked after the scan."""
+        """True if the bucket has blobs that the database can load; valid after the scan."""
         return self.found["live"].objects > self.only_copies
 
     def refusal(self, max_delete_percent: int) -> str | None:
-        """After the scan: return why the dead blobs must not be deleted, None if they may."""
+        """Return the reason why the dead blobs must not be deleted, or None; valid after the scan."""
         dead, orphans = self.found["dead"], self.orphans
         ours = sum(found.objects for state, found in self.found.items() if state != "unknown")
         name, prefix = self.bucket.name, self.bucket.keys.prefix
@@ -115,7 +116,7 @@ class Scan:
             return (
                 f"{dead.objects} of {ours} blobs in bucket {name} are dead, {dead.bytes} bytes, and not one is live: "
                 f"none was deleted. Is this the database that belongs to s3-prefix {prefix!r}: the right Data.fs, and "
-                f"its disk mounted? If it is, and is to have none of these blobs, delete the objects below "
+                f"its disk mounted? If it is, and you want to delete all of these blobs, delete the objects below "
                 f"{self.bucket.keys.blobs} at the service; `zodb-s3blobs gc --dry-run` lists them"
             )
         if orphans.objects <= _ALWAYS_DELETED or orphans.objects * 100 <= max_delete_percent * ours:
@@ -128,7 +129,7 @@ class Scan:
         )
 
     def _judge(self, blobs: list[Listed]) -> Iterator[tuple[Listed, str, int]]:
-        """Yield as `run`; all ``blobs`` are of one object."""
+        """Yield ``blobs``, all of one object, with state and time of death, like `run`."""
         oid = blobs[0].oid
         tids = [blob.tid for blob in blobs if blob.tid <= self._last]
         live = self.base.loadable(oid, tids, self.pace.pause) if tids else set()
@@ -144,7 +145,7 @@ class Scan:
                 self.only_copies += 1
                 yield blob, "live", 0
             else:
-                # A mark of the future, made while the clock was ahead, would keep it for as long as that.
+                # A mark in the future, made while the clock was ahead, would prolong the retention.
                 since = min(self.marks.get(blob.oid + blob.tid, self.now), self.now)
                 is_due = self.now - since >= self.retention
                 if is_due and not has_object:
@@ -152,10 +153,10 @@ class Scan:
                 yield blob, "dead" if is_due else "retained", since
 
     def _newest_without_object(self, oid: bytes, after: bytes, held: set[bytes]) -> bytes | None:
-        """Return the newest live revision of a blob that has no object in the bucket; None if there is none.
+        """Return the newest live revision of a blob, later than ``after``, without an object in the bucket; or None.
 
-        ``after``: what is not newer does not count; ``held``: revisions that have objects. The revision may repeat any
-        earlier one: its record does not tell which one once the database has been packed.
+        ``held``: revisions that have objects. The revision may repeat the bytes of any earlier one: once the database
+        has been packed, its record does not name that one.
         """
         tids = {tid for tid in self.base.tids(oid, self.pace.pause) if after < tid <= self._last} - held
         if not tids or not self._may_be_blob(oid, max(tids)):
@@ -165,7 +166,7 @@ class Scan:
         return max(tids, default=None)
 
     def _may_be_blob(self, oid: bytes, tid: bytes) -> bool:
-        """Return False if that revision is no blob; a record that is compressed or encrypted does not tell."""
+        """Return False if the revision certainly is not a blob; a compressed or encrypted record proves nothing."""
         try:
             record = self.base.loadSerial(oid, tid)
         except POSKeyError:  # another process packs
@@ -177,23 +178,23 @@ class Scan:
 
 
 def _groups(items: Iterable[T], oid_of: Callable[[T], bytes]) -> Iterator[list[T]]:
-    """Yield the ``items`` in lists of one object each; what is too many for the memory, in several."""
+    """Yield the ``items`` in lists of one object each, with at most `_GROUP` items per list."""
     for _, same in itertools.groupby(items, oid_of):
         while group := list(itertools.islice(same, _GROUP)):
             yield group
 
 
 def live_names(base: DatabaseView, names: Iterable[Revision], pause: Callable[[], None]) -> Iterator[Revision]:
-    """Yield those of ``names`` that ``base`` can load, in their order; those of an object are to be together."""
+    """Yield the ``names`` that ``base`` can load, in their order; the names of one object must be consecutive."""
     for group in _groups(names, itemgetter(0)):
         live = base.loadable(group[0][0], [tid for _, tid in group], pause)
         yield from (name for name in group if name[1] in live)
 
 
 def scan_beside_a_server(base: Any, bucket: Bucket, retention: float) -> Scan:
-    """A scan by a process that commits nothing and has no cache; ``retention``: in seconds. Waits for S3; BucketError.
+    """Return a scan for a process that commits nothing and has no cache, with the marks of the last run.
 
-    Its ``marks`` are those of the last run.
+    ``retention``: in seconds. Waits for S3; BucketError.
     """
     if not retention:
         return Scan(revisions_of(base), bucket, InFlight())

@@ -1,1 +1,1 @@
-"""All that knows S3 and boto3: the bucket, its client, errors, figures and keys."""
+"""The S3 side: the bucket, its client, errors, metrics and keys. No other package uses boto3."""

@@ -1,8 +1,8 @@
 """The bucket: put, get, copy, list and delete blobs, with checksums.
 
-Every blob carries its SHA-256 in its object's metadata; it is checked on every download. Every method waits for S3
-and so belongs on a worker thread, and may be called from any number of them at once. Errors are those of `s3errors`:
-`BlobNotFound` for what is truly absent and `BucketError` for all else. An OSError is one of a local file.
+Every blob carries its SHA-256 in its object's metadata; every download checks it. Every method waits for S3 and so
+belongs on a worker thread; any number of threads may call at once. Errors are those of `s3.errors`: `BlobNotFound`
+for a blob that the bucket does not have, `BucketError` for every other failure of S3. An OSError concerns a local file.
 """
 
 import os
@@ -13,19 +13,19 @@ from .errors import BlobMismatch, BlobNotFound
 
 
 class Bucket(ControlObjects):
-    """The blobs below one prefix of one bucket. Making one sends no request."""
+    """The blobs below one prefix of one bucket. The constructor sends no request."""
 
     def look_up(self, oid: bytes, tid: bytes) -> Stored | None:
-        """Return what the bucket tells of blob (oid, tid), None if it is not there."""
+        """Return size and checksum of blob (oid, tid), None if the bucket does not have the blob."""
         try:
             return stored_in(self._head(self.keys.key(oid, tid)))
         except BlobNotFound:
             return None
 
     def find(self, oid: bytes, tid: bytes, filename: str) -> Stored | None:
-        """Return what the bucket tells of blob (oid, tid), None if it is not there.
+        """Return size and checksum of blob (oid, tid), None if the bucket does not have the blob.
 
-        Raises BlobMismatch if it is not the blob in ``filename``: size and checksum tell, the size alone if the object
+        Raises BlobMismatch if the object differs from ``filename`` in size or checksum; in size alone if the object
         carries no checksum.
         """
         key = self.keys.key(oid, tid)
@@ -38,13 +38,13 @@ class Bucket(ControlObjects):
         return stored
 
     def prove(self, oid: bytes, tid: bytes, filename: str) -> None:
-        """Give blob (oid, tid), which carries no SHA-256, that of ``filename``, by storing it again.
+        """Add the SHA-256 that blob (oid, tid) lacks, by storing the blob again from ``filename``.
 
-        Raises BlobMismatch, and leaves it as it is, if its bytes are others.
+        Raises BlobMismatch, and leaves the object unchanged, if its bytes differ from the file's.
         """
         key = self.keys.key(oid, tid)
         digest = digest_of(SHA256, filename)
-        # Read twice before it is said: without a checksum, nothing else tells what was damaged on its way.
+        # Read twice before the mismatch is reported: without a checksum, damage in transit looks like another blob.
         if digest not in (self._read_back(key, SHA256)[1] for _ in range(2)):
             raise self._different(key)
         self.put(oid, tid, filename)

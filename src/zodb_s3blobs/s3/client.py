@@ -1,7 +1,7 @@
 """The boto3 client of one bucket: connections, time limits, repetitions, and answers that are not S3's.
 
-What is ours here hangs on two events that botocore offers: `before-send` has every request go out over sessions of our
-own, which refuse answers that S3 cannot have given, and `needs-retry` decides on repetitions.
+Two of botocore's events are handled here: `before-send` sends every request over sessions of our own, which refuse
+answers that S3 cannot have given, and `needs-retry` decides on repetitions.
 """
 
 import contextlib
@@ -29,19 +29,19 @@ from .errors import BucketError, ForeignAnswer, ask, code_and_reason, code_of, i
 
 T = TypeVar("T")
 
-#: After how many seconds without traffic firewalls, NAT and load balancers may have forgotten a connection. Probes of
-#: the kernel keep one known that is not used, and one that is older is not taken from the pool any more.
+#: Seconds without traffic after which firewalls, NAT and load balancers may have forgotten a connection. The kernel's
+#: keepalive probes keep an unused connection known; an older one is no longer taken from the pool.
 _IDLE = 60
 
-#: What they log at level debug repeats access keys, signatures and the key of SSE-C.
+#: Loggers whose debug messages repeat access keys, signatures and the key of SSE-C.
 _TALKATIVE = ("boto3", "botocore", "s3transfer")
 
-#: The statuses that mean: not now. 509 and 520 to 524 are those of proxies before a service.
+#: HTTP statuses of passing failures. 509 and 520 to 524 come from proxies in front of a service.
 _PASSING_STATUSES = {408, 429, 500, 502, 503, 504, 509, *range(520, 525)}
 _PASSING_CODES = {"OperationAborted", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"}
 
-#: Requests that a service works on long after their connection is gone. Nobody is to ask for the work a second time
-#: while it may still be going on: behind a connection that broke, or a proxy that did not want to wait.
+#: Requests that a service works on long after their connection is gone. They are not repeated while that work may
+#: still be going on: after a connection that broke, or a proxy that stopped waiting.
 _LONG_WORK = {"CopyObject", "UploadPartCopy"}
 _STATUSES_OF_IMPATIENT_PROXIES = {408, 502, 504, *range(520, 525)}
 
@@ -51,7 +51,7 @@ _LONGEST_PAUSE = 20.0
 
 @dataclass
 class BucketSettings:
-    """How to reach the bucket; the names are those of the configuration keys. Times in seconds, sizes in bytes."""
+    """The settings of a bucket, named like the configuration keys. Times in seconds, sizes in bytes."""
 
     bucket_name: str
     s3_prefix: str = ""
@@ -77,9 +77,9 @@ class BucketSettings:
 
 
 class Connection:
-    """A boto3 client, and `ask`, through which every use of it goes. Making one sends no request.
+    """A boto3 client, and `ask`, through which every call of the client goes. The constructor sends no request.
 
-    Any thread may call. Raises BucketError if the settings are of no use.
+    Any thread may call. Raises BucketError if boto3 rejects the settings.
     """
 
     def __init__(self, settings: BucketSettings) -> None:
@@ -90,7 +90,7 @@ class Connection:
             talkative = logging.getLogger(name)
             talkative.setLevel(max(talkative.getEffectiveLevel(), logging.INFO))
         self.client = ask(f"set up the connection to bucket {settings.bucket_name}", lambda: _client(session, settings))
-        #: Where requests go; without s3-endpoint-url, boto3 may have found another than Amazon's.
+        #: The address of the service; without s3-endpoint-url, boto3 may have found another address than Amazon's.
         self.endpoint_url: str = self.client.meta.endpoint_url
         self._proxies = botocore.utils.get_environ_proxies(self.endpoint_url)
         verify = settings.s3_ca_file or session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
@@ -100,12 +100,12 @@ class Connection:
         events.register_first("before-send.s3", self._send)
         events.register_last("needs-retry.s3", _Repetitions(settings.s3_max_attempts).pause)
         if settings.s3_checksums == "when_required":
-            # The one checksum that every service understands and refuses a damaged body by.
+            # Every service understands this checksum, and refuses a damaged body because of it.
             for operation in ("PutObject", "UploadPart", "DeleteObjects"):
                 events.register_last(f"before-call.s3.{operation}", _add_content_md5)
 
     def ask(self, what: str, call: Callable[[], T]) -> T:
-        """Return what ``call`` returns, with the errors of `s3errors.ask`, and what the settings tell about them."""
+        """Return the result of ``call``. Raises the errors of `errors.ask`, with hints from the settings."""
         return ask(what, call, self._hint)
 
     def _send(self, request: Any, event_name: str, **kwargs: Any) -> Any:
@@ -116,20 +116,20 @@ class Connection:
         return answer
 
     def close(self) -> None:
-        """Close the connections that are not in use; those that are close when they come to an end."""
+        """Close the unused connections; a connection in use closes when its request ends."""
         self.client.close()
         self._sessions.close()
         self._patient_sessions.close()
 
     def _hint(self, error: BucketError) -> str:
-        """Return what to add to the message of ``error``."""
+        """Return the hint to append to the message of ``error``, or ""."""
         endpoint, bucket = urlsplit(self.endpoint_url), self._settings.bucket_name
-        reasons = "timeout", "connection", "foreign", "server", "throttled"  # 503 is what proxies say of a host unknown
+        reasons = "timeout", "connection", "foreign", "server", "throttled"  # proxies answer 503 for an unknown host
         if error.reason in reasons and endpoint.scheme in self._proxies:
             variable = f"{endpoint.scheme.upper()}_PROXY"
             return (
-                f". Requests go through the proxy that {variable} names in the environment: check it, or have NO_PROXY "
-                f"name {endpoint.hostname}"
+                f". Requests go through the proxy that {variable} names in the environment: check that proxy, or add "
+                f"{endpoint.hostname} to NO_PROXY"
             )
         if error.code == "SSLError" and self._settings.s3_ca_file and "is not trusted" in str(error):
             return ". s3-ca-file is set, and the file does not hold that authority"
@@ -142,7 +142,7 @@ class Connection:
 
 def _client(session: Any, settings: BucketSettings) -> Any:
     config = botocore.config.Config(
-        # botocore's own repetitions stop for good once their budget is used up, which an outage does in seconds.
+        # botocore's own repetitions have a budget, which an outage uses up in seconds; after that they never resume.
         retries={"mode": "standard", "total_max_attempts": 1},
         request_checksum_calculation=settings.s3_checksums,
         response_checksum_validation=settings.s3_checksums,
@@ -160,10 +160,10 @@ def _client(session: Any, settings: BucketSettings) -> Any:
 
 
 class _Sessions:
-    """HTTP sessions whose connections are never trusted when they have been idle for long.
+    """A source of HTTP sessions that does not reuse connections which have been idle for long.
 
-    A session has a pool of connections. It is replaced after `_IDLE` seconds, which costs a handshake for each
-    connection, and closed when as much time has passed again and nobody uses it any more.
+    A session has a pool of connections. A new session replaces it after `_IDLE` seconds, which costs a handshake for
+    each connection. After another `_IDLE` seconds, when no request uses the old session any more, it is closed.
     """
 
     def __init__(
@@ -173,8 +173,8 @@ class _Sessions:
             verify=verify,
             proxies=proxies,
             timeout=(settings.s3_connect_timeout, read_timeout),
-            # Each of these has threads of its own: uploads, staged uploads, their parts, copies, small downloads, large
-            # ones, and their parts.
+            # Seven pools of threads send requests: uploads, staged uploads, their parts, copies, small downloads, large
+            # downloads, and their parts.
             max_pool_connections=7 * settings.s3_concurrency,
             socket_options=_socket_options(),
         )
@@ -184,7 +184,7 @@ class _Sessions:
         self._before: Any = None
 
     def current(self) -> Any:
-        """Return the session to send a request with."""
+        """Return the session for the next request."""
         with self._lock:
             if time.monotonic() - self._made > _IDLE:
                 if self._before is not None:
@@ -193,14 +193,14 @@ class _Sessions:
             return self._session
 
     def close(self) -> None:
-        """Close the connections that are not in use."""
+        """Close the unused connections of all sessions."""
         with self._lock:
             for session in filter(None, (self._before, self._session)):
                 session.close()
 
 
 def _socket_options() -> list[tuple[int, int, int]]:
-    """Return what to set on each socket: send at once; have the kernel ask after `_IDLE` seconds, thrice a minute."""
+    """Return the options of each socket: send without delay; keepalive probes after `_IDLE` seconds, every 20 s."""
     idle = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", None))  # Linux, macOS
     tcp = {idle: _IDLE, getattr(socket, "TCP_KEEPINTVL", None): _IDLE // 3, getattr(socket, "TCP_KEEPCNT", None): 3}
     return [
@@ -211,7 +211,7 @@ def _socket_options() -> list[tuple[int, int, int]]:
 
 
 class _Repetitions:
-    """Which requests are sent again: botocore's event needs-retry. ``most``: how often one is sent at all."""
+    """The decision which requests are sent again, for botocore's event needs-retry. ``most``: attempts per request."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -219,9 +219,9 @@ class _Repetitions:
     def pause(
         self, attempts: int, operation: Any, response: Any, caught_exception: Any, request_dict: Any, **kwargs: Any
     ) -> float | None:
-        """Return after how many seconds to send a request again, None if it is not to be sent again.
+        """Return the seconds to wait before the next attempt, None if the request must not be sent again.
 
-        Raises what made the caller of the transfer end it.
+        Raises the exception with which the caller of a transfer ended the transfer.
         """
         if caught_exception is not None:
             inside = interruption(caught_exception)
@@ -229,8 +229,8 @@ class _Repetitions:
                 raise inside
             passing = _is_passing(caught_exception, operation.name)
             if isinstance(caught_exception, botocore.exceptions.ConnectionClosedError) and request_dict["body"]:
-                # Whoever closes it may do so without having read the body, and have said why: a proxy that limits
-                # its size. So ask before sending the body the next time.
+                # A proxy that limits the size of a body closes the connection without reading the body; its answer,
+                # which gives the reason, is lost. So the next attempt asks before it sends the body.
                 request_dict["headers"]["Expect"] = "100-continue"
         else:
             status, code = response[1]["ResponseMetadata"]["HTTPStatusCode"], code_of(response[1].get("Error", {}))
@@ -243,7 +243,7 @@ class _Repetitions:
 
 
 def _is_passing(error: Exception, operation: str) -> bool:
-    """Whether the next try may succeed where this one raised ``error``."""
+    """Return whether the next attempt may succeed after this one raised ``error``."""
     if isinstance(error, ForeignAnswer):
         return error.status < 300
     if operation in _LONG_WORK:
@@ -256,7 +256,7 @@ def _is_passing(error: Exception, operation: str) -> bool:
 
 _REDIRECTIONS = {301, 302, 303, 307, 308}
 
-#: What an answer of S3 with a status of success always has: an ETag in its headers, or something in its body.
+#: The marks of S3's successful answers: an ETag among the headers, or an element in the body.
 _WITH_ETAG = {"PutObject", "UploadPart"}
 _ALWAYS_IN_THE_BODY = {
     "CopyObject": re.compile(rb"<(\w+:)?ETag>"),
@@ -272,17 +272,16 @@ _ERROR = re.compile(rb"\s*(<\?xml[^>]*>\s*)?<(\w+:)?Error[\s>]")
 
 
 def check_answer(operation: str, answer: Any) -> None:
-    """Raise ForeignAnswer if S3 cannot have answered so.
+    """Raise ForeignAnswer if the answer cannot come from S3.
 
-    A maintenance page, a captive portal or another web server may answer anything with status 200, and what it was
-    asked to store is lost. What gateways say with status 5xx, and proxies of the size or the pace of requests, they
-    say rightly.
+    A maintenance page, a captive portal or another web server may answer every request with status 200, and a blob
+    sent to it is lost. Status 5xx of a gateway, and a proxy's refusal of the size or rate of requests, are passed on.
     """
     status = answer.status_code
     if status in (408, 413, 429) or status >= 500:
         return
     if status in _REDIRECTIONS and operation == "HeadBucket" and "x-amz-bucket-region" not in answer.headers:
-        answer.status_code = 404  # or boto3, which asks where the bucket is, asks the same of this answer, for ever
+        answer.status_code = 404  # or boto3 looks for the bucket's region, gets this answer again, and never ends
         return
     streams = operation == "GetObject" and status < 300
     body = b"" if streams else answer.content
@@ -297,17 +296,17 @@ def _is_success_of_s3(operation: str, headers: Any, body: bytes) -> bool:
     if operation in _WITH_ETAG:
         return "etag" in headers
     if operation in _ALWAYS_IN_THE_BODY:
-        # An error that S3 met after it had sent the status is botocore's business.
+        # botocore handles an error that S3 met after it had sent the status.
         return bool(_ALWAYS_IN_THE_BODY[operation].search(body) or _ERROR.match(body))
     if operation in ("GetObject", "HeadObject"):
-        # Not all services tell an ETag, and not all blobs have been stored by us.
+        # Not all services send an ETag, and not all blobs were stored by this package.
         ours = "x-amz-meta-sha256" in headers
         return ours or (not _is_page(headers, body) and ("etag" in headers or "last-modified" in headers))
     return not _is_page(headers, body)
 
 
 def _is_page(headers: Any, body: bytes) -> bool:
-    """Whether it is a page for people, or an answer of another application."""
+    """Return whether the answer is a web page, or comes from another application."""
     if any(name.lower().startswith("x-amz") for name in headers):
         return False  # some services send errors and empty answers as HTML
     content_type = (headers.get("content-type") or "").lower()
@@ -315,7 +314,7 @@ def _is_page(headers: Any, body: bytes) -> bool:
 
 
 def _parse_timestamp(value: Any) -> datetime.datetime:
-    # As botocore's, which takes two thirds of the time of a listing; in Python 3.10 the time zone may not be Z.
+    # Replaces botocore's parser, which takes two thirds of the time of a listing. Python 3.10 does not parse "Z".
     with contextlib.suppress(AttributeError, ValueError):
         parsed = datetime.datetime.fromisoformat(value.replace("Z", "+00:00"))
         if parsed.tzinfo is not None:

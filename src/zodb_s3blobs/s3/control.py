@@ -1,4 +1,4 @@
-"""The objects beside the blobs: owner.json, which says whose the prefix is, and the marks of dead blobs."""
+"""The objects beside the blobs: owner.json, which names the owner of the prefix, and the marks of dead blobs."""
 
 import contextlib
 import datetime
@@ -19,7 +19,7 @@ _NOT_UNDERSTOOD = {"InvalidArgument", "InvalidRequest", "400"}
 
 @dataclass(frozen=True)
 class ControlObject:
-    """A small object beside the blobs; ``written`` and ``now``: when that was, and is, by the clock of the service."""
+    """A small object beside the blobs; ``written``, ``now``: times of its last write and of the read, by S3."""
 
     data: bytes
     written: datetime.datetime
@@ -28,7 +28,7 @@ class ControlObject:
 
     @property
     def age(self) -> float:
-        """How many seconds ago it was written."""
+        """Seconds from the object's last write to the read."""
         return (self.now - self.written).total_seconds()
 
 
@@ -36,7 +36,7 @@ class ControlObjects(Uploads, Listing):
     """The objects beside the blobs of a bucket."""
 
     def read_owner(self) -> ControlObject | None:
-        """The object that says whose the prefix is, if there is one."""
+        """Return owner.json, None if the bucket does not have it. Waits for S3; BucketError."""
 
         def read() -> ControlObject:
             answer = self._client.get_object(Bucket=self.name, Key=self.keys.owner, **self._key_options)
@@ -52,9 +52,10 @@ class ControlObjects(Uploads, Listing):
             return None
 
     def write_owner(self, data: bytes, instead_of: ControlObject | None) -> None:
-        """Write it, if it is still as in ``instead_of``, where the service can see to that; else whatever it is.
+        """Write owner.json, provided that it is still as in ``instead_of``, or missing if that is None.
 
-        Whether it was written, or another's was, `read_owner` tells.
+        A service without conditional writes overwrites whatever is there. Call `read_owner` to learn whose write
+        succeeded. Waits for S3; BucketError.
         """
 
         def write(**condition: str) -> None:
@@ -72,26 +73,26 @@ class ControlObjects(Uploads, Listing):
                     raise
                 write()
         except BlobNotFound:
-            pass  # it has been deleted meanwhile: the condition is not met
+            pass  # owner.json has been deleted meanwhile: the condition is not met
         except BucketError as error:
             if error.code not in _CONDITION_NOT_MET:
                 raise
-            # Ceph 16 compares the ETag with its quotes to one without, and finds that it has changed always.
+            # Ceph 16 compares an ETag with quotes to one without, and so always finds that owner.json has changed.
             now = instead_of and self.read_owner()
             if now and instead_of and (now.data, now.etag) == (instead_of.data, instead_of.etag):
                 write()
 
     def delete_owner(self) -> None:
-        """Delete it; it is no error if it is not there."""
-        # Not by the pool: this is done while all is being closed.
+        """Delete owner.json; no error if the bucket does not have it. Waits for S3; BucketError."""
+        # Not by the pool, which may be closed already.
         error = self._delete_one(self.keys.owner)
         if error is not None:
             raise error
 
     def get_marks(self, file: Target) -> bool:
-        """Write the object of the marks into the empty ``file``, verified; False if there is none.
+        """Download the marks into the empty ``file`` and verify them; return False if the bucket has no marks.
 
-        BucketError if it is larger than any that was written by this software could be.
+        Waits for S3. Raises BucketError, also if the object is larger than this software writes it.
         """
         try:
             self._get_verified(self.keys.marks, file, _MOST_MARKS)
@@ -100,9 +101,9 @@ class ControlObjects(Uploads, Listing):
         return True
 
     def put_marks(self, filename: str) -> None:
-        """Store the bytes of ``filename`` as that object."""
+        """Upload the marks in ``filename``. Waits for S3; BucketError."""
         self._put(self.keys.marks, filename, self._short_lived_options)
 
     def delete_marks(self) -> None:
-        """Delete it; it is no error if it is not there."""
+        """Delete the marks; no error if the bucket has none. Waits for S3; BucketError."""
         self._delete([self.keys.marks])

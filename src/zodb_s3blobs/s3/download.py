@@ -1,6 +1,6 @@
-"""Downloads: an object is read in parallel ranges, and is right when it has been read.
+"""Downloads in parallel ranges, each verified before it is used.
 
-Every blob carries its SHA-256 in its object's metadata, and every download is compared with it.
+Every blob carries its SHA-256 in its object's metadata; every download is compared with it.
 """
 
 import hashlib
@@ -28,17 +28,17 @@ SHA256 = "sha256"
 
 
 class TransferCorrupt(Exception):
-    """What arrived is not what was stored."""
+    """A download whose bytes differ from the stored ones; it is repeated."""
 
 
 class Sink(Protocol):
-    """What the bytes of a blob are written into."""
+    """A receiver of a blob's bytes."""
 
     def write_at(self, data: bytes, position: int) -> None: ...
 
 
 class Target(Sink, Protocol):
-    """A file that a blob is written into, by several threads at once."""
+    """A file that receives a blob, from several threads at once."""
 
     path: str
 
@@ -47,7 +47,7 @@ class Target(Sink, Protocol):
 
 @dataclass(frozen=True)
 class Stored:
-    """What the bucket tells of an object: ``size`` in bytes; ``digest`` in hex by ``algorithm``, "" if unknown."""
+    """The metadata of an object: ``size`` in bytes; ``digest`` in hex by ``algorithm``, "" if unknown."""
 
     size: int
     algorithm: str
@@ -55,9 +55,9 @@ class Stored:
 
     @property
     def is_proven(self) -> bool:
-        """Whether the object carries the SHA-256 of what was stored.
+        """True if the object carries the SHA-256 that its uploader computed.
 
-        The MD5 that the service tells is that of the bytes as the service got them, from whomever.
+        An MD5 in the ETag proves less: the service computed it from the bytes that arrived.
         """
         return self.algorithm == SHA256
 
@@ -66,14 +66,14 @@ class Downloads(Objects):
     """The downloads from a bucket."""
 
     def verify(self, oid: bytes, tid: bytes) -> Stored:
-        """Read blob (oid, tid) and check it, without keeping it; return what it was checked by.
+        """Read blob (oid, tid) and check it, without keeping it; return the size and checksum that matched.
 
         Raises BlobNotFound, BlobDamaged, or BucketError if S3 fails.
         """
         return self._read_back(self.keys.key(oid, tid))[0]
 
     def open(self, oid: bytes, tid: bytes) -> "Opened":
-        """Ask for the first part of blob (oid, tid), for `get` to read. The caller closes what is returned.
+        """Request the first part of blob (oid, tid), for `get` to read. The caller closes the returned answer.
 
         Raises BlobNotFound and BucketError.
         """
@@ -82,8 +82,9 @@ class Downloads(Objects):
     def get(self, oid: bytes, tid: bytes, file: Target, opened: "Opened | None" = None) -> int:
         """Write blob (oid, tid) into the empty ``file``; return its size in bytes.
 
-        ``opened``: what `open` returned, if it was called. One request for up to `PART` bytes, else parallel ranges.
-        When it returns, size and checksum are right. Raises BlobNotFound, BucketError, or the OSError of a full disk.
+        ``opened``: the answer that `open` returned, if it was called. Sends one request for up to `PART` bytes, else
+        one per range, in parallel. On return, size and checksum are verified. Raises BlobNotFound, BucketError, or the
+        OSError of a full disk.
         """
         started = opened.asked if opened is not None else time.monotonic()
         stored = self._get_verified(self.keys.key(oid, tid), file, opened=opened)
@@ -103,7 +104,7 @@ class Downloads(Objects):
         return self._verified(key, get)
 
     def _verified(self, key: str, read: Callable[[], Any]) -> Any:
-        """Return what ``read`` returns. It is called again if it raises TransferCorrupt: what it read is not right."""
+        """Return the result of ``read``; call it again if it raises TransferCorrupt, then raise BlobDamaged."""
         what = f"read {key} of bucket {self.name}"
         for attempt in range(1, self._attempts + 1):
             try:
@@ -128,7 +129,7 @@ class Downloads(Objects):
             for part in parts:
                 part.result()
         except BaseException:
-            # The file is not to be touched any more once this has raised.
+            # Once this method has raised, no thread may write to the file any more.
             for part in parts:
                 part.cancel()
             for part in parts:
@@ -140,9 +141,9 @@ class Downloads(Objects):
         return first.stored
 
     def _read_back(self, key: str, algorithm: str = "") -> tuple[Stored, str]:
-        """Read an object, check it, and keep nothing of it; return what it was checked by, and its digest in hex.
+        """Read an object and check it, without keeping it; return its metadata, and its digest in hex.
 
-        ``algorithm``: of the digest, by default the one that it is checked by. The errors are those of `verify`.
+        ``algorithm``: that of the returned digest, by default that of the check. Raises the errors of `verify`.
         """
 
         def read() -> tuple[Stored, str]:
@@ -159,10 +160,9 @@ class Downloads(Objects):
         return self._verified(key, read)
 
     def _get_range(self, key: str, start: int, end: int, etag: str, file: Sink, opened: "Opened | None" = None) -> None:
-        """Write bytes start to end of the object to their place in the file; a broken body is asked for again.
+        """Download bytes ``start`` to ``end`` of the object to their place in ``file``; retry a body that broke off.
 
-        Here, because the repetitions of a request end with the headers. What is wrong with the whole object is
-        `_verified`'s.
+        boto3 repeats a request only until the headers have arrived. `_verified` handles damage of the whole object.
         """
         for attempt in range(1, self._attempts + 1):
             answer = opened or self._open_range(key, start, end)
@@ -181,7 +181,7 @@ class Downloads(Objects):
                 raise failure
 
     def _write(self, answer: "Opened", start: int, end: int, file: Sink) -> BucketError | TransferCorrupt | None:
-        """Write the body of ``answer`` to its place in ``file``; return why it broke off, None if it did not."""
+        """Write the body of ``answer`` to its place in ``file``; return the error that broke it off, or None."""
         position = start
         try:
             while chunk := self._ask(f"read {answer.key} of bucket {self.name}", lambda: answer.body.read(READ)):
@@ -211,31 +211,31 @@ class Downloads(Objects):
         if match:
             stored = replace(stored, size=int(match[3]))
         elif start:
-            # The service ignores ranges and would send everything: only the first request may be answered so.
+            # The service ignores ranges and would send the whole object: acceptable for the first request only.
             answer["Body"].close()
             raise TransferCorrupt("the service answered one range with the whole object and another with a part")
         return Opened(key, answer["Body"], length, stored, answer.get("ETag", ""), asked)
 
 
 class Opened:
-    """An answer whose body is still to be read. ``asked``: a reading of `time.monotonic`; ``length``: of the body."""
+    """An answer with an unread body of ``length`` bytes. ``asked``: time of the request by `time.monotonic`."""
 
     def __init__(self, key: str, body: Any, length: int, stored: Stored, etag: str, asked: float) -> None:
         self.key = key
         self.body = body
         self.length = length
-        #: What the answer tells of the whole object.
+        #: The metadata of the whole object.
         self.stored = stored
         self.etag = etag
         self.asked = asked
 
     def close(self) -> None:
-        """Give up what has not been read; a second call does nothing."""
+        """Close the body and drop its unread bytes; a second call does nothing."""
         self.body.close()
 
 
 class _Digest:
-    """A `Sink` that keeps nothing but the checksum, of bytes that come in order."""
+    """A `Sink` that computes the checksum of bytes that arrive in order, and keeps nothing else."""
 
     def __init__(self, name: str) -> None:
         self._digest = hashlib.new(name, usedforsecurity=False)
@@ -243,13 +243,13 @@ class _Digest:
         self.hexdigest = self._digest.hexdigest
 
     def write_at(self, data: bytes, position: int) -> None:
-        # After an answer that broke off, what it brought comes again.
+        # After an answer that broke off, the retry brings the same bytes again.
         self._digest.update(memoryview(data)[self.size - position :])
         self.size = max(self.size, position + len(data))
 
 
 class _Both:
-    """A `Sink` that passes on what is written to two others."""
+    """A `Sink` that passes its bytes on to other sinks."""
 
     def __init__(self, *sinks: Sink) -> None:
         self._sinks = sinks
@@ -268,9 +268,9 @@ def digest_of(name: str, filename: str) -> str:
 
 
 def stored_in(answer: dict[str, Any]) -> Stored:
-    """Return what the answer to a GET or HEAD of an object tells of it."""
+    """Return the size and the checksum of an object from the answer to GET or HEAD."""
     size, sha256 = answer["ContentLength"], sha256_in(answer["Metadata"])
-    # What other software put there has none.
+    # Objects stored by other software have no SHA-256.
     return Stored(size, SHA256, sha256) if sha256 else Stored(size, "md5", md5_of(answer))
 
 
@@ -280,14 +280,14 @@ def sha256_in(metadata: dict[str, str]) -> str:
 
 
 def md5_of(answer: dict[str, Any]) -> str:
-    """Return the MD5 of an object in hex, "" if its ETag is none: it came in parts, or is encrypted."""
+    """Return the MD5 of an object in hex, "" if its ETag is not an MD5: after a multipart upload, or if encrypted."""
     etag = answer.get("ETag", "").strip('"')
     encrypted = answer.get("ServerSideEncryption") not in (None, "AES256") or answer.get("SSECustomerAlgorithm")
     return etag if re.fullmatch("[0-9a-f]{32}", etag) and not encrypted else ""
 
 
 def _check(stored: Stored, size: int, digest: str) -> None:
-    """Raise TransferCorrupt unless what was read has the size and the checksum, if there is one, of the object."""
+    """Raise TransferCorrupt unless the bytes read have the object's size, and its checksum if it has one."""
     if size != stored.size:
         raise TransferCorrupt(f"{size} bytes of {stored.size} arrived")
     if stored.digest and digest != stored.digest:

@@ -1,8 +1,8 @@
-"""The errors of S3: what boto3 raises, told as our own errors, with the reason and what to do about it.
+"""The errors of S3: boto3's errors translated into our own, each with its reason and the next step.
 
-An error is classified by where it was raised: whatever comes out of a call to boto3 is an error of S3, also where its
-Python type is OSError, as that of botocore's timeouts is. An OSError of this machine's disk cannot be mistaken for
-one, because no local file is read or written inside such a call; the one exception is `LocalError`.
+The place where an error is raised classifies it: every error of a call to boto3 is an error of S3, even if its Python
+type is OSError, like botocore's timeouts. No local file is read or written inside such a call, so that an OSError of
+this machine's disk cannot be mistaken for an error of S3; the one exception is `LocalError`.
 """
 
 import re
@@ -28,14 +28,14 @@ NOT_S3 = "NotS3"
 #: The codes of a service that does not know the operation.
 NOT_IMPLEMENTED = {"NotImplemented", "501", "MethodNotAllowed", "405"}
 
-#: The code of what the operating system refuses because too many files are open.
+#: The code of an error of the operating system: too many files are open.
 _EMFILE = "EMFILE"
 
 
 class BucketError(S3BlobsError):
-    """S3 did not do what was asked. The message says what, on which object, why, and what to do.
+    """A request to S3 failed. The message names the request, the object, the cause and the next step.
 
-    ``code``: what S3 calls the error, or the name of what boto3 raised, or "". ``reason``: one of
+    ``code``: S3's code of the error, or the name of boto3's exception, or "". ``reason``: one of
     `metrics.S3_FAILURES`.
     """
 
@@ -46,7 +46,7 @@ class BucketError(S3BlobsError):
 
 
 class NotDeleted(BucketError):
-    """Some objects could not be deleted: ``keys``."""
+    """The objects ``keys`` could not be deleted."""
 
     def __init__(self, message: str, cause: BucketError, keys: frozenset[str]) -> None:
         super().__init__(message, cause.code, cause.reason)
@@ -54,14 +54,14 @@ class NotDeleted(BucketError):
 
 
 class BlobDamaged(BucketError):
-    """The object is not what was stored, however often it is read."""
+    """The object differs from the stored blob in every read."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "", "damaged")
 
 
 class BlobMismatch(BucketError):
-    """The bucket has another blob where this one should be."""
+    """The bucket has another blob at the key of this one."""
 
 
 class BlobNotFound(S3BlobsError, LookupError):
@@ -69,13 +69,13 @@ class BlobNotFound(S3BlobsError, LookupError):
 
 
 class TransferCancelled(S3BlobsError):
-    """The caller of a transfer does not want it any more."""
+    """The caller of a transfer has cancelled it."""
 
 
 class ForeignAnswer(botocore.exceptions.HTTPClientError):
-    """Raised among botocore's own errors: what answered is no S3 service. ``status``: that of HTTP."""
+    """The server that answered is not an S3 service; raised among botocore's own errors. ``status``: that of HTTP."""
 
-    fmt = "what answered is no S3 service"
+    fmt = "the server that answered is not an S3 service"
 
     def __init__(self, status: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class ForeignAnswer(botocore.exceptions.HTTPClientError):
 
 
 class LocalError(Exception):
-    """Carries an ``error`` of a local file through the libraries that read the file while they send it."""
+    """A carrier of a local file's ``error`` through the libraries that read the file while they send it."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(str(error))
@@ -92,7 +92,7 @@ class LocalError(Exception):
 
 @contextmanager
 def local_file() -> Iterator[None]:
-    """Mark an OSError of the body as one of a local file. For bodies that boto3 calls; `ask` removes the mark."""
+    """Mark an OSError of the body as a local file's. For file operations that boto3 calls; `ask` removes the mark."""
     try:
         yield
     except OSError as error:
@@ -100,10 +100,10 @@ def local_file() -> Iterator[None]:
 
 
 def ask(what: str, call: Callable[[], T], hint: Callable[["BucketError"], str] = lambda error: "") -> T:
-    """Return what ``call``, which does nothing but use boto3, returns.
+    """Return the result of ``call``, which only uses boto3; translate its errors.
 
-    ``what``: what it does, as in "read KEY of bucket NAME"; ``hint``: returns what the settings tell besides about an
-    error, to be added to its message. Waits for S3.
+    ``what``: the action for messages, as in "read KEY of bucket NAME"; ``hint`` returns a text to append to the message
+    of an error. Waits for S3.
 
     Raises BlobNotFound, BucketError, TransferCancelled, and the OSError of a local file that is being sent. None of
     them carries an error of boto3, whose text may repeat a credential.
@@ -116,14 +116,14 @@ def ask(what: str, call: Callable[[], T], hint: Callable[["BucketError"], str] =
         failure = _translated(error, what)
     if isinstance(failure, BucketError):
         failure.args = (f"{failure}{hint(failure)}",)
-    # Out of the except clause, or the original would hang on it as its context, with all that it tells.
+    # Outside the except clause, or the original error would be its context, and show up in tracebacks.
     raise failure
 
 
 def _translated(error: Exception, what: str) -> Exception:
-    """Return the error to raise for what boto3 or urllib3 raised while it tried to do ``what``.
+    """Return our own error for an ``error`` of boto3 or urllib3 during the action ``what``.
 
-    Only S3's code and our own words go into it: S3's messages may repeat access keys and signed strings.
+    Its message holds only S3's code and our own words: S3's messages may repeat access keys and signed strings.
     """
     inside = interruption(error)
     if isinstance(inside, LocalError):
@@ -142,8 +142,8 @@ def _refused(error: botocore.exceptions.ClientError, what: str) -> Exception:
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0
     code = code_of(error.response.get("Error", {})) or str(status)
     operation = error.operation_name
-    # The answer to HEAD has no body that could name a code. To anything else a bare 404 is no word on the object: it
-    # may come from a proxy, or mean the bucket. An operation on the bucket is not about any object.
+    # The answer to HEAD has no body that could name a code. For other operations a bare 404 says nothing about the
+    # object: it may come from a proxy, or mean that the bucket is missing. An operation on the bucket names no object.
     if operation in _ON_ONE_OBJECT and (code == "NoSuchKey" or (operation == "HeadObject" and code == "404")):
         return BlobNotFound(f"Could not {what}: there is no such object")
     reason = reason_of_answer(operation, status, code) or "request"
@@ -156,11 +156,11 @@ def _advice_by_words(code: str) -> str:
     return next((advice for words, advice in _ADVICE_BY_WORDS.items() if re.search(words, code)), "")
 
 
-# What boto3 raises
+# Exceptions of boto3
 
 
 def code_and_reason(error: BaseException) -> tuple[str, str]:
-    """Return the code and the reason, one of `metrics.S3_FAILURES`, of what was raised instead of an answer."""
+    """Return the code and the reason, one of `metrics.S3_FAILURES`, of an ``error`` raised instead of an answer."""
     if isinstance(error, _NO_CREDENTIALS):
         return _no_credentials(error), "auth"
     if _got_old_credentials(error):
@@ -177,7 +177,7 @@ def code_and_reason(error: BaseException) -> tuple[str, str]:
     return name, "connection" if isinstance(error, _CONNECTION) else "request"
 
 
-#: What boto3 raises when there are no credentials to ask S3 with.
+#: The exceptions of boto3 when it finds no credentials.
 _NO_CREDENTIALS = (
     botocore.exceptions.NoCredentialsError,
     botocore.exceptions.PartialCredentialsError,
@@ -193,7 +193,7 @@ _TIMEOUTS = (
     TimeoutError,
 )
 
-#: Most are OSErrors besides. What is not in `_TIMEOUTS` as well.
+#: Errors of the connection, except those in `_TIMEOUTS`. Most are also OSErrors.
 _CONNECTION = (
     botocore.exceptions.HTTPClientError,
     botocore.exceptions.ConnectionError,
@@ -209,15 +209,16 @@ def _no_credentials(error: BaseException) -> str:
 
 
 def _got_old_credentials(error: BaseException) -> bool:
-    # boto3 has asked for new credentials, and those were over as well. It has no error of its own for that.
+    # boto3 asked for new credentials, and those had expired as well. It has no error of its own for that.
     return isinstance(error, RuntimeError) and "refreshed credentials" in str(error)
 
 
 def interruption(error: BaseException) -> BaseException | None:
-    """Return what was raised while boto3 read the body that it sent, and had it raise ``error``; None if nothing was.
+    """Return the exception that ended a transfer from inside and made boto3 raise ``error``; None if there was none.
 
-    botocore takes it for a broken connection. It is a `TransferCancelled`, a `LocalError`, or what another part of the
-    same transfer failed with: a ClientError or CancelledError. A ClientError that is itself raised is returned as well.
+    botocore reports an exception of the body that it sends as a broken connection. The exception is a
+    `TransferCancelled`, a `LocalError`, or the failure of another part of the transfer: a ClientError or
+    CancelledError. An ``error`` that is a ClientError itself is returned as well.
     """
     for one in _chain(error):
         if isinstance(one, TransferCancelled | LocalError):
@@ -227,7 +228,7 @@ def interruption(error: BaseException) -> BaseException | None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield ``error``, and what it was raised for."""
+    """Yield ``error`` and the exceptions that caused it."""
     seen: set[int] = set()
     waiting: list[Any] = [error]
     while waiting:
@@ -235,14 +236,14 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         if isinstance(one, BaseException) and id(one) not in seen:
             seen.add(id(one))
             yield one
-            # botocore keeps it in kwargs, urllib3 in reason or among the arguments.
+            # botocore keeps the cause in kwargs, urllib3 in reason or among the arguments.
             kwargs = getattr(one, "kwargs", None)
             waiting += [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
             waiting.append(kwargs.get("error") if isinstance(kwargs, dict) else None)
 
 
 def _cause(error: BaseException) -> str:
-    """Return why a connection failed, in brackets and in words of our own; "" where the name of the error says it."""
+    """Return the cause of a failed connection in brackets, in our own words; "" if the error's name says enough."""
     for one in _chain(error):
         if isinstance(one, CertificateError) or getattr(one, "verify_code", None) in _OTHER_HOST:
             return _CERTIFICATE_OF_OTHERS
@@ -252,7 +253,7 @@ def _cause(error: BaseException) -> str:
         if isinstance(one, ssl.SSLError) and getattr(one, "reason", None) in _NO_TLS:
             return _WITHOUT_TLS
         if isinstance(one, socket.gaierror):
-            return " (the name of the host is not known)"
+            return " (the host name is unknown)"
         if isinstance(one, ConnectionRefusedError):
             return " (the connection was refused)"
         if isinstance(one, ConnectionResetError | BrokenPipeError):
@@ -264,31 +265,31 @@ def _cause(error: BaseException) -> str:
 
 
 _CERTIFICATE_OF_OTHERS = " (the certificate of the service is for another host name)"
-_CERTIFICATE_OUT_OF_DATE = " (the certificate of the service is not valid any more, or not yet)"
-_WITHOUT_TLS = " (what listens there does not speak TLS)"
+_CERTIFICATE_OUT_OF_DATE = " (the certificate of the service has expired, or is not valid yet)"
+_WITHOUT_TLS = " (the server there does not speak TLS)"
 
-#: Of OpenSSL: the verify_code of certificates for another name or address, and of those not valid yet or any more.
+#: OpenSSL's verify_code of certificates for another name or address, and of those not yet or no longer valid.
 _OTHER_HOST, _OUT_OF_DATE = (62, 64), (9, 10)
-#: How OpenSSL calls the answer of what does not speak TLS.
+#: OpenSSL's names for the answer of a server that does not speak TLS.
 _NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG"}
 
 
-# What S3 answers
+# Answers of S3
 
 
 def code_of(error: Mapping[str, Any]) -> str:
-    """Return S3's code in the part of an answer that tells an error; "" if there is none, or it is no code.
+    """Return S3's code from the error element of an answer; "" if there is none, or it does not look like a code.
 
-    It goes into logs and to terminals, where other text could pass for lines of ours.
+    The code goes into logs and to terminals, where other text could pass for lines of ours.
     """
     code = str(error.get("Code") or "")
     return code if re.fullmatch(r"[A-Za-z0-9._-]{1,100}", code) else ""
 
 
 def reason_of_answer(operation: str, status: int, code: str) -> str | None:
-    """Return why an answer is a failure, one of `metrics.S3_FAILURES`; None if it is none.
+    """Return the reason of a failure, one of `metrics.S3_FAILURES`; None if the answer is no failure.
 
-    ``operation``: its name in S3; ``status``: that of HTTP; ``code``: that of `code_of`.
+    ``operation``: the operation's S3 name; ``status``: that of HTTP; ``code``: the result of `code_of`.
     """
     if status < 300 or status in (412, 416):
         return None
@@ -311,16 +312,16 @@ def reason_of_answer(operation: str, status: int, code: str) -> str | None:
 
 _ON_ONE_OBJECT = {"GetObject", "HeadObject", "PutObject", "CopyObject", "DeleteObject", "UploadPartCopy"}
 
-#: Codes that S3 gives with another status than 401 or 403.
+#: Codes of invalid credentials that S3 sends with another status than 401 or 403.
 _AUTH = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 
-#: Codes that come with status 403, and not because of who asks.
+#: Codes that come with status 403 for another reason than the credentials.
 _NO_MATTER_OF_RIGHTS = {"SecondLevelDomainForbidden", "PathStyleDomainForbidden", "VirtualHostDomainRequired"}
 
 _THROTTLED = {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests"}
 
 
-# What to do next
+# Advice: the next step for each error
 
 _CREDENTIALS = "; check s3-access-key and s3-secret-key, or the credentials that boto3 finds"
 _REGION = "; check s3-region and s3-endpoint-url"
@@ -332,7 +333,7 @@ _CERTIFICATE = (
     "with s3-ca-file (or AWS_CA_BUNDLE in the environment)"
 )
 
-#: What an operation has to be allowed.
+#: Operation -> the permission that it needs.
 _PERMISSIONS = {
     "ListObjectsV2": "s3:ListBucket",
     "ListMultipartUploads": "s3:ListBucketMultipartUploads",
@@ -349,10 +350,10 @@ _PERMISSIONS = {
     "AbortMultipartUpload": "s3:AbortMultipartUpload",
 }
 
-#: What to say for a code that is no word of its own.
+#: Words for codes that say too little.
 _WORDS = {NOT_S3: ForeignAnswer.fmt, "NoCredentials": "no credentials"}
 
-#: By the code of S3 or the name of what boto3 raised. In the place of {} comes the permission.
+#: Code of S3, or name of boto3's exception -> advice. `{}` is replaced by the missing permission.
 _ADVICE = {
     NOT_S3: (
         " (it sent a web page, or an answer without what S3 always sends): a maintenance page, a proxy or another web "
@@ -401,18 +402,18 @@ _ADVICE = {
     "ProxyConnectionError": "",  # the hint names the variable of the environment
 }
 
-#: By a part of the code of S3; services differ in the rest.
+#: Pattern of a part of S3's code -> advice; services differ in the rest of the code.
 _ADVICE_BY_WORDS = {
     r"^KMS\.": "; check s3-sse-kms-key-id, and whether the credentials may use that key",
     "(?i)Encryption|^InvalidSSE|ServerSide": "; check s3-sse and s3-sse-customer-key",
     "(?i)StorageClass": "; check s3-storage-class",
 }
 
-#: By what `_cause` returns, before all others.
+#: Result of `_cause` -> advice, which comes before all others.
 _ADVICE_BY_CAUSE = {
     _CERTIFICATE_OF_OTHERS: "; check the host in s3-endpoint-url, and s3-addressing-style",
     _CERTIFICATE_OUT_OF_DATE: "; renew it, or check the clock of this machine",
-    _WITHOUT_TLS: "; check the port in s3-endpoint-url, and whether it is to begin with https://",
+    _WITHOUT_TLS: "; check the port in s3-endpoint-url, and whether it must begin with https://",
 }
 
 _ADVICE_BY_REASON = {
@@ -429,7 +430,7 @@ _ADVICE_BY_REASON = {
     "connection": _NETWORK,
 }
 
-#: The codes that no waiting will cure, and the key whose value is to be looked at first.
+#: Error codes that retrying cannot fix -> the setting to check first.
 SETTING_FOR_ERROR = {
     "NoSuchBucket": "bucket-name",
     "InvalidBucketName": "bucket-name",

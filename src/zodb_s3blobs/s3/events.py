@@ -1,8 +1,7 @@
-"""The figures of S3: from the events of a boto3 client to the instruments.
+"""The metrics of S3, counted from the events of a boto3 client.
 
-An operation is one call of the client: it begins with its first HTTP request, is tried again as boto3 sees fit, and
-ends with its answer, or where the answer has a body to be read, with the body. The handlers run in the threads that
-make the calls.
+An operation is one call of the client: it begins with its first HTTP request, covers the repetitions, and ends with
+the answer, or with the end of the body if the caller reads one. The handlers run in the threads that make the calls.
 """
 
 import time
@@ -18,7 +17,7 @@ _OPERATIONS = {
     "PutObject": "put",
     "GetObject": "get",
     "HeadObject": "head",
-    "HeadBucket": "head",  # boto3's own, when it looks for the bucket's region
+    "HeadBucket": "head",  # sent by boto3 itself, to find the bucket's region
     "CopyObject": "copy",
     "ListObjectsV2": "list",
     "DeleteObject": "delete",
@@ -31,18 +30,18 @@ _OPERATIONS = {
     "ListMultipartUploads": "list",
 }
 
-_KEY = "zodb-s3blobs"  # of ours in boto3's context of a call
+_KEY = "zodb-s3blobs"  # of our entry in boto3's context of a call
 
-#: The reasons that mean: the service is not there, or not for us.
+#: The reasons that mean: the service is unreachable, or refuses to work.
 _UNANSWERED = {"timeout", "connection", "server", "throttled", "foreign"}
 
 
 class S3Events:
-    """Counts for one client. What the caller of an operation raises to end it is no failure."""
+    """The event handlers of one client. An operation that its caller cancels is not counted as a failure."""
 
     def __init__(self, client: Any, metrics: Metrics) -> None:
         self._metrics = metrics
-        #: Why the last operation had no proper answer, None if it had one; and the reading of `time.monotonic` then.
+        #: Reason why the last operation had no proper answer, None if it had one; and its end by `time.monotonic`.
         self.last_answer: tuple[str | None, float] = "the bucket has not answered yet", time.monotonic()
         events = client.meta.events
         events.register_first("request-created.s3", self._request_created)
@@ -85,7 +84,7 @@ class S3Events:
     def _after_call_error(self, exception: Exception, context: dict, **kwargs: Any) -> None:
         operation = context.get(_KEY)
         if operation is None:
-            pass  # nothing has been sent, nor can be
+            pass  # the request could not even be made, so nothing was sent
         elif interruption(exception) is not None:
             self._over(operation)
         else:
@@ -93,11 +92,11 @@ class S3Events:
             self._ended(operation, reason, code, answered=False)
 
     def received(self, count: int) -> None:
-        """Bytes of a body have been read."""
+        """Count ``count`` bytes read from a body."""
         self._metrics.s3_received_bytes.inc(count)
 
     def body_ended(self, operation: "_Operation", error: BaseException | None) -> None:
-        """A body has been read, or given up, with or without an error."""
+        """Record the end of a body that was read or given up; ``error``: the reason if it failed."""
         if error is None:
             self._ended(operation, None)
         else:
@@ -118,13 +117,13 @@ class S3Events:
 
     def _over(self, operation: "_Operation") -> None:
         self._metrics.s3_inflight.labels(operation.name).dec()
-        # Now and not at the start: the share of the failures, which end as late, shall never exceed 1.
+        # Counted at the end, like failures, so that the share of failures never exceeds 1.
         self._metrics.s3_operations.labels(operation.name).inc()
         self._metrics.s3_operation_duration.labels(operation.name).observe(time.monotonic() - operation.started)
 
 
 class _Operation:
-    """One call of the client. ``name``: the value of the label ``operation``; ``s3_name``: its name in S3."""
+    """One call of the client. ``name``: the value of the label ``operation``; ``s3_name``: the operation's S3 name."""
 
     def __init__(self, name: str, s3_name: str) -> None:
         self.name = name
@@ -133,7 +132,7 @@ class _Operation:
 
 
 class _Body:
-    """The body of an answer, as far as bucket.py reads it; it must be closed."""
+    """The body of an answer with the methods that download.py uses; the reader must close it."""
 
     def __init__(self, body: Any, events: S3Events, operation: _Operation) -> None:
         self._body = body

@@ -1,4 +1,4 @@
-"""What is in the bucket, and its deletion."""
+"""The listing of a bucket's objects, and their deletion."""
 
 import datetime
 import logging
@@ -13,29 +13,29 @@ from .objects import Objects
 logger = logging.getLogger(__name__)
 
 _DELETE_BATCH = 1000  # the most keys that one DeleteObjects request may name
-_PAGE = 200  # how many keys to ask for in a listing: while the answer is parsed, other threads have to wait
+_PAGE = 200  # keys per listing request: while an answer is parsed, other threads wait for the interpreter
 
-#: Codes of requests that could not be answered otherwise if they named one object.
+#: Codes that a request for one object would get as well: they do not prove that DeleteObjects is missing.
 _NO_WORD_ON_BATCHES = {"NoSuchBucket", "InvalidBucketName", "RequestTimeTooSkewed"}
 
-#: The storage classes of objects that have to be restored before they can be read.
+#: The storage classes of objects that must be restored before they can be read.
 _ARCHIVES = {"GLACIER", "DEEP_ARCHIVE"}
 
 
 @dataclass(frozen=True)
 class Listed:
-    """One object that `Bucket.list_blobs` found and that is a blob; ``size`` in bytes."""
+    """One blob that `Bucket.list_blobs` found; ``size`` in bytes."""
 
     oid: bytes
     tid: bytes
     size: int
-    #: Whether its storage class says that it has to be restored before it can be read.
+    #: Whether the object must be restored before it can be read, by its storage class.
     archived: bool = False
 
 
 @dataclass(frozen=True)
 class ListedStaged:
-    """One staged upload that `Bucket.list_staged` found; ``modified``: when it was completed."""
+    """One staged upload that `Bucket.list_staged` found; ``size`` in bytes, ``modified``: time of its completion."""
 
     name: str
     size: int
@@ -44,7 +44,7 @@ class ListedStaged:
 
 @dataclass(frozen=True)
 class ListedUpload:
-    """One upload in parts that `Bucket.list_uploads` found, and that has not been completed."""
+    """One incomplete multipart upload that `Bucket.list_uploads` found."""
 
     key: str
     upload_id: str
@@ -52,15 +52,15 @@ class ListedUpload:
 
 
 class Listing(Objects):
-    """The listings of a bucket, and the deletion of what they find."""
+    """The listings of a bucket, and the deletion of its objects."""
 
-    #: Whether, as far as is known, the service can delete many objects with one request.
+    #: False once the service has shown that it cannot delete several objects with one request.
     _batch_delete = True
 
     def list_blobs(self, unknown: Callable[[int], None] = lambda size: None) -> Iterator[Listed]:
-        """All blobs, in the order of their keys; a request per 1,000.
+        """Yield all blobs in the order of their keys, with one request per 200 keys. Waits for S3; BucketError.
 
-        What is not a blob of ours is left out; ``unknown`` is called with the size of each such object.
+        Other objects below the prefix are skipped; ``unknown`` is called with the size in bytes of each.
         """
         for found in self._list(self.keys.blobs):
             name = self.keys.parse(found["Key"])
@@ -70,21 +70,24 @@ class Listing(Objects):
                 unknown(found["Size"])
 
     def list_tids(self, oid: bytes) -> Iterator[bytes]:
-        """Yield the tids of all blobs of the object ``oid``."""
+        """Yield the tids of all blobs of the object ``oid``. Waits for S3; BucketError."""
         for found in self._list(self.keys.of_object(oid)):
             name = self.keys.parse(found["Key"])
             if name is not None:
                 yield name[1]
 
     def list_staged(self) -> Iterator[ListedStaged]:
-        """All staged uploads, of this server and others."""
+        """Yield all staged uploads, of this server and others. Waits for S3; BucketError."""
         for found in self._list(self.keys.staged):
             name = self.keys.parse_staged(found["Key"])
             if name is not None:
                 yield ListedStaged(name, found["Size"], found["LastModified"])
 
     def list_uploads(self) -> Iterator[ListedUpload]:
-        """All uploads in parts of blobs and to staging keys, of this server and others, that are not completed."""
+        """Yield all incomplete multipart uploads of blobs and to staging keys, of this server and others.
+
+        Waits for S3; BucketError.
+        """
         for found in self._list(self.keys.root, "list_multipart_uploads", "Uploads"):
             if self.keys.parse(found["Key"]) or self.keys.parse_staged(found["Key"]):
                 yield ListedUpload(found["Key"], found["UploadId"], found["Initiated"])
@@ -104,7 +107,7 @@ class Listing(Objects):
             yield from page.get(result, ())
 
     def abort_upload(self, upload: ListedUpload) -> None:
-        """Delete the parts of ``upload``; it is no error if it is over."""
+        """Abort ``upload`` and delete its parts; no error if the upload has ended. Waits for S3; BucketError."""
         try:
             self._ask(
                 f"abort an upload to {upload.key} of bucket {self.name}",
@@ -117,14 +120,14 @@ class Listing(Objects):
                 raise
 
     def delete(self, blobs: Iterable[Revision]) -> None:
-        """Delete the blobs (oid, tid), 1,000 a request; absent ones are no error.
+        """Delete the blobs (oid, tid), 1,000 per request; absent blobs are no error. Waits for S3.
 
-        Raises NotDeleted, which names the first that could not be deleted, after all were tried.
+        Tries all blobs, then raises NotDeleted if some failed; its text names the first of those.
         """
         self._delete([self.keys.key(oid, tid) for oid, tid in blobs])
 
     def delete_staged(self, names: Iterable[str]) -> None:
-        """The same for staged uploads."""
+        """Delete the staged uploads ``names``, 1,000 per request; errors as in `delete`. Waits for S3."""
         self._delete([self.keys.staged_key(name) for name in names])
 
     def _delete(self, keys: list[str]) -> None:
@@ -146,11 +149,11 @@ class Listing(Objects):
                 lambda: self._client.delete_objects(Bucket=self.name, Delete=options),
             )
         except BucketError as error:
-            # Some services have no DeleteObjects, or want another checksum with it. That it is not allowed, or not
-            # now, says nothing about that.
+            # Some services have no DeleteObjects, or demand another checksum for it. A missing permission or a passing
+            # failure does not prove either.
             if error.reason != "request" or error.code in _NO_WORD_ON_BATCHES:
                 return dict.fromkeys(keys, error)
-            logger.info("The service behind bucket %s has no batch delete: deleting one by one", self.name)
+            logger.info("The service of bucket %s has no batch delete: deleting objects one by one", self.name)
             self._batch_delete = False
             return self._delete_each(keys)
         refused = {e["Key"]: code_of(e) for e in answer.get("Errors", ()) if e.get("Code") != "NoSuchKey"}

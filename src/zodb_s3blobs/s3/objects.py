@@ -1,4 +1,4 @@
-"""Requests on the objects below one prefix of a bucket: the base of all that `bucket.Bucket` does."""
+"""Requests on the objects below one prefix of a bucket: the base class of `bucket.Bucket`."""
 
 import contextlib
 from collections.abc import Callable
@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 
 class _Key(bytes):
-    """A key that what shows the variables of a traceback does not show."""
+    """Bytes whose repr hides them, so that a traceback that prints variables does not leak the key."""
 
     def __repr__(self) -> str:
         return "<a key>"
 
 
 class Objects:
-    """The objects below one prefix of one bucket. Making one sends no request."""
+    """The objects below one prefix of one bucket. The constructor sends no request."""
 
     def __init__(self, settings: BucketSettings, metrics: Metrics) -> None:
         self.name = settings.bucket_name
@@ -44,11 +44,12 @@ class Objects:
             self._write_options["ServerSideEncryption"] = settings.s3_sse
         if settings.s3_sse_kms_key_id:
             self._write_options["SSEKMSKeyId"] = settings.s3_sse_kms_key_id
-        # Of what is written again and again, or deleted soon: classes other than the usual one bill a month at least.
+        # Staged uploads and control objects are soon deleted or overwritten; storage classes other than the standard
+        # one bill each of them for a month at least.
         self._short_lived_options = dict(self._write_options)
         if settings.s3_storage_class:
             self._write_options["StorageClass"] = settings.s3_storage_class
-        #: What `ask` needs besides to read and to write as the other methods do.
+        #: Options with which `ask` reads and writes objects as the other methods do.
         self.read_options, self.write_options = self._key_options, {**self._write_options, **self._key_options}
         self._connection = Connection(settings)
         self._client = self._connection.client
@@ -56,30 +57,30 @@ class Objects:
         self._events = S3Events(self._client, metrics)
         self.endpoint_url: str = self._connection.endpoint_url
         pool_name = f"s3blobs {settings.bucket_name}"
-        # Of its own: a part of a download must never wait for the download that waits for it.
+        # A pool of its own: a part must never wait for the download that waits for that part.
         self._parts = DaemonPool(settings.s3_concurrency, f"{pool_name} part")
 
     def close(self) -> None:
-        """Take no more requests; those under way are left to their daemon threads."""
+        """Refuse new requests; daemon threads finish those under way."""
         self._parts.shutdown(wait=False, cancel_futures=True)
         self._connection.close()
 
     @property
     def last_answer(self) -> tuple[str | None, float]:
-        """Why the last request was not answered, None if it was; and the reading of `time.monotonic` at that time."""
+        """Reason why the last request had no answer, None if it had one; and its time by `time.monotonic`."""
         return self._events.last_answer
 
     def probe(self) -> None:
-        """Ask for one key: BucketError if bucket, credentials, permission to list or connection are not right."""
+        """List one key; raise BucketError if bucket, credentials, permission to list or connection do not work."""
         self._ask(
             f"list bucket {self.name}",
             lambda: self._client.list_objects_v2(Bucket=self.name, Prefix=self.keys.blobs, MaxKeys=1),
         )
 
     def ask(self, operation: str, **options: Any) -> dict[str, Any]:
-        """The answer to one ``operation`` of boto3's client on this bucket, for what no other method tells.
+        """Return the answer to one ``operation`` of boto3's client on this bucket, for requests without a method here.
 
-        The body that it may have is bytes, at most 1 MiB. Raises BlobNotFound and BucketError.
+        A body is read into bytes, at most 1 MiB. Raises BlobNotFound and BucketError.
         """
 
         def ask() -> dict[str, Any]:

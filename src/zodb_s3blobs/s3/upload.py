@@ -1,4 +1,4 @@
-"""Uploads and copies inside the bucket: what they report as stored is stored, with its checksum."""
+"""Uploads, and copies inside the bucket: on success the blob is stored, with its checksum."""
 
 import functools
 import hashlib
@@ -23,7 +23,7 @@ from .errors import NOT_IMPLEMENTED, BlobDamaged, BlobNotFound, BucketError, Tra
 
 logger = logging.getLogger(__name__)
 
-#: What is larger is copied in parts of this size, side by side: services write a copy at some 100 MB/s.
+#: Larger objects are copied in parallel parts of this size in bytes: services write a copy at some 100 MB/s.
 COPY_PART = 64 << 20
 
 _COPY_LIMIT = 5 << 30  # larger objects cannot be copied in one request
@@ -40,10 +40,10 @@ class Uploads(Downloads):
         transfers = functools.partial(self._transfer_manager, settings.s3_concurrency, f"s3blobs {self.name} transfer")
         self._uploads = transfers(settings.s3_multipart_threshold, PART)
         self._copies = transfers(COPY_PART, COPY_PART)
-        #: Whether, as far as is known, the service can copy.
+        #: False once the service has shown that it cannot copy.
         self.can_copy = True
         self._can_copy_parts = True
-        self._etag_is_md5 = True  # of what is stored in one request
+        self._etag_is_md5 = True  # of objects stored in one request
 
     def _transfer_manager(self, concurrency: int, pool_name: str, threshold: int, part: int) -> TransferManager:
         return TransferManager(
@@ -59,24 +59,24 @@ class Uploads(Downloads):
         )
 
     def close(self) -> None:
-        """Take no more requests; those under way are left to their daemon threads."""
+        """Refuse new requests; daemon threads finish those under way."""
         super().close()
-        # It waits for the transfers that it cancels, which a silent service can make a long time.
-        # As a context manager: `shutdown` with cancel fails in some versions.
+        # In threads: `__exit__` waits for the transfers that it cancels, and a silent service delays them for long.
+        # Not by `shutdown` with cancel, which fails in some versions.
         closed = TransferCancelled("The bucket has been closed")
         for transfers in self._uploads, self._copies:
             threading.Thread(target=transfers.__exit__, args=(type(closed), closed, None), daemon=True).start()
 
     def put(self, oid: bytes, tid: bytes, filename: str, progress: Progress | None = None) -> None:
-        """Store the bytes of ``filename`` as blob (oid, tid).
+        """Upload ``filename`` as blob (oid, tid). Waits for S3; raises BucketError, or the OSError of the file.
 
-        ``progress`` is called with the number of bytes of each step, from several threads; the `TransferCancelled`
-        that it may raise ends the upload and is raised here.
+        ``progress`` is called with the number of bytes of each step, from several threads. A `TransferCancelled` that
+        it raises ends the upload and is raised here.
         """
         self._upload(self.keys.key(oid, tid), filename, self._write_options, progress)
 
     def put_staged(self, name: str, filename: str, progress: Progress | None = None) -> str:
-        """Store the bytes of ``filename`` at the staging key ``name``, as `put`; return their SHA-256 in hex."""
+        """Upload ``filename`` to the staging key ``name``, with `put`'s errors; return its SHA-256 in hex."""
         return self._upload(self.keys.staged_key(name), filename, self._short_lived_options, progress)
 
     def _upload(self, key: str, filename: str, write_options: dict[str, Any], progress: Progress | None) -> str:
@@ -98,8 +98,8 @@ class Uploads(Downloads):
     def _put_small(
         self, what: str, key: str, filename: str, options: dict[str, Any], progress: Progress | None
     ) -> None:
-        # From memory: a body with a read method, which botocore also makes of bytes, would make it send
-        # `Expect: 100-continue` and wait one more round trip for the answer.
+        # From a bytearray: with a body that has a read method, which botocore also makes of bytes, it sends
+        # `Expect: 100-continue` and waits one more round trip for the answer.
         with open(filename, "rb") as file:
             body = bytearray(file.read())
         if progress is not None:
@@ -109,7 +109,7 @@ class Uploads(Downloads):
         self._check_arrived(what, key, body, answer)
 
     def _check_arrived(self, what: str, key: str, body: bytearray, answer: dict[str, Any]) -> None:
-        """Raise BucketError if the ETag that the service answers is an MD5, and not that of ``body``."""
+        """Raise BucketError if the ETag in ``answer`` is an MD5 and differs from that of ``body``."""
         etag = md5_of(answer)
         if not (self._etag_is_md5 and etag) or etag == hashlib.md5(body, usedforsecurity=False).hexdigest():
             return
@@ -117,10 +117,11 @@ class Uploads(Downloads):
             self._read_back(key)
         except BlobDamaged:
             raise BucketError(
-                f"Could not {what}: the service has stored other bytes than were sent; something between damages them",
+                f"Could not {what}: the service stored other bytes than were sent; check the network and the proxies "
+                f"in between",
                 reason="damaged",
             ) from None
-        logger.info("The service behind bucket %s does not make ETags of MD5: they are not compared", self.name)
+        logger.info("The ETags of bucket %s are not MD5 checksums: not comparing them", self.name)
         self._etag_is_md5 = False
 
     def _put_large(
@@ -137,11 +138,11 @@ class Uploads(Downloads):
         )
 
     def _transfer(self, what: str, key: str, size: int, metadata: dict[str, str], begin: Callable[[], Any]) -> None:
-        """Wait for the transfer in parts that ``begin`` begins, of ``size`` bytes with ``metadata`` to ``key``."""
+        """Wait for the multipart transfer that ``begin`` starts, of ``size`` bytes with ``metadata`` to ``key``."""
         try:
             self._ask(what, lambda: begin().result())
         except BucketError as error:
-            # The answer to its completion was lost, perhaps, and the completion asked for again.
+            # Perhaps the answer to the completion was lost, and the completion was sent again.
             if error.code != "NoSuchUpload" or not self._is_there(key, size, metadata):
                 raise
         if self._key_options:
@@ -157,9 +158,9 @@ class Uploads(Downloads):
     def _check_customer_key_used(self, answer: dict[str, Any], key: str) -> None:
         if not self._key_options or answer.get("SSECustomerAlgorithm"):
             return
-        # Some services do not say so when they copy, and some say so of what is not encrypted. What is encrypted, none
-        # of them tells anything of without the key.
-        # (Not by HEAD, to whose refusal boto3 answers with requests for the region of the bucket.)
+        # Some services omit that header when they copy, and some send it for objects that they do not encrypt. But no
+        # service reads an encrypted object without its key.
+        # (Not by HEAD: when it is refused, boto3 sends requests for the region of the bucket.)
         look = functools.partial(self._client.get_object, Bucket=self.name, Key=key, Range="bytes=0-0")
         try:
             self._ask(f"read {key} of bucket {self.name} without its key", lambda: look()["Body"].close())
@@ -167,7 +168,7 @@ class Uploads(Downloads):
             if error.reason != "request":
                 raise
         else:
-            # The blob is in the bucket in the clear; the abort of its transaction deletes it.
+            # The bucket now has the blob unencrypted; the abort of its transaction deletes the blob.
             raise BucketError(
                 f"The service behind bucket {self.name} ignores s3-sse-customer-key and stores blobs unencrypted; "
                 f"remove s3-sse-customer-key, or use s3-sse or a service that supports SSE-C"
@@ -176,17 +177,17 @@ class Uploads(Downloads):
     def copy(self, oid: bytes, source_tid: bytes, tid: bytes) -> None:
         """Copy blob (oid, source_tid) to (oid, tid) inside the bucket, with its metadata.
 
-        Raises BlobNotFound if there is no such source. After a BucketError whose reason is "timeout" the service may
-        still be copying.
+        Waits for S3. Raises BlobNotFound if the bucket does not have the source, and BucketError; if its reason is
+        "timeout", the service may still be copying.
         """
         source = self.keys.key(oid, source_tid)
         head = self._head(source)
         self._copy(source, self.keys.key(oid, tid), head["ContentLength"], head["Metadata"], head.get("ContentType"))
 
     def publish_staged(self, name: str, oid: bytes, tid: bytes, size: int, digest: str) -> None:
-        """Copy what `put_staged` stored at ``name`` to blob (oid, tid). The errors are those of `copy`.
+        """Copy the staged upload ``name`` to blob (oid, tid). Raises the errors of `copy`.
 
-        ``size``: its bytes; ``digest``: what `put_staged` returned.
+        ``size``: that of the blob in bytes; ``digest``: the SHA-256 that `put_staged` returned.
         """
         self._copy(self.keys.staged_key(name), self.keys.key(oid, tid), size, {SHA256: digest})
 
@@ -195,7 +196,7 @@ class Uploads(Downloads):
     ) -> None:
         what = f"copy {source} to {key} in bucket {self.name}"
         place = {"Bucket": self.name, "Key": source}
-        # Some services lose the metadata of a copy, and with it the checksum, unless it is given again.
+        # Some services lose the metadata of a copy, and so the checksum, unless the request repeats it.
         options = {"Metadata": metadata, "MetadataDirective": "REPLACE"}
         options |= {"ContentType": content_type} if content_type else {}
         options |= {**self._write_options, **self._key_options, **self._copy_source_key_options}
@@ -216,13 +217,13 @@ class Uploads(Downloads):
         except BucketError as error:
             if error.code in NOT_IMPLEMENTED:
                 self.can_copy = False
-            # It may have been done, and the answer lost.
+            # Perhaps the copy succeeded, and the answer was lost.
             if error.reason != "connection" or not self._is_there(key, size, metadata):
                 raise
 
 
 class _LocalFiles(OSUtils):
-    """The files that s3transfer sends: what goes wrong with them is no error of S3."""
+    """The local files that s3transfer sends; their errors are marked, so that they do not pass for errors of S3."""
 
     def open(self, filename: str, mode: str) -> Any:
         with local_file():
