@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import botocore.endpoint
 import botocore.session
 import pytest
-from databases import FakeDatabase
-from relational import KINDS, Application, Database, kinds, needs
-from s3server import S3Server
-from sites import Site, Tool
-from speed import slow
-from zeoserver import ZEOServer
 
+from tests.support.fake_database import FakeDatabase
+from tests.support.relstorage_databases import KINDS, Application, Database, kinds, needs
+from tests.support.s3_server import S3Server
+from tests.support.sites import Site, Tool
+from tests.support.speed import slow
+from tests.support.zeo_server import ZEOServer
 from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.garbage.collector import Collector
 from zodb_s3blobs.identity import Identity
