@@ -4,7 +4,9 @@ import functools
 import itertools
 import os
 import signal
+import sys
 import types
+import unittest.mock
 from concurrent.futures import ThreadPoolExecutor
 
 import botocore.endpoint
@@ -30,6 +32,9 @@ from zodb_s3blobs.workers import DaemonPool
 
 _numbers = itertools.count()
 
+
+# The published tests of ZEO 5 import the backport of what is in the standard library.
+sys.modules.setdefault("mock", unittest.mock)
 
 # Whoever runs the tests in the background has them, and so what they start, ignore Ctrl-C and the end of the terminal.
 signal.signal(signal.SIGINT, signal.default_int_handler)

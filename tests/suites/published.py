@@ -17,9 +17,6 @@ from tests.support.s3_server import S3Server
 from tests.support.speed import slow
 from zodb_s3blobs.garbage import scan
 
-# The tests of ZEO 5 import the backport of what is in the standard library.
-sys.modules.setdefault("mock", unittest.mock)
-
 BUCKET = "published-suites"
 
 
