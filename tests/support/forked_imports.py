@@ -24,4 +24,5 @@ from tests.support import sites
 
 # As the fixture `shared_loader` of conftest.py. The description of S3 is read by the first client.
 botocore.session.create_loader = functools.cache(botocore.session.create_loader)
-boto3.session.Session().client("s3", region_name="us-east-1")
+keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test-secret"}  # or it asks the network for them
+boto3.session.Session().client("s3", region_name="us-east-1", **keys)
