@@ -483,6 +483,23 @@ def test_what_was_taken_from_another_database_is_on_probation_for_a_week(new_lea
         s3.behave()
 
 
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_after_a_crash_of_the_machine_which_may_be_a_clone_of_a_machine_that_runs_packs_only_mark(
+    new_lease, monkeypatch, end
+):
+    """A clone of a virtual machine has the same file system and inodes; only a clean stop tells that none runs."""
+    first = new_lease("database", tids=[1, 2])
+    first.start()
+    wait_until(first.is_held)
+    if end == "stop":
+        first.close()
+    again = new_lease("database", tids=[1, 2])
+    monkeypatch.setattr("zodb_s3blobs.lease.boot_id", lambda: "another boot, or another machine")
+    again.renew_now()
+    assert again.is_held()
+    assert again.is_on_probation == (end == "kill")
+
+
 def test_the_rightful_owner_that_returns_does_not_take_it_from_a_successor_that_lives(new_lease):
     first = new_lease("first", tids=[1, 2])
     first.start()

@@ -139,8 +139,10 @@ def _verify(arguments: argparse.Namespace) -> int:
         )
         report = survey.run("Verifying", look, bucket, config.s3_concurrency)
         for state in ("dead", "retained", "newer", "unknown"):
-            word = "others" if state == "dead" and not is_ours else state
-            report.objects[word], report.sizes[word] = scan.found[state].objects, scan.found[state].bytes
+            report.objects[state], report.sizes[state] = scan.found[state].objects, scan.found[state].bytes
+        if not is_ours:  # what seems to be dead, or perhaps the only copy of a live blob, is the other database's
+            report.objects["others"] = report.objects.pop("dead") + scan.only_copies.objects
+            report.sizes["others"] = report.sizes.pop("dead") + scan.only_copies.bytes
         # An outage is no reason to look for the paths of those that it hit: that takes a while. Nor is a copy.
         of_blobs = [
             one for one in report.troubles if one.word != "copy" and not (report.early_end and one.word == "failed")
