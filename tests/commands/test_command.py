@@ -74,9 +74,9 @@ def test_damage_in_the_middle_of_the_database_is_said(site, moved, tool):
     data = site.data_fs.read_bytes()
     position = data.index(tids[0])
     site.data_fs.write_bytes(data[: position + 8] + p64(1 << 40) + data[position + 16 :])
-    # Without the index, which knows where everything is, it does not even open.
-    _, err = tool("verify", moved)
+    _, err = tool("verify", moved, status=1)
     assert f"WARNING: {site.data_fs} truncated, possibly due to damaged records at {position}" in err
+    assert f"zodb-s3blobs verify: {site.data_fs} is damaged" in err
 
 
 def test_the_cache_logs_its_size_after_a_command_as_before(caplog, capsys):
