@@ -13,11 +13,22 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 #: The layers, the lowest first. A module imports from lower layers and from its own package only.
 LAYERS = [
-    {"errors", "boot_id", "identity", "inflight", "metrics", "openfiles", "predecessor", "progress", "workers"},
-    {"blobdir", "cache", "s3"},
+    {
+        "errors",
+        "boot_id",
+        "identity",
+        "inflight",
+        "metrics",
+        "openfiles",
+        "predecessor",
+        "progress",
+        "revision",
+        "workers",
+    },
+    {"blobdir", "cache", "inflight", "s3"},
     {"bases", "lease"},
     {"fetch", "places", "staging"},
-    {"commit", "garbage", "monitoring"},
+    {"commit", "garbage", "monitoring", "vote"},
     {"storage"},
     {"zeo"},
     {"config"},

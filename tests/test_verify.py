@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from sites import break_disk
 from zeoserver import CONFIG, SECTION, free_address
 from ZODB.blob import Blob
 from ZODB.config import storageFromString
-from ZODB.FileStorage import FileStorage
+from ZODB.FileStorage import FileIterator, FileStorage
 from ZODB.utils import oid_repr, tid_repr, u64
 
 from zodb_s3blobs.cache.directory import path_in
@@ -707,6 +708,29 @@ def test_of_a_restored_database_it_says_what_is_gone_for_good_and_what_is_merely
     site.db.pack()
     site.close()
     assert verify("--json", status=DAMAGED).found == {"good": 2, "missing": 1, "newer": 2}
+
+
+@pytest.mark.parametrize("damage", ["length", "status"])
+@pytest.mark.parametrize("keeps_index", [True, False])
+def test_transactions_that_cannot_be_read_are_an_error(site, verify, damage, keeps_index):
+    """ZODB's iterator ends without a word where a transaction is damaged, and what comes after it is not looked at."""
+    for number in range(5):
+        site.write(**{f"blob{number}": b"data"})
+    site.close()
+    path = site.directory / "Data.fs"
+    with closing(FileIterator(str(path))) as transactions:
+        positions = [transaction._tpos for transaction in transactions]
+    data = bytearray(path.read_bytes())
+    middle = positions[len(positions) // 2]
+    if damage == "length":
+        data[middle + 8 : middle + 16] = b"\xff" * 8
+    else:
+        data[middle + 16] = ord("c")
+    path.write_bytes(data)
+    if not keeps_index:
+        (site.directory / "Data.fs.index").unlink()
+    sentence = verify(status=FAILED).sentence
+    assert "Data.fs is damaged: the transactions after" in sentence and "Restore it from a backup" in sentence
 
 
 def test_a_marked_blob_that_is_damaged_is_damaged(site, verify):

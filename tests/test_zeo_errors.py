@@ -380,17 +380,18 @@ def fail(storage, errors):
             raise errors[number]
         voting.append(transaction)
 
-    def vote_later(vote, began):
-        result, _ = stock_vote_later(vote, began)
+    def vote_without_waiting(vote, call):
+        result = stock_vote(vote, call)
         number = number_of(voting.pop(), "late-vote")
-        return result, Completion([late(errors[number])], time.monotonic() + 60, StorageError("too late"))
+        vote.uploads = Completion([late(errors[number])], time.monotonic() + 60, StorageError("too late"))
+        return result
 
     def pack(pack_time, referencesf):
         raise errors[int(pack_time)]
 
     voting = []
-    stock_vote_later = storage.vote_later
-    for function in request_blob, tpc_vote, vote_later, pack:
+    stock_vote = storage.vote_without_waiting
+    for function in request_blob, tpc_vote, vote_without_waiting, pack:
         setattr(storage, function.__name__, function)
 
 

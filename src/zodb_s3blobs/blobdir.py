@@ -17,6 +17,7 @@ from typing import Protocol
 from ZODB.blob import BLOB_SUFFIX, LAYOUT_MARKER, FilesystemHelper
 
 from .errors import S3BlobsError
+from .revision import Revision
 
 _LAYOUTS = ("bushy", "lawn")
 _READ = 1 << 20
@@ -163,7 +164,7 @@ class BlobDirectory:
                 with contextlib.suppress(FileNotFoundError):
                     yield BlobFile(*name, entry.path, entry.stat().st_size)
 
-    def _parse(self, path: str) -> tuple[bytes, bytes] | None:
+    def _parse(self, path: str) -> Revision | None:
         inside = os.path.join(self._helper.base_dir, os.path.relpath(path, self.path))
         try:
             oid, tid = self._helper.splitBlobFilename(inside)
@@ -172,7 +173,7 @@ class BlobDirectory:
         if oid is None or len(oid) != 8 or len(tid) != 8:
             return None
         # Only if ZODB itself would find the blob at this path.
-        return (oid, tid) if self._helper.getBlobFilename(oid, tid) == inside else None
+        return Revision(oid, tid) if self._helper.getBlobFilename(oid, tid) == inside else None
 
     def new_file(self) -> "NewBlobFile":
         """Return an empty file that can become the file of a blob. Raises BlobDirectoryError."""

@@ -18,8 +18,9 @@ from typing import Any
 from prometheus_client import Counter
 
 from .cache.files import Cache, Incoming, Pin
-from .inflight import InFlight, Name
+from .inflight import InFlight
 from .metrics import Metrics
+from .revision import Revision
 from .s3.bucket import Bucket
 from .s3.errors import BlobNotFound, BucketError, NotDeleted, TransferCancelled
 from .staging import TOO_LATE, Staged, Staging
@@ -87,7 +88,7 @@ class Commit:
         self._metrics = uploads.metrics
         self._deadline = math.inf
         self._blobs: list[_Blob] = []
-        self._latest: dict[Name, _Blob] = {}
+        self._latest: dict[Revision, _Blob] = {}
         self._undone: dict[bytes, tuple[bytes, bytes | None]] = {}  # oid -> arguments of `undo`
         self._without_tid: dict[bytes, Incoming] = {}  # by oid: what has no key yet
         self._until_end = ExitStack()
@@ -112,14 +113,14 @@ class Commit:
             return
         file = self._uploads.cache.adopt(filename)
         if self.tid is not None:
-            self._store((oid, self.tid), file, self._uploads.staging.take(filename))
+            self._store(Revision(oid, self.tid), file, self._uploads.staging.take(filename))
             return
         if oid in self._without_tid:
             self._drop(self._without_tid[oid])
         self._without_tid[oid] = file
         self._uploads.staging.stage(file.path)
 
-    def _store(self, name: Name, file: Incoming, staged: Staged | None) -> None:
+    def _store(self, name: Revision, file: Incoming, staged: Staged | None) -> None:
         self._start(_Blob(name, file, staged), self._upload if staged is None else self._publish_staged)
 
     def _drop(self, file: Incoming) -> None:
@@ -132,7 +133,7 @@ class Commit:
         What the bucket has already is neither uploaded again nor deleted by an abort.
         """
         file = self._uploads.cache.adopt(filename)
-        self._start(_Blob((oid, tid), file), self._upload_if_missing)
+        self._start(_Blob(Revision(oid, tid), file), self._upload_if_missing)
 
     def undo(self, oid: bytes, tid: bytes, repeated: bytes | None = None) -> None:
         """Let the blob of ``oid`` go back to what it was at ``tid``; of several calls for an oid the last holds.
@@ -156,10 +157,10 @@ class Commit:
         if self._without_tid or self._undone:
             assert self.tid is not None, "the base voted without a tid"
             for oid, file in self._without_tid.items():
-                self._store((oid, self.tid), file, self._uploads.staging.take(file.path))
+                self._store(Revision(oid, self.tid), file, self._uploads.staging.take(file.path))
             self._without_tid.clear()
             for oid, sources in self._undone.items():
-                self._start(_Blob((oid, self.tid), None), self._copy, *sources)
+                self._start(_Blob(Revision(oid, self.tid), None), self._copy, *sources)
         self._undone.clear()
         if not self._blobs:
             return None
@@ -324,7 +325,7 @@ class _Blob:
 
     future: Future
 
-    def __init__(self, name: Name, file: Incoming | None, staged: Staged | None = None) -> None:
+    def __init__(self, name: Revision, file: Incoming | None, staged: Staged | None = None) -> None:
         self.name = name
         self.file = file
         self.size = os.path.getsize(file.path) if file is not None else 0  # in bytes; a copy needs no room here

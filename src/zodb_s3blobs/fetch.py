@@ -8,6 +8,7 @@ from typing import NamedTuple
 from .blobdir import BlobDirectory
 from .cache.files import Cache, Pin
 from .metrics import Metrics
+from .revision import Revision
 from .s3.bucket import Bucket
 from .s3.download import Opened, Target
 from .s3.errors import BlobNotFound, BucketError
@@ -40,7 +41,7 @@ class Fetcher:
         self._workers = DaemonPool(concurrency, "s3blobs download")
         self._large = DaemonPool(concurrency, "s3blobs large download")
         self._lock = threading.Lock()
-        self._waiting: dict[tuple[bytes, bytes], list[_Reader]] = {}
+        self._waiting: dict[Revision, list[_Reader]] = {}
 
     def request(self, oid: bytes, tid: bytes, source: bytes | None = None) -> "Future[Pin]":
         """Return a future of the blob's complete and verified file, pinned in the cache; on a hit it is already done.
@@ -51,7 +52,7 @@ class Fetcher:
 
         ``source``: the tid of another revision with the same bytes, which is downloaded instead.
         """
-        name = oid, tid
+        name = Revision(oid, tid)
         reader = _Reader(Future(), time.monotonic())
         self._metrics.cache_requests.inc()
         with self._lock:
@@ -82,7 +83,7 @@ class Fetcher:
         self._workers.shutdown(wait=False)
         self._large.shutdown(wait=False)
 
-    def _begin(self, name: tuple[bytes, bytes], source: bytes) -> None:
+    def _begin(self, name: Revision, source: bytes) -> None:
         """Request the blob, whose answer gives its size; pass a large one on to the other pool."""
         try:
             opened = self._bucket.open(name[0], source)
@@ -97,7 +98,7 @@ class Fetcher:
             opened.close()  # no thread is free: do not keep the connection open meanwhile
             self._large.submit(self._finish, name, source, None)
 
-    def _finish(self, name: tuple[bytes, bytes], source: bytes, begun: "Opened | Exception | None") -> None:
+    def _finish(self, name: Revision, source: bytes, begun: "Opened | Exception | None") -> None:
         try:
             pin = self._download(*name, source, begun)
         except BaseException as error:
@@ -113,7 +114,7 @@ class Fetcher:
             for reader, again in zip(others, pins, strict=True):
                 self._answer(reader, again, "miss")
 
-    def _end(self, name: tuple[bytes, bytes]) -> "list[_Reader]":
+    def _end(self, name: Revision) -> "list[_Reader]":
         with self._lock:  # from here on no reader can join
             return self._waiting.pop(name)
 

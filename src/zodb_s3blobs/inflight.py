@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-Name = tuple[bytes, bytes]  # (oid, tid)
+from .revision import Revision
 
 
 class InFlight:
@@ -17,15 +17,15 @@ class InFlight:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._holders: dict[Name, list[object]] = {}  # in the order in which they came
-        self._deleting: frozenset[Name] = frozenset()
+        self._holders: dict[Revision, list[object]] = {}  # in the order in which they came
+        self._deleting: frozenset[Revision] = frozenset()
 
-    def add(self, name: Name, holder: object) -> None:
+    def add(self, name: Revision, holder: object) -> None:
         """The transaction ``holder``, which has not ended, wants ``name``."""
         with self._changed:
             self._holders.setdefault(name, []).append(holder)
 
-    def discard(self, names: Iterable[Name], holder: object) -> None:
+    def discard(self, names: Iterable[Revision], holder: object) -> None:
         """The transaction that wanted ``names`` has ended, and all that was left of it has been cleaned up."""
         with self._changed:
             for name in names:
@@ -36,12 +36,12 @@ class InFlight:
                     self._holders.pop(name, None)
             self._changed.notify_all()
 
-    def is_wanted(self, name: Name) -> bool:
+    def is_wanted(self, name: Revision) -> bool:
         """Whether a transaction wants ``name``."""
         with self._changed:
             return name in self._holders
 
-    def wait_until_judged(self, name: Name, holder: object) -> None:
+    def wait_until_judged(self, name: Revision, holder: object) -> None:
         """Wait, in a worker, until nobody else is about to delete ``name``: only then can it be told if it exists.
 
         For a transaction that wants it: one that came earlier has been aborted and is still being cleaned up after.
@@ -52,7 +52,7 @@ class InFlight:
             )
 
     @contextmanager
-    def deleting(self, names: Iterable[Name]) -> Iterator[list[Name]]:
+    def deleting(self, names: Iterable[Revision]) -> Iterator[list[Revision]]:
         """The ``names`` that no transaction wants, to be deleted in the body; for one thread at a time."""
         with self._changed:
             free = [name for name in names if name not in self._holders]

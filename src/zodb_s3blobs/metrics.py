@@ -37,6 +37,26 @@ class Metrics:
         #: All instruments, in the order of the reference.
         self.instruments: list[Collector] = []
 
+        self._make_storage()
+        self._make_cache()
+        self._make_s3()
+        self._make_transfers()
+        self._make_commits()
+        self._make_garbage()
+
+    def count_vote(self, seconds: float | None, failure: str | None = None) -> None:
+        """Count the vote of a transaction with blobs; ``failure`` is one of `VOTE_FAILURES`, None for a success.
+
+        ``seconds``: how long it took, None if it was refused at once.
+        """
+        self.transactions_voted.inc()
+        if seconds is not None:
+            self.vote_duration.observe(seconds)
+        if failure is not None:
+            self.vote_failures.labels(failure).inc()
+
+    def _make_storage(self) -> None:
+        """Make the instruments of the storage and its bucket."""
         self.storage_info = self._gauge(
             "s3blobs_storage_info", "What the storage is set to; always 1.", bucket=(), prefix=(), endpoint=()
         )
@@ -44,6 +64,8 @@ class Metrics:
             "s3blobs_bucket_up", "1 if the last request to the bucket, or the last probe, was answered."
         )
 
+    def _make_cache(self) -> None:
+        """Make the instruments of the cache."""
         self.cache_requests = self._counter("s3blobs_cache_requests_total", "Blobs that were asked for.")
         self.cache_hits = self._counter("s3blobs_cache_hits_total", "Blobs that were served from the cache.")
         self.cache_requested_bytes = self._counter(
@@ -76,6 +98,8 @@ class Metrics:
             "s3blobs_cache_errors_total", "Files of the cache that could not be used.", operation=CACHE_OPERATIONS
         )
 
+    def _make_s3(self) -> None:
+        """Make the instruments of calls of S3."""
         self.s3_operations = self._counter(
             "s3blobs_s3_operations_total",
             "Calls of S3 that have ended, each with all its attempts.",
@@ -110,6 +134,8 @@ class Metrics:
             "s3blobs_s3_inflight_operations", "Calls of S3 that are under way.", operation=S3_OPERATIONS
         )
 
+    def _make_transfers(self) -> None:
+        """Make the instruments of uploads, downloads and reads."""
         self.upload_duration = self._histogram(
             "s3blobs_upload_duration_seconds", "How long the upload of one blob took.", LATENCIES
         )
@@ -141,6 +167,8 @@ class Metrics:
             "Blobs that came from fallback-blob-dir, because the bucket did not give them.",
         )
 
+    def _make_commits(self) -> None:
+        """Make the instruments of commits."""
         self.vote_duration = self._histogram(
             "s3blobs_vote_duration_seconds",
             "How long votes with blobs took, from vote to reply.",
@@ -168,6 +196,8 @@ class Metrics:
             "s3blobs_staged_bytes", "Bytes of the blobs that have arrived and are not yet committed."
         )
 
+    def _make_garbage(self) -> None:
+        """Make the instruments of garbage collection and the owner of the prefix."""
         self.gc_runs = self._counter("s3blobs_gc_runs_total", "Garbage collections that were begun.")
         self.gc_failures = self._counter("s3blobs_gc_failures_total", "Garbage collections that ended with an error.")
         self.gc_running = self._gauge("s3blobs_gc_running", "1 while garbage is being collected.")
@@ -199,17 +229,6 @@ class Metrics:
             "s3blobs_bucket_owner_changed_timestamp_seconds",
             "When this database took the prefix over from another one; 0 if it did not.",
         )
-
-    def count_vote(self, seconds: float | None, failure: str | None = None) -> None:
-        """Count the vote of a transaction with blobs; ``failure``: one of `VOTE_FAILURES` if the vote failed.
-
-        ``seconds``: duration of the vote, None if it was refused at once.
-        """
-        self.transactions_voted.inc()
-        if seconds is not None:
-            self.vote_duration.observe(seconds)
-        if failure is not None:
-            self.vote_failures.labels(failure).inc()
 
     def _counter(self, name: str, documentation: str, **labels: tuple[str, ...]) -> Counter:
         return self._add(Counter(name, documentation, labels, registry=None), labels)

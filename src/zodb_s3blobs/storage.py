@@ -6,7 +6,6 @@ IBlobStorageRestoreable, IStorage and IMVCCStorage.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
@@ -23,16 +22,15 @@ from .bases.adapter import is_live, repeated
 from .cache.directory import CacheError
 from .cache.files import Cache, Pin
 from .commit import Commit, Uploads
-from .errors import S3BlobsError
 from .fetch import Fetcher
 from .garbage.collector import Collector
 from .lease import Lease
 from .metrics import Metrics
 from .monitoring.exporter import Exported
 from .s3.bucket import Bucket
-from .s3.errors import BlobNotFound, BucketError
-from .staging import TOO_LATE, Staging
-from .workers import Completion
+from .s3.errors import BlobNotFound
+from .staging import Staging
+from .vote import Vote, as_storage_error
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +74,7 @@ class S3BlobStorage:
         self._parts = parts
         self._owns_parts = True
         self._commit: Commit | None = None
-        self._handing_over: float | None = None  # when the vote began that is not to wait for the uploads
-        self._handed_over: Completion | None = None
+        self._vote: Vote | None = None  # the one that is being made, and does not wait for the uploads
         self._untransform: Callable[[bytes], bytes] = lambda data: data
         self._has_read_repeated = False
         blobs = IBlobStorageRestoreable if IStorageRestoreable.providedBy(base) else IBlobStorage
@@ -146,7 +143,7 @@ class S3BlobStorage:
         restored = args[0] if args else kwargs.get("tid")
         if restored is not None:
             try:
-                with _as_storage_error():
+                with as_storage_error():
                     self._commit.begin_restoring(restored, self._kind.restoring())
             except BaseException:
                 self.tpc_abort(transaction)
@@ -158,13 +155,13 @@ class S3BlobStorage:
         """Store the record in the base, take the file over, and start its upload. The file is gone afterwards."""
         if version:
             raise ValueError("Versions are not supported")
-        with self._owning(blobfilename), _as_storage_error():
+        with self._owning(blobfilename), as_storage_error():
             self.base.store(oid, oldserial, data, "", transaction)
             try:
                 self._committing(transaction).store(oid, blobfilename)
-            except CacheError:
-                if self._handing_over is not None:  # ZEO stores the blobs that it has received when it votes
-                    self.metrics.count_vote(time.monotonic() - self._handing_over, "cache")
+            except CacheError as error:
+                if self._vote is not None:  # ZEO stores the blobs that it has received when it votes
+                    self._vote.fail(error)
                 raise
             self._kind.mark_has_blobs()
 
@@ -172,7 +169,7 @@ class S3BlobStorage:
         self, oid: bytes, serial: bytes, data: bytes, blobfilename: str, prev_txn: bytes | None, transaction: Any
     ) -> None:
         """The same for a blob that was committed at ``serial`` in another database."""
-        with self._owning(blobfilename), _as_storage_error():
+        with self._owning(blobfilename), as_storage_error():
             self.base.restore(oid, serial, data, "", prev_txn, transaction)
             self._committing(transaction).restore(oid, serial, blobfilename)
 
@@ -204,58 +201,33 @@ class S3BlobStorage:
 
         Raises StorageError if they are not: the transaction is then to be aborted, as after any failed vote.
         """
-        began = time.monotonic()
+        vote = self._vote or self.new_vote()
         commit = self._committing(transaction)
         staged = commit.staged()
         if staged is not None:  # large blobs, so that the base locks its database for no more than a copy of them
-            with self._vote_failing(began):
-                staged.wait()
+            vote.wait(staged)
         result = self.base.tpc_vote(transaction)
-        waiting = commit.vote(self._kind.committing_tid())
-        if self._handing_over is not None:
-            self._handed_over = waiting
-        elif waiting is not None:
-            with self._vote_ending(began):
-                waiting.wait()
+        vote.uploads = commit.vote(self._kind.committing_tid())
+        if vote.uploads is not None and self._vote is None:
+            vote.wait(vote.uploads)
+            vote.succeed()
         return result
 
-    @contextmanager
-    def _vote_ending(self, began: float) -> Iterator[None]:
-        """The body is the end of a vote that began at ``began``, and raises why it failed if it did."""
-        with self._vote_failing(began):
-            yield
-        self.metrics.count_vote(time.monotonic() - began, None)
+    def new_vote(self) -> Vote:
+        """Begin a vote that `vote_without_waiting` is to make."""
+        return Vote(self.metrics)
 
-    @contextmanager
-    def _vote_failing(self, began: float) -> Iterator[None]:
-        """The same of what is not the end if all goes well."""
-        with _as_storage_error():
-            try:
-                yield
-            except Exception as error:
-                self.metrics.count_vote(time.monotonic() - began, _vote_failure(error))
-                raise
+    def vote_without_waiting(self, vote: Vote, call: Callable[[], Any]) -> Any:
+        """Return what ``call`` returns; its `tpc_vote` does not wait for the uploads, which become those of ``vote``.
 
-    def vote_later(self, vote: Callable[[], Any], began: float) -> tuple[Any, Completion | None]:
-        """Call ``vote``, whose `tpc_vote` does not wait for the uploads; return its result and what to wait for.
-
-        The latter is None if `tpc_vote` was not called, or there are no blobs. For the ZEO server, all of whose votes
-        are on one thread; this one began at ``began``, a reading of `time.monotonic`. `end_vote` tells how the uploads
-        ended.
+        For the ZEO server, all of whose votes are on one thread. The caller waits for ``vote.uploads`` if there are
+        any, and ends the vote.
         """
-        self._handing_over, self._handed_over = began, None
+        self._vote = vote
         try:
-            return vote(), self._handed_over
+            return call()
         finally:
-            self._handing_over, self._handed_over = None, None
-
-    def end_vote(self, waiting: Completion, began: float) -> None:
-        """The end of a vote that began at ``began``: ``waiting`` has ended, or has to.
-
-        ``began`` is a reading of `time.monotonic`. Raises StorageError unless what was waited for has succeeded.
-        """
-        with self._vote_ending(began):
-            waiting.check()
+            self._vote = None
 
     def tpc_finish(self, transaction: Any, func: Callable[[bytes], Any] = lambda tid: None) -> Any:
         """The base's finish and its result. Sends no request and cannot fail because of blobs."""
@@ -344,7 +316,7 @@ class S3BlobStorage:
 
     def pinned(self, requested: "Future[Pin]", oid: bytes, serial: bytes) -> Pin:
         """The file that `request_blob` asked for; the errors are those of `loadBlob`."""
-        with _as_storage_error():
+        with as_storage_error():
             try:
                 return requested.result()
             except BlobNotFound as error:
@@ -376,7 +348,7 @@ class S3BlobStorage:
 
     def new_temporary(self) -> tuple[int, str]:
         """An empty file in `temporaryDirectory`, and its open descriptor. The errors are those of `write_temporary`."""
-        with _as_storage_error():
+        with as_storage_error():
             return self._parts.cache.new_temporary()
 
     def write_temporary(self, fd: int, data: bytes) -> None:
@@ -384,7 +356,7 @@ class S3BlobStorage:
 
         Raises StorageError when there is none.
         """
-        with _as_storage_error():
+        with as_storage_error():
             self._parts.cache.write(fd, data)
 
     @property
@@ -422,11 +394,11 @@ class S3BlobStorage:
             raise ReadOnlyError()  # RelStorage would pack all the same
         if gc is not None:
             options["gc"] = gc
-        with _as_storage_error("The database was not packed. "), self._kind.revisions() as revisions:
+        with as_storage_error("The database was not packed. "), self._kind.revisions() as revisions:
             self._parts.collector.before_pack(revisions)
         result = self.base.pack(pack_time, referencesf, **options)
         with (
-            _as_storage_error("The database was packed, but not all dead blobs were deleted. "),
+            as_storage_error("The database was packed, but not all dead blobs were deleted. "),
             self._kind.revisions() as revisions,
         ):
             self._parts.collector.collect(revisions, gently=True)
@@ -456,21 +428,3 @@ class CacheFiles:
             "A ZEO client with shared-blob-dir true cannot use blobs that are in S3: "
             "set shared-blob-dir false (and a blob-dir of its own) at the client"
         )
-
-
-def _vote_failure(error: Exception) -> str:
-    """One of `metrics.VOTE_FAILURES`."""
-    if isinstance(error, BlobNotFound):
-        return "missing"
-    if isinstance(error, CacheError):
-        return "cache"
-    return "timeout" if isinstance(error, BucketError) and error.code == TOO_LATE else "bucket"
-
-
-@contextmanager
-def _as_storage_error(introduction: str = "") -> Iterator[None]:
-    """Turn what the parts raise into a plain StorageError: the one that a ZEO client can decode and show."""
-    try:
-        yield
-    except S3BlobsError as error:
-        raise StorageError(f"{introduction}{error}") from None

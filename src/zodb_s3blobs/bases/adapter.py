@@ -4,7 +4,7 @@ import os
 import time
 from base64 import decodebytes
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from ZODB.FileStorage.format import DATA_HDR_LEN, CorruptedError, DataHeader, Da
 from ZODB.interfaces import IMVCCStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import POSKeyError
-from ZODB.utils import load_current, maxtid, oid_repr, p64, u64
+from ZODB.utils import load_current, maxtid, oid_repr, p64, tid_repr, u64
 
 from ..errors import S3BlobsError
 from ..identity import Identity
@@ -37,6 +37,10 @@ class UnsuitableBase(S3BlobsError, ValueError):
 
 class DatabaseBusy(S3BlobsError):
     """Another process holds the lock that this operation needs; the message says what to do."""
+
+
+class DatabaseDamaged(S3BlobsError):
+    """A part of the database cannot be read; the message says which part, and what to do."""
 
 
 class DatabaseView(Protocol):
@@ -159,6 +163,22 @@ class BaseAdapter:
     def has_transaction(self, tid: bytes) -> bool:
         """Return whether the database has the transaction with exactly this tid, or had it before a pack."""
         return tid in self.own_identity.packed_away or tid in (self._tids(tid, tid) or ())
+
+    def require_whole(self, last: bytes) -> None:
+        """Raise DatabaseDamaged if transactions after ``last``, the last one that an iterator gave, cannot be read.
+
+        FileStorage's iterator ends without an error where it meets a damaged transaction.
+        """
+        storage = innermost(self._storage)
+        newest = _newest_in_file(storage) if isinstance(storage, FileStorage) else None
+        if newest is None or newest <= last:
+            return
+        tids = self._tids(last, newest)  # what has been committed meanwhile can be read
+        if not tids or tids[-1] < newest:
+            raise DatabaseDamaged(
+                f"{storage.getName()} is damaged: the transactions after {tid_repr(last)}, up to {tid_repr(newest)}, "
+                f"cannot be read. Restore it from a backup, or copy what can be read with ZODB's fsrecover"
+            )
 
     def _tids(self, start: bytes, stop: bytes) -> list[bytes] | None:
         """Return the tids of the transactions from ``start`` to ``stop``, in order; None if they cannot be read."""
@@ -381,6 +401,17 @@ def _tids(storage: Any, start: bytes, stop: bytes) -> list[bytes]:
     finally:
         if hasattr(transactions, "close"):
             transactions.close()
+
+
+def _newest_in_file(storage: FileStorage) -> bytes | None:
+    """Return the tid of the transaction at the end of the file; None if another one is just being written there."""
+    with closing(storage.iterator()) as transactions:
+        try:
+            end = transactions._file_size - 8
+            length = transactions._read_num(end)
+            return transactions._read_txn_header(end - length).tid if length <= end - 4 else None
+        except (CorruptedError, OSError, ValueError):
+            return None
 
 
 def _file_of(storage: Any) -> str | None:

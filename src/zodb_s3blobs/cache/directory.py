@@ -23,7 +23,7 @@ from .. import predecessor
 from ..errors import S3BlobsError
 from ..metrics import Metrics
 from ..openfiles import RAISE_THEIR_NUMBER, TOO_MANY_FILES
-from .index import Name
+from ..revision import Revision
 
 logger = logging.getLogger(__name__)
 
@@ -125,11 +125,11 @@ class CacheDirectory:
         """Release the lock. Files stay."""
         self._lock_file.close()
 
-    def file(self, name: Name) -> str:
+    def file(self, name: Revision) -> str:
         """Return the path that the blob's file has if it is in the cache."""
         return path_in(self.path, *name)
 
-    def found(self) -> list[tuple[Name, int]]:
+    def found(self) -> list[tuple[Revision, int]]:
         """Return the files of earlier runs with their sizes, the least recently used first."""
         found = []
         for folder in self._entries(self._blobs):
@@ -156,7 +156,7 @@ class CacheDirectory:
             self._metrics.cache_errors.labels("read").inc()
             logger.error("Cannot read %s: %s; its files do not count towards cache-size", directory, error)
 
-    def size_of(self, name: Name) -> int | None:
+    def size_of(self, name: Revision) -> int | None:
         """Return the size in bytes of the blob's file; None if it is missing, unreadable, or not a regular file."""
         path = self.file(name)
         try:
@@ -177,7 +177,7 @@ class CacheDirectory:
         except OSError:
             pass  # the file system is read-only: only the order of eviction after the next start suffers
 
-    def last_use(self, name: Name) -> float:
+    def last_use(self, name: Revision) -> float:
         """Return the time of the file's last use, in seconds since 1970; 0 if the file is missing."""
         try:
             return os.stat(self.file(name)).st_mtime
@@ -188,13 +188,13 @@ class CacheDirectory:
         """Set the mode of ``filename`` to that of files in the cache: read-only."""
         os.chmod(filename, self._file_mode)
 
-    def move_in(self, filename: str, name: Name) -> None:
+    def move_in(self, filename: str, name: Revision) -> None:
         """Rename ``filename`` to the path of the blob's file."""
         path = self.file(name)
         os.makedirs(os.path.dirname(path), mode=self._mode, exist_ok=True)
         os.replace(filename, path)
 
-    def delete(self, name: Name) -> None:
+    def delete(self, name: Revision) -> None:
         """Delete the blob's file if it exists; never raise."""
         path = self.file(name)
         try:
@@ -205,7 +205,7 @@ class CacheDirectory:
             self._metrics.cache_errors.labels("delete").inc()
             logger.error("Cannot evict %s from the cache: %s", path, error)
 
-    def tidy(self, name: Name) -> None:
+    def tidy(self, name: Revision) -> None:
         """Delete the folder of the blob's file if it is empty."""
         try:
             os.rmdir(os.path.dirname(self.file(name)))
@@ -225,10 +225,10 @@ class CacheDirectory:
             raise CacheError(f"Cannot write to cache-dir {self.path}: {error.strerror}; {advice}") from error
 
 
-def _parse(filename: str) -> Name | None:
+def _parse(filename: str) -> Revision | None:
     parts = filename.split(".")
     try:
         oid, tid = bytes.fromhex(parts[0]), bytes.fromhex(parts[1])
     except (ValueError, IndexError):
         return None
-    return (oid, tid) if parts[2:] == ["blob"] and len(oid) == len(tid) == 8 else None
+    return Revision(oid, tid) if parts[2:] == ["blob"] and len(oid) == len(tid) == 8 else None

@@ -19,8 +19,9 @@ from typing import TypeVar
 from ZODB.blob import rename_or_copy_blob
 
 from ..metrics import Metrics
+from ..revision import Revision
 from .directory import FULL, CacheDirectory, CacheError
-from .index import Entry, LruIndex, Name
+from .index import Entry, LruIndex
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ _EVICTED_AT_ONCE = 50
 class Pin:
     """A cached file that is not evicted before `release`; a context manager that returns its path."""
 
-    def __init__(self, cache: "Cache", name: Name, path: str, entry: Entry) -> None:
+    def __init__(self, cache: "Cache", name: Revision, path: str, entry: Entry) -> None:
         self.path = path
         self._cache = cache
         self._name = name
@@ -103,7 +104,7 @@ class Incoming:
     def publish(self, oid: bytes, tid: bytes) -> Pin:
         """Move the file into the cache as blob (oid, tid); return its pin. The file must be complete and synced."""
         with self._cache.writing():
-            return self._cache._publish((oid, tid), self.path)
+            return self._cache._publish(Revision(oid, tid), self.path)
 
     def discard(self) -> None:
         """Delete the file if it still exists; never raise."""
@@ -168,11 +169,11 @@ class Cache:
 
     def path(self, oid: bytes, tid: bytes) -> str:
         """Return the path that the blob's file has if it is in the cache."""
-        return self._folder.file((oid, tid))
+        return self._folder.file(Revision(oid, tid))
 
     def get(self, oid: bytes, tid: bytes) -> Pin | None:
         """Return the blob's file, pinned, or None if it is not in the cache."""
-        name = oid, tid
+        name = Revision(oid, tid)
         with self._lock:
             size = self._folder.size_of(name)
             if size is None:
@@ -224,7 +225,7 @@ class Cache:
     def remove(self, oid: bytes, tid: bytes) -> None:
         """Delete a dead blob from the cache; no error if the cache does not have it."""
         with self._lock:
-            self._remove((oid, tid))
+            self._remove(Revision(oid, tid))
 
     @property
     def size(self) -> int:
@@ -246,10 +247,10 @@ class Cache:
 
     # Pins
 
-    def _pin(self, name: Name) -> Pin:
+    def _pin(self, name: Revision) -> Pin:
         return Pin(self, name, self._folder.file(name), self._index.pin(name))
 
-    def _unpin(self, name: Name, entry: Entry) -> None:
+    def _unpin(self, name: Revision, entry: Entry) -> None:
         with self._lock:
             if not self._index.unpin(name, entry):
                 return
@@ -259,7 +260,7 @@ class Cache:
             else:
                 self._evict()
 
-    def _pin_again(self, name: Name, path: str, entry: Entry) -> Pin:
+    def _pin_again(self, name: Revision, path: str, entry: Entry) -> Pin:
         with self._lock:
             entry.pins += 1
         return Pin(self, name, path, entry)
@@ -287,7 +288,7 @@ class Cache:
 
     # Publication and eviction
 
-    def _publish(self, name: Name, filename: str) -> Pin:
+    def _publish(self, name: Revision, filename: str) -> Pin:
         with self._lock:
             if self._closed:
                 raise CacheError(f"The cache in {self.directory} has been closed")
@@ -349,12 +350,12 @@ class Cache:
         # After `close`, the directory may belong to another process.
         return not self._closed and self._index.is_over_limit()
 
-    def _evict_one(self, name: Name, size: int) -> None:
+    def _evict_one(self, name: Revision, size: int) -> None:
         self._metrics.cache_evictions.inc()
         self._metrics.cache_evicted_bytes.inc(size)
         self._remove(name)
 
-    def _remove(self, name: Name) -> None:
+    def _remove(self, name: Revision) -> None:
         self._folder.delete(name)
         self._index.remove(name)
         self._folder.tidy(name)

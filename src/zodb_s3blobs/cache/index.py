@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-Name = tuple[bytes, bytes]  # (oid, tid)
+from ..revision import Revision
 
 
 @dataclass
@@ -28,17 +28,17 @@ class LruIndex:
         self.limit = limit
         #: The bytes of all files.
         self.size = 0
-        self._unused: OrderedDict[Name, int] = OrderedDict()  # name -> size, least recent first
-        self._pinned: dict[Name, Entry] = {}
+        self._unused: OrderedDict[Revision, int] = OrderedDict()  # name -> size, least recent first
+        self._pinned: dict[Revision, Entry] = {}
         self._oversized = 0  # bytes of the pinned files that are larger than the limit
         # Until `add_found`: what was removed meanwhile and must not be found again.
-        self._removed: set[Name] | None = set()
+        self._removed: set[Revision] | None = set()
 
     def __len__(self) -> int:
         """Return the number of files."""
         return len(self._unused) + len(self._pinned)
 
-    def __contains__(self, name: Name) -> bool:
+    def __contains__(self, name: Revision) -> bool:
         """Return whether the file is in the index."""
         return name in self._unused or name in self._pinned
 
@@ -52,7 +52,7 @@ class LruIndex:
         """The bytes of all pinned files."""
         return sum(entry.size for entry in self._pinned.values())
 
-    def add_found(self, found: Iterable[tuple[Name, int]]) -> None:
+    def add_found(self, found: Iterable[tuple[Revision, int]]) -> None:
         """Add the files of earlier runs, the least recently used first; those used since are newer than all of them."""
         index = OrderedDict(found)
         for name in (*(self._removed or ()), *self._unused, *self._pinned):
@@ -64,7 +64,7 @@ class LruIndex:
         for name in [name for name, size in index.items() if size > self.limit]:
             index.move_to_end(name, last=False)  # the limit was larger once: evict them first
 
-    def put(self, name: Name, size: int) -> None:
+    def put(self, name: Revision, size: int) -> None:
         """Add a file, or note its new size, as the most recently used one."""
         entry = self._pinned.get(name)
         if entry is None:
@@ -75,7 +75,7 @@ class LruIndex:
             self._oversized += self._excess(size) - self._excess(entry.size)
             entry.size = size
 
-    def pin(self, name: Name) -> Entry:
+    def pin(self, name: Revision) -> Entry:
         """Add a pin to a file of the index."""
         entry = self._pinned.get(name)
         if entry is None:
@@ -84,7 +84,7 @@ class LruIndex:
         entry.pins += 1
         return entry
 
-    def unpin(self, name: Name, entry: Entry) -> bool:
+    def unpin(self, name: Revision, entry: Entry) -> bool:
         """Take a pin away; return whether it was the last one of a file that is still in the index."""
         entry.pins -= 1
         if entry.pins or self._pinned.get(name) is not entry:  # still in use, or removed meanwhile
@@ -94,7 +94,7 @@ class LruIndex:
         self._unused[name] = entry.size
         return True
 
-    def remove(self, name: Name) -> None:
+    def remove(self, name: Revision) -> None:
         """Remove a file; it is no error if it is not in the index."""
         if self._removed is not None:
             self._removed.add(name)
@@ -104,7 +104,7 @@ class LruIndex:
             self.size -= entry.size
             self._oversized -= self._excess(entry.size)
 
-    def oldest(self) -> tuple[Name, int] | None:
+    def oldest(self) -> tuple[Revision, int] | None:
         """Return the least recently used file that is not pinned, and its size; None if there is none."""
         return next(iter(self._unused.items()), None)
 

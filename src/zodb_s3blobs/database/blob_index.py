@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from ..revision import Revision
 from ..s3.listing import Listed
 
 _BATCH = 10_000
@@ -48,7 +49,7 @@ class Inventory:
         """Delete the temporary file."""
         self._tables.close()
 
-    def add_named(self, blobs: Iterable[tuple[bytes, bytes]]) -> None:
+    def add_named(self, blobs: Iterable[Revision]) -> None:
         """Add blobs (oid, tid) that the database names; a blob added twice counts once."""
         self._add("INSERT OR IGNORE INTO named VALUES (?, ?)", blobs)
 

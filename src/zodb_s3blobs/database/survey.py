@@ -14,10 +14,12 @@ from typing import Any
 from persistent.timestamp import TimeStamp
 from ZODB.blob import is_blob_record
 from ZODB.FileStorage import FileStorage
-from ZODB.utils import oid_repr, tid_repr
+from ZODB.utils import oid_repr, tid_repr, z64
 
+from ..bases import adapter_for
 from ..bases.adapter import is_live
 from ..progress import showing
+from ..revision import Revision
 from ..s3.bucket import Bucket
 from ..s3.errors import BucketError
 from ..workers import in_parallel
@@ -190,7 +192,7 @@ class Report:
 class Survey:
     """The blobs that the storage ``served`` names now. A context manager; belongs to one thread.
 
-    The constructor reads the whole database once, beside a running server.
+    The database is read once, from one end to the other, beside a running server. Raises DatabaseDamaged.
     """
 
     def __init__(self, served: Served) -> None:
@@ -207,12 +209,20 @@ class Survey:
                 closing(self.storage.iterator()) as transactions,
             ):
                 self.inventory.add_named(
-                    (record.oid, record.tid)
-                    for transaction in progress.over(transactions)
+                    Revision(record.oid, record.tid)
+                    for transaction in self._all(progress.over(transactions))
                     for record in transaction
                     if record.data and is_blob_record(record.data)
                 )
             self._undo = undo.pop_all()
+
+    def _all(self, transactions: Iterable[Any]) -> Iterator[Any]:
+        """Yield the ``transactions``; raise DatabaseDamaged if they end before the database does."""
+        last = z64
+        for transaction in transactions:
+            last = transaction.tid
+            yield transaction
+        adapter_for(self.storage).require_whole(last)
 
     def __enter__(self) -> "Survey":
         return self
@@ -248,7 +258,7 @@ class Survey:
                 # A damaged object says nothing about the others.
                 failures = failures + 1 if outcome.word == "failed" and outcome.reason != "damaged" else 0
                 if failures == _GIVE_UP_AFTER:
-                    report.early_end = f"{failures} blobs in a row failed, so the rest was not tried. {outcome.trouble}"
+                    report.early_end = f"{failures} blobs in a row failed: the rest was not tried. {outcome.trouble}"
                 elif outcome.reason in _OUTAGES:
                     report.early_end = _outage(bucket)
                 if report.early_end:
@@ -271,5 +281,5 @@ def _outage(bucket: Bucket) -> str:
         bucket.probe()
     except BucketError as error:
         if error.reason in _OUTAGES:
-            return f"bucket {bucket.name} does not answer, so the rest was not tried. {error}"
+            return f"bucket {bucket.name} does not answer: the rest was not tried. {error}"
     return ""

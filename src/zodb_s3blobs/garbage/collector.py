@@ -29,9 +29,10 @@ from ..bases.adapter import DatabaseView
 from ..cache.files import Cache
 from ..errors import S3BlobsError
 from ..identity import Identity
-from ..inflight import InFlight, Name
+from ..inflight import InFlight
 from ..lease import Lease, NotOwner
 from ..metrics import Metrics
+from ..revision import Revision
 from ..s3.bucket import Bucket
 from ..s3.errors import BucketError, NotDeleted
 from ..s3.listing import ListedUpload
@@ -123,7 +124,7 @@ class Collector:
 
     def _unmark_live(self, base: DatabaseView) -> None:
         since, pace = self._marks(), Pace(*_RESTS)
-        names = throttled(((name[:8], name[8:]) for name in since), pace)
+        names = throttled((Revision(name[:8], name[8:]) for name in since), pace)
         live = list(live_names(base, names, pace.pause))
         if not live:
             return
@@ -309,7 +310,7 @@ class Collector:
         # No pauses while other processes may be waiting to restore transactions.
         pause = (lambda: None) if base.shared else pace.pause
         while records := dead.read(_RECORD.size * _DELETE_BATCH):
-            sizes = {(oid, tid): size for oid, tid, size in _RECORD.iter_unpack(records)}
+            sizes = {Revision(oid, tid): size for oid, tid, size in _RECORD.iter_unpack(records)}
             with base.no_restores(), self._in_flight.deleting(sizes) as free:
                 # Judged again now that no transaction can restore them: one may have been restored since the scan.
                 live = set(live_names(base, free, pause))
@@ -318,7 +319,7 @@ class Collector:
             pace.pause()
         return deleted
 
-    def _delete_batch(self, names: list[Name], sizes: dict[Name, int]) -> int:
+    def _delete_batch(self, names: list[Revision], sizes: dict[Revision, int]) -> int:
         failure: NotDeleted | None = None
         gone = names
         try:

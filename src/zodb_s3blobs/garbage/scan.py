@@ -16,8 +16,9 @@ from ZODB.POSException import POSKeyError
 
 from ..bases.adapter import DatabaseView, revisions_of
 from ..cache.files import Cache
-from ..inflight import InFlight, Name
+from ..inflight import InFlight
 from ..metrics import GC_STATES, Metrics
+from ..revision import Revision
 from ..s3.bucket import Bucket
 from ..s3.listing import Listed
 from . import marks
@@ -173,7 +174,7 @@ class Scan:
         return is_blob_record(record) or record[:1] not in _PICKLE_STARTS
 
     def _is_being_committed(self, blob: Listed) -> bool:
-        return self.in_flight.is_wanted((blob.oid, blob.tid)) or blob.tid <= self.base.lastTransaction()
+        return self.in_flight.is_wanted(Revision(blob.oid, blob.tid)) or blob.tid <= self.base.lastTransaction()
 
 
 def _groups(items: Iterable[T], oid_of: Callable[[T], bytes]) -> Iterator[list[T]]:
@@ -183,7 +184,7 @@ def _groups(items: Iterable[T], oid_of: Callable[[T], bytes]) -> Iterator[list[T
             yield group
 
 
-def live_names(base: DatabaseView, names: Iterable[Name], pause: Callable[[], None]) -> Iterator[Name]:
+def live_names(base: DatabaseView, names: Iterable[Revision], pause: Callable[[], None]) -> Iterator[Revision]:
     """Yield the ``names`` that ``base`` can load, in their order; the names of one object must be consecutive."""
     for group in _groups(names, itemgetter(0)):
         live = base.loadable(group[0][0], [tid for _, tid in group], pause)

@@ -12,6 +12,8 @@ import re
 
 from ZODB.utils import p64, u64
 
+from ..revision import Revision
+
 FOLDER = "blobs/"
 OWNER = "owner.json"
 _NUMBER = r"0|[1-9a-f][0-9a-f]{0,15}"
@@ -45,12 +47,12 @@ class Keys:
         """The beginning of the keys of all blobs of object ``oid`` (8 bytes)."""
         return f"{self.blobs}{u64(oid):x}/"
 
-    def parse(self, key: str) -> tuple[bytes, bytes] | None:
+    def parse(self, key: str) -> Revision | None:
         """The ``(oid, tid)`` that ``key`` names, or None: then the key is not ours and must be left alone."""
         if not key.startswith(self.blobs):
             return None
         match = _BLOB.fullmatch(key, len(self.blobs))
-        return (p64(int(match[1], 16)), p64(int(match[2], 16))) if match else None
+        return Revision(p64(int(match[1], 16)), p64(int(match[2], 16))) if match else None
 
     def staged_key(self, name: str) -> str:
         """The object key of the staged upload ``name`` (32 hex digits)."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ..revision import Revision
 from .errors import BlobNotFound, BucketError, NotDeleted, code_of, reason_of_answer
 from .objects import Objects
 
@@ -118,7 +119,7 @@ class Listing(Objects):
             if error.code != "NoSuchUpload":
                 raise
 
-    def delete(self, blobs: Iterable[tuple[bytes, bytes]]) -> None:
+    def delete(self, blobs: Iterable[Revision]) -> None:
         """Delete the blobs (oid, tid), 1,000 per request; absent blobs are no error. Waits for S3.
 
         Tries all blobs, then raises NotDeleted if some failed; its text names the first of those.

@@ -30,6 +30,7 @@ from ZODB.POSException import POSKeyError, StorageError, StorageTransactionError
 
 from ..monitoring import zeostats
 from ..storage import S3BlobStorage
+from ..vote import Vote
 from ..workers import Completion
 from . import errors, startlog
 from .stop import Stop
@@ -217,8 +218,8 @@ class BlobHandler(_Stock):
     #: Why the transaction cannot be committed, found out where ZEO lets nobody tell the client: one of
     #: `metrics.VOTE_FAILURES`, and the sentence.
     refusal: tuple[str, str] | None = None
-    #: When the vote began, a reading of `time.monotonic`.
-    vote_began: float
+    #: The last vote of this client.
+    voting: Vote
 
     def bind_storage(self, blobs: S3BlobStorage) -> None:
         """The client has chosen the storage ``blobs``, which the server may know in wrappings."""
@@ -349,7 +350,7 @@ class BlobHandler(_Stock):
             raise StorageError(sentence)
         if self.pending is not None:
             raise StorageTransactionError("Already voting")
-        self.vote_began = time.monotonic()
+        self.voting = self.blobs.new_vote()
         vote = super().vote
         staged = self.blobs.staging.waiting(filename for _, _, _, filename in self.blob_log)
         if staged is None:
@@ -358,7 +359,7 @@ class BlobHandler(_Stock):
         def go_on() -> Any:
             if not staged.succeeded():
                 self.blobs.metrics.transactions_aborted.inc()
-                self._end_vote(staged)
+                self._require(staged)
             return vote(tid)
 
         return self._reply_after(staged, go_on)
@@ -370,7 +371,7 @@ class BlobHandler(_Stock):
         """
         kept = self._link_blobs()
         try:
-            result, uploads = self.blobs.vote_later(functools.partial(super()._vote, delay), self.vote_began)
+            result = self.blobs.vote_without_waiting(self.voting, functools.partial(super()._vote, delay))
         except Exception:
             _unlink_blobs(kept)
             raise
@@ -379,15 +380,17 @@ class BlobHandler(_Stock):
             self.blob_log = kept
             return result
         _unlink_blobs(kept)
+        uploads = self.voting.uploads
         if uploads is None:
             return result
 
         def end() -> Any:
             try:
-                self._end_vote(uploads)
+                self._require(uploads)
             except Exception:
                 self._abort_vote()
                 raise
+            self.voting.succeed()
             return result
 
         return end() if uploads.done.done() else self._reply_after(uploads, end)
@@ -401,10 +404,11 @@ class BlobHandler(_Stock):
             kept.append((oid, serial, data, f"{filename}.kept"))
         return kept
 
-    def _end_vote(self, waiting: Completion) -> None:
-        if waiting.done.done():
-            errors.check(waiting.done)
-        self.blobs.end_vote(waiting, self.vote_began)
+    def _require(self, uploads: Completion) -> None:
+        """Raise StorageError unless ``uploads`` have succeeded."""
+        if uploads.done.done():
+            errors.check(uploads.done)
+        self.voting.require(uploads)
 
     def _abort_vote(self) -> None:
         """As the stock vote does when it fails."""

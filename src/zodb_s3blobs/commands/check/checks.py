@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Literal
 
+from ...revision import Revision
 from ...s3.download import PART
 from ...s3.errors import BlobNotFound, BucketError, code_of
 from .diagnosis import SMALL
-from .scratch import FORBIDDEN, Name, Scratch, is_answered, is_refusal
+from .scratch import FORBIDDEN, Scratch, is_answered, is_refusal
 
 _ONE_REQUEST = 5 << 30  # the largest s3-multipart-threshold: nothing larger goes into one request
 
@@ -352,7 +353,7 @@ def _copy(scratch: Scratch) -> Outcome:
     return _trouble_of_copy(scratch, copy, SMALL) or works("the service copies blobs, and keeps the metadata sent")
 
 
-def _trouble_of_copy(scratch: Scratch, copy: Name, data: bytes) -> Outcome | None:
+def _trouble_of_copy(scratch: Scratch, copy: Revision, data: bytes) -> Outcome | None:
     """Return what is wrong with the blob ``copy``, which should have the bytes ``data``."""
     try:
         if scratch.get(copy) != data:

@@ -18,13 +18,12 @@ from ZODB.utils import p64
 
 from ...config import S3BlobStorageFactory
 from ...metrics import Metrics
+from ...revision import Revision
 from ...s3.bucket import Bucket
 from ...s3.download import PART
 from ...s3.errors import BlobNotFound, BucketError, TransferCancelled
 from ...s3.keys import Keys
 from ...s3.listing import ListedUpload
-
-Name = tuple[bytes, bytes]
 
 #: The codes of a BucketError that mean: not allowed.
 FORBIDDEN = {"AccessDenied", "403"}
@@ -173,12 +172,12 @@ class Scratch:
         self._files += 1
         return File(f"{self._directory}/{self._files}", data)
 
-    def name(self, oid: bytes | None = None, tid: int = 1) -> Name:
+    def name(self, oid: bytes | None = None, tid: int = 1) -> Revision:
         """Return the name of a blob that is not there; by default with an oid of its own."""
         self._blobs += oid is None
-        return oid or p64(self._blobs), p64(tid)
+        return Revision(oid or p64(self._blobs), p64(tid))
 
-    def key(self, name: Name) -> str:
+    def key(self, name: Revision) -> str:
         """Return its key."""
         return self.bucket.keys.key(*name)
 
@@ -200,7 +199,7 @@ class Scratch:
             raise
         self._objects[key] = True
 
-    def put(self, data: bytes, name: Name | None = None, bucket: Bucket | None = None) -> Name:
+    def put(self, data: bytes, name: Revision | None = None, bucket: Bucket | None = None) -> Revision:
         """Store a blob; return its name."""
         name = name or self.name()
         with self.writing(self.key(name)):
@@ -233,7 +232,7 @@ class Scratch:
 
     # Reading
 
-    def get(self, name: Name, bucket: Bucket | None = None) -> bytes:
+    def get(self, name: Revision, bucket: Bucket | None = None) -> bytes:
         """Return the bytes of a blob."""
         if self.unreadable is not None:
             raise NotTried("no blob can be read")
@@ -242,15 +241,15 @@ class Scratch:
         with open(file.path, "rb") as opened:
             return opened.read()
 
-    def metadata(self, name: Name) -> dict[str, str]:
+    def metadata(self, name: Revision) -> dict[str, str]:
         """Return its metadata."""
         return self.read("head_object", name)["Metadata"]
 
-    def read(self, operation: str, name: Name, **options: Any) -> dict[str, Any]:
+    def read(self, operation: str, name: Revision, **options: Any) -> dict[str, Any]:
         """Return the answer to another ``operation`` that reads it."""
         return self.bucket.ask(operation, Key=self.key(name), **self.bucket.read_options, **options)
 
-    def is_there(self, name: Name) -> bool:
+    def is_there(self, name: Revision) -> bool:
         """Whether it is there."""
         try:
             self.read("head_object", name)
