@@ -258,7 +258,7 @@ class Survey:
                 # A damaged object says nothing about the others.
                 failures = failures + 1 if outcome.word == "failed" and outcome.reason != "damaged" else 0
                 if failures == _GIVE_UP_AFTER:
-                    report.early_end = f"{failures} blobs in a row failed: the rest was not tried. {outcome.trouble}"
+                    report.early_end = f"{failures} blobs in a row failed, so the rest was not tried. {outcome.trouble}"
                 elif outcome.reason in _OUTAGES:
                     report.early_end = _outage(bucket)
                 if report.early_end:
@@ -281,5 +281,5 @@ def _outage(bucket: Bucket) -> str:
         bucket.probe()
     except BucketError as error:
         if error.reason in _OUTAGES:
-            return f"bucket {bucket.name} does not answer: the rest was not tried. {error}"
+            return f"bucket {bucket.name} does not answer, so the rest was not tried. {error}"
     return ""
