@@ -9,7 +9,7 @@ import pytest
 
 import zodb_s3blobs
 from zodb_s3blobs import cli
-from zodb_s3blobs.commands import demo
+from zodb_s3blobs.commands.demo import servers
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read TOML")
 
@@ -50,7 +50,7 @@ def test_python_m_runs_the_command():
 
 
 def test_what_the_demo_says_to_install_is_what_its_extra_installs():
-    assert PROJECT["optional-dependencies"]["demo"] == [demo.MOTO]
+    assert PROJECT["optional-dependencies"]["demo"] == [servers.MOTO]
 
 
 def test_the_license_has_the_form_of_today():
