@@ -330,9 +330,9 @@ OVERVIEW = row(
             overall(f"max({S3_FAILURES})"),
         ),
         panel("Missing or damaged blobs", "short", "worst", thresholds=ANY)(
-            "Reads of a blob that the bucket has not, or that arrived with a wrong checksum: the most in one interval "
-            "of what is shown. Not 0: do not pack. The log names oid, tid and key: look for the object in older "
-            "versions of the bucket or a backup.",
+            "Reads of a blob that the bucket does not have, or that arrived with a wrong checksum: the most in one "
+            "interval of what is shown. Not 0: do not pack. The log names oid, tid and key: look for the object in "
+            "older versions of the bucket or a backup.",
             overall(MISSING_OR_DAMAGED),
         ),
     ],
@@ -482,7 +482,7 @@ READS = row(
             overall(rate("s3blobs_fallback_reads_total", ALL), "fallback"),
         ),
         panel("Faults of blobs and cache", "short")(
-            "Blobs that the bucket has not, wrong checksums, and failed operations on cache-dir, of all chosen "
+            "Blobs that the bucket does not have, wrong checksums, and failed operations on cache-dir, of all chosen "
             "storages in one interval. missing: do not pack; look for older versions in the bucket. checksum: a proxy "
             "or disk damages data. no checksum: read without one, as other software stored it. cache: the disk is "
             "full or broken, or the permissions are wrong.",

@@ -1,4 +1,4 @@
-"""A ZODB blob directory, as a FileStorage with a blob-dir has one: read where blobs come from, made where they go to.
+"""A ZODB blob directory, like that of a FileStorage with blob-dir: read as a source of blobs, made for an export.
 
 The layouts are ZODB's (`ZODB.blob.FilesystemHelper`). Any thread may call.
 """
@@ -22,18 +22,17 @@ from .revision import Revision
 _LAYOUTS = ("bushy", "lawn")
 _READ = 1 << 20
 
-#: What the names of our temporary files begin with; and how old, in seconds, one must be to be deleted where locks do
-#: not tell.
+#: Prefix of the names of our temporary files; and the age in seconds at which one is deleted if locks do not work.
 _NEW = "s3blobs-"
 _ABANDONED_AFTER = 86400
 
-#: What may be in a directory that becomes a blob directory: of its file system, and of a run that was killed.
+#: Names that count as empty in a new blob directory: the folder of a killed run, and that of the file system.
 _TEMPORARY = "tmp"
 _OF_FILE_SYSTEM = "lost+found"
 
 
 class Target(Protocol):
-    """A file that a blob is written into."""
+    """A file that receives a blob."""
 
     def write_at(self, data: bytes, position: int) -> None: ...
 
@@ -41,7 +40,7 @@ class Target(Protocol):
 
 
 class BlobDirectoryError(S3BlobsError):
-    """The directory cannot be used; the message says why and what to do."""
+    """The directory cannot be used; the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class BlobFile:
 
 
 class BlobDirectory:
-    """The blob directory ``path``, which must be one already; `create` makes one. Raises `BlobDirectoryError`."""
+    """The existing blob directory ``path``; `create` makes a new one. Raises `BlobDirectoryError`."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -66,11 +65,11 @@ class BlobDirectory:
 
     @classmethod
     def create(cls, path: str) -> "BlobDirectory":
-        """Return the blob directory ``path``; nothing at ``path``, or an empty directory, is made one.
+        """Return the blob directory ``path``; make it if ``path`` is missing or an empty directory.
 
-        It has all that a FileStorage needs to find the blobs: one takes any directory without a marker for a lawn. A
-        new file system, and what a killed run has left of a new blob directory, count as empty. The files of blobs
-        that killed runs had not finished are deleted.
+        A new directory has the marker of its layout: a FileStorage treats any directory without a marker as a lawn. A
+        new file system, and an unfinished blob directory of a killed run, count as empty. Unfinished files of killed
+        runs are deleted.
         """
         try:
             if not os.path.lexists(path) or (os.path.isdir(path) and _is_empty(path)):
@@ -92,7 +91,7 @@ class BlobDirectory:
                             os.unlink(entry.path)
 
     def close(self) -> None:
-        """Delete the files that are not published, and make no more."""
+        """Delete the unpublished files, and refuse to make new ones."""
         with self._lock:
             files, self._new = self._new or (), None
         for file in files:
@@ -106,9 +105,9 @@ class BlobDirectory:
         return found.st_dev, found.st_ino
 
     def find(self, oid: bytes, tid: bytes) -> str | None:
-        """The path of the file of blob (oid, tid), None if there is none.
+        """Return the path of the file of blob (oid, tid), None if there is none.
 
-        Raises BlobDirectoryError if that cannot be told: the directory is not there any more, not mounted for one.
+        Raises BlobDirectoryError if the directory cannot be read, for example because it is not mounted any more.
         """
         path = self._helper.getBlobFilename(oid, tid)
         try:
@@ -125,7 +124,7 @@ class BlobDirectory:
         return None
 
     def copy(self, oid: bytes, tid: bytes, target: Target) -> bool:
-        """Write blob (oid, tid) into ``target``; False if there is no such blob. The errors are those of `find`."""
+        """Write blob (oid, tid) into ``target``; return False if there is no such blob. Raises the errors of `find`."""
         path = self.find(oid, tid)
         if path is None:
             return False
@@ -137,10 +136,9 @@ class BlobDirectory:
         return True
 
     def files(self, foreign: Callable[[str], None]) -> Iterator[BlobFile]:
-        """All blobs, in no useful order; ``foreign`` is called with the path of any file that is none.
+        """Yield all blobs, in no useful order; call ``foreign`` with the path of each file that is not a blob.
 
-        What lies in its folder for temporary files, or the file system's own, and files that begin with a dot, is
-        passed over.
+        The folder for temporary files, the file system's own folder, and names that begin with a dot are skipped.
         """
         passed_over = [os.path.join(self.path, name) for name in (_TEMPORARY, _OF_FILE_SYSTEM)]
         folders = [self.path]
@@ -174,7 +172,7 @@ class BlobDirectory:
             return None
         if oid is None or len(oid) != 8 or len(tid) != 8:
             return None
-        # Only what ZODB itself would find there.
+        # Only if ZODB itself would find the blob at this path.
         return Revision(oid, tid) if self._helper.getBlobFilename(oid, tid) == inside else None
 
     def new_file(self) -> "NewBlobFile":
@@ -187,20 +185,20 @@ class BlobDirectory:
             file = NewBlobFile(path, fd, self._helper)
             if file.is_there():
                 break
-            file.discard()  # another process took it for abandoned, before it was locked
+            file.discard()  # another process deleted it as abandoned before it was locked
         with self._lock:
             if self._new is None:
                 file.discard()
                 raise BlobDirectoryError(f"the blob directory {self.path} has been closed")
-            # Those that are finished are left out here, so that none of them needs to know of this.
+            # Finished files are dropped here, so that a file needs no reference to this directory.
             self._new = {one for one in self._new if one.is_open} | {file}
         return file
 
 
 class NewBlobFile:
-    """A file on its way into a blob directory; belongs to whoever made it, until `publish` or `discard`.
+    """A file on its way into a blob directory; the caller that made it owns it until `publish` or `discard`.
 
-    It is locked as long as it is open as ``fd``, which tells other processes that it is not abandoned. Its methods
+    While the file is open as ``fd``, it is locked, which shows other processes that it is not abandoned. The methods
     raise the OSErrors of the disk.
     """
 
@@ -208,12 +206,12 @@ class NewBlobFile:
         self.path = path
         self._fd = fd
         self._helper = helper
-        with contextlib.suppress(OSError):  # not every network file system locks
+        with contextlib.suppress(OSError):  # not every network file system has locks
             fcntl.flock(fd, fcntl.LOCK_EX)
 
     @property
     def is_open(self) -> bool:
-        """Whether it is neither published nor discarded."""
+        """True until the file is published or discarded."""
         return self._fd >= 0
 
     def is_there(self) -> bool:
@@ -224,20 +222,20 @@ class NewBlobFile:
             return False
 
     def write_at(self, data: bytes, position: int) -> None:
-        """Write ``data`` at ``position`` bytes from the start. Several threads may write different places."""
+        """Write ``data`` at ``position`` bytes from the start. Several threads may write to different positions."""
         with open(self.path, "r+b") as file:
             file.seek(position)
             file.write(data)
 
     def clear(self) -> None:
-        """Make it empty again."""
+        """Truncate the file to zero bytes."""
         os.truncate(self.path, 0)
 
     def publish(self, oid: bytes, tid: bytes) -> None:
-        """Make it the file of blob (oid, tid), whole on the disk and, as ZODB leaves it, read-only."""
+        """Sync the file and move it to the path of blob (oid, tid), read-only like ZODB's own blob files."""
         with open(self.path, "rb") as file:
             os.fsync(file.fileno())
-        # Not by the helper, which ends in an AssertionError when it cannot.
+        # Not by the helper, which raises an AssertionError if it cannot make the folder.
         folder = self._helper.getPathForOID(oid)
         os.makedirs(folder, exist_ok=True)
         os.chmod(self.path, stat.S_IRUSR | os.stat(folder).st_mode & (stat.S_IRGRP | stat.S_IROTH))
@@ -245,7 +243,7 @@ class NewBlobFile:
         self._close()
 
     def discard(self) -> None:
-        """Delete it, if it is still there."""
+        """Delete the file if it still has its temporary name."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
         self._close()
@@ -257,7 +255,7 @@ class NewBlobFile:
 
 
 def _is_empty(path: str) -> bool:
-    """Return whether nobody has put anything into the directory ``path``."""
+    """Return whether the directory ``path`` counts as empty: see `BlobDirectory.create`."""
     names = set(os.listdir(path)) - {_OF_FILE_SYSTEM}
     temporary = os.path.join(path, _TEMPORARY)
     if names == {_TEMPORARY} and os.path.isdir(temporary):
@@ -268,14 +266,14 @@ def _is_empty(path: str) -> bool:
 def _is_abandoned(path: str) -> bool:
     """Return whether no process writes the temporary file at ``path`` any more."""
     try:
-        fd = os.open(path, os.O_RDWR)  # as NFS has it for this kind of lock
+        fd = os.open(path, os.O_RDWR)  # NFS needs a writable descriptor for this kind of lock
     except PermissionError:
-        fd = os.open(path, os.O_RDONLY)  # it was whole, and about to be published
+        fd = os.open(path, os.O_RDONLY)  # complete and read-only, about to be published
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # nothing can be locked here
+    except OSError:  # the file system has no locks
         return os.fstat(fd).st_mtime < time.time() - _ABANDONED_AFTER
     else:
         return True
@@ -293,7 +291,7 @@ def _chunks(path: str) -> Iterator[bytes]:
 
 
 def _layout(path: str) -> str:
-    """The layout of the blob directory ``path``."""
+    """Return the layout of the blob directory ``path``. Raises BlobDirectoryError."""
     try:
         if os.path.exists(marker := os.path.join(path, LAYOUT_MARKER)):
             with open(marker, encoding="ascii", errors="replace") as file:
@@ -304,20 +302,23 @@ def _layout(path: str) -> str:
         raise BlobDirectoryError(f"the blob directory {path} cannot be read: {error.strerror}") from None
     if layout == "zeocache":
         raise BlobDirectoryError(
-            f"{path} is the blob cache of a ZEO client, which need not have all blobs: name the blob-dir of the server"
+            f"{path} is the blob cache of a ZEO client, which may lack blobs: name the blob-dir of the server"
         )
     if layout not in _LAYOUTS:
-        raise BlobDirectoryError(f"{path} is no ZODB blob directory: it has no blobs and no {LAYOUT_MARKER} file")
+        raise BlobDirectoryError(
+            f"{path} is not a ZODB blob directory: it has no blobs and no {LAYOUT_MARKER} file. Check the path, and "
+            f"whether its file system is mounted"
+        )
     return layout
 
 
 def _guess(path: str) -> str:
-    # ZODB takes anything without a marker for a lawn; but copies of bushy ones lose it where `*` leaves out dotfiles.
+    # ZODB treats any directory without a marker as a lawn; but a copy made with `*` lacks the marker, a dotfile.
     for name in sorted(os.listdir(path)):
         folder = os.path.join(path, name)
         if name.startswith("0x") and os.path.isdir(folder):
             inside = os.listdir(folder)
-            # Of bytes only: there may be folders of other software, such as snapshots, in each.
+            # Only folders named like bytes: other software, such as snapshots, may have its own folders here.
             if any(one.startswith("0x") and os.path.isdir(os.path.join(folder, one)) for one in inside):
                 return "bushy"
             if any(one.endswith(BLOB_SUFFIX) for one in inside):

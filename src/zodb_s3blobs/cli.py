@@ -1,10 +1,10 @@
-"""The ``zodb-s3blobs`` command: finds the subcommand and leaves the rest to its module.
+"""The ``zodb-s3blobs`` command: finds the subcommand and calls its module.
 
-A subcommand is a module that has
+A subcommand is a module with
 
 - a docstring, whose first line, after the colon, is its line in ``zodb-s3blobs --help``,
 - ``add_arguments(parser)``, which declares its options,
-- ``run(arguments)``, which does the work and returns the exit status. What goes wrong is one sentence on stderr.
+- ``run(arguments)``, which does the work, prints an error as one sentence on stderr, and returns the exit status.
 """
 
 import argparse
@@ -29,15 +29,15 @@ COMMANDS: dict[str, ModuleType] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv``, by default the process's own; returns the exit status."""
+    """Run the command line ``argv``, by default that of the process; return the exit status."""
     for stream in sys.stdout, sys.stderr:
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # the terminal may know nothing but ASCII
+            stream.reconfigure(errors="backslashreplace")  # the terminal may support ASCII only
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
     except BrokenPipeError:
-        # Whoever read the output, `head` for one, has seen enough. Python would try again to flush it at its exit.
+        # The reader of the output, such as `head`, has closed it. Without this, Python fails to flush it at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

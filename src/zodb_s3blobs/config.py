@@ -1,7 +1,7 @@
 """The ``<s3blobstorage>`` section: settings in, storage out.
 
-Every bad value is refused with the name of its key, when the configuration is read as far as that can be told then.
-The keys are described in component.xml. Values are never repeated in an error: one of them may be a secret.
+Every invalid value is refused with the name of its key, if possible when the configuration is read. component.xml
+describes the keys. No error repeats a value, which may be a secret.
 """
 
 import base64
@@ -44,13 +44,13 @@ from .zeo import handler as zeo
 
 logger = logging.getLogger(__name__)
 
-#: How long, in seconds, the start waits for the bucket before it goes on without.
+#: How long, in seconds, the start waits for the bucket before it goes on without an answer.
 _PROBE_TIMEOUT = 10.0
 
 #: How long, in seconds, the service may take to copy 64 MiB inside the bucket, unless upload-timeout is less.
 _COPY_TIMEOUT = 120.0
 
-#: What S3 allows for a key is 1024 bytes; of them the names below the prefix, and those of a check, need some.
+#: S3 allows 1024 bytes for a key; the names below the prefix, and those of a check, need the rest.
 _LONGEST_PREFIX = 900
 
 _MB = 1 << 20
@@ -61,9 +61,9 @@ _places = Places()
 def _datatype(
     key: str, kind: str, form: str, least: float | None = None, most: float | None = None, zero: bool = False
 ) -> Callable[[str], Any]:
-    """Return ZConfig's datatype ``kind``, from ``least`` to ``most``; ``zero``: or 0. A time other than 0 has a unit.
+    """Return ZConfig's datatype ``kind``, limited to ``least`` to ``most``, or 0 if ``zero``.
 
-    The error names the key and not the value.
+    A time other than 0 needs a unit. The error names the key and not the value.
     """
     convert = ZConfig.datatypes.Registry().get(kind)
 
@@ -87,7 +87,7 @@ def _datatype(
 
 
 def _timeout(key: str) -> Callable[[str], float]:
-    """Return the datatype of a time of at least 1s; a number alone is taken as seconds, for the sections of 1.2.1."""
+    """Return the datatype of a time of at least 1s; a number alone means seconds, for sections of 1.2.1."""
     with_unit = _datatype(key, "time-interval", "a time of at least 1s, such as 30s or 10m", 1)
 
     def datatype(text: str) -> float:
@@ -120,7 +120,7 @@ upload_timeout = _datatype("upload-timeout", "time-interval", _TIME, 1)
 
 
 def metrics_address(text: str) -> tuple[str, int] | None:
-    """A host, "" for all addresses of this machine, and a port; None for no text, as from an empty variable."""
+    """Return host ("": all addresses of this machine) and port; None for an empty text, as from an empty variable."""
     if not text:
         return None
     try:
@@ -133,10 +133,10 @@ def metrics_address(text: str) -> tuple[str, int] | None:
 
 
 class StartRefused(ZConfig.ConfigurationError, SystemExit):
-    """A setting turned out wrong when the storage was opened; the message names its key.
+    """A setting that turned out to be wrong when the storage was opened; the message names its key.
 
-    Nobody in a starting server catches it. As a SystemExit it ends the process with its one sentence on stderr,
-    where the operator would have to find that below a traceback otherwise.
+    A starting server does not catch this error. Since it is a SystemExit, it ends the process with one sentence on
+    stderr instead of a traceback.
     """
 
     def __init__(self, sentence: str) -> None:
@@ -147,8 +147,8 @@ class StartRefused(ZConfig.ConfigurationError, SystemExit):
 class S3BlobStorageFactory(BaseConfig):
     """The datatype of the section; `open` makes the storage.
 
-    Raises ZConfig.ConfigurationError for settings that are wrong whatever the bucket and the disk are like. Not
-    ValueError: ZConfig would hang the section, with its secrets, on the error that it makes of that, and add line -1.
+    Raises ZConfig.ConfigurationError for settings that are wrong for any bucket and disk. Not ValueError: ZConfig
+    would attach the section, with its secrets, to the error that it makes of that, and add line -1.
     """
 
     def __init__(self, config: Any) -> None:
@@ -163,8 +163,8 @@ class S3BlobStorageFactory(BaseConfig):
     def open(self) -> S3BlobStorage:
         """Open the base and the storage around it.
 
-        Raises `StartRefused` for a setting that turns out wrong; an S3 that does not answer is logged
-        and no error.
+        Raises `StartRefused` for a setting that turns out to be wrong. A bucket that does not answer is logged, and is
+        no error. Waits for S3, for `_PROBE_TIMEOUT` seconds at most.
         """
         zeo.install()
         for sentence in predecessor.warnings(self.config):
@@ -204,11 +204,11 @@ class S3BlobStorageFactory(BaseConfig):
             raise _refuse(f"metrics-address: {error}") from None
 
     def open_fallback(self) -> BlobDirectory | None:
-        """The directory ``fallback-blob-dir``, if there is one. Raises BlobDirectoryError."""
+        """Return the directory ``fallback-blob-dir``, None without that key. Raises BlobDirectoryError."""
         return BlobDirectory(self.config.fallback_blob_dir) if self.config.fallback_blob_dir else None
 
     def open_bucket(self, metrics: Metrics) -> Bucket:
-        """The bucket alone, without any request. Raises `StartRefused`."""
+        """Return the bucket alone; sends no request. Raises `StartRefused`."""
         if self.settings.s3_ca_file:
             _check_ca_file(self.settings.s3_ca_file)
         try:
@@ -226,14 +226,14 @@ class S3BlobStorageFactory(BaseConfig):
 
     def _describe(self, bucket: Bucket, metrics: Metrics) -> None:
         url = urlsplit(bucket.endpoint_url)
-        address = url.netloc.rpartition("@")[2]  # boto3 may have found one with a password
+        address = url.netloc.rpartition("@")[2]  # boto3 may have found an endpoint with a password
         endpoint_url, prefix = f"{url.scheme}://{address}{url.path}", self.settings.s3_prefix
         metrics.storage_info.labels(bucket.name, prefix, endpoint_url).set(1)
         logger.info("%s: bucket %s, prefix %s, endpoint %s", self._label, bucket.name, prefix or "none", endpoint_url)
 
     @property
     def _label(self) -> str:
-        """What tells the section from others of the process; inside a wrapper it has no name."""
+        """Name of the section for messages, with its cache-dir; inside a wrapper the section itself has no name."""
         return f"s3blobstorage {self.name or ''}".rstrip() + f" (cache-dir {self.config.cache_dir})"
 
 
@@ -244,44 +244,44 @@ _SECRETS = ("s3-access-key", "s3-secret-key", "s3-sse-customer-key")
 
 
 def _check_texts(config: Any) -> None:
-    """Refuse what ZConfig takes for a part of a value, and nobody means so."""
+    """Refuse comments, quotes and invisible characters, which ZConfig takes as part of a value."""
     for attribute in config.getSectionAttributes():
         key, value = attribute.replace("_", "-"), getattr(config, attribute)
         if not isinstance(value, str) or not value:
             continue
         if not value.isprintable() or value != value.strip():
             raise ZConfig.ConfigurationError(
-                f"{key} begins or ends with a blank, or has a line break or another character that cannot be seen in "
-                f"it: look at the environment variable or the file that it comes from"
+                f"{key} begins or ends with a blank, or contains a line break or another invisible character: check "
+                f"the environment variable or the file that it comes from"
             )
         if key in _SECRETS:
-            continue  # what else is in them is for the service to judge
+            continue  # any other character may be part of a secret
         if re.search(r"(^|\s)#", value):
             raise ZConfig.ConfigurationError(
-                f"{key} has a comment behind its value, which ZConfig takes for a part of it: a comment needs a line "
-                f"of its own"
+                f"{key} has a comment behind its value, which ZConfig takes as part of the value: put the comment on a "
+                f"line of its own"
             )
         if value[0] in "\"'" or value[-1] in "\"'":
             raise ZConfig.ConfigurationError(
-                f"{key} must be written without quotes: ZConfig takes them for a part of the value"
+                f"{key} must be written without quotes: ZConfig takes them as part of the value"
             )
 
 
 def _make_absolute(config: Any, key: str) -> None:
-    """Have the path ``key`` mean the same for whoever reads it later, in whatever directory."""
+    """Make the path ``key`` absolute, so that a later change of the working directory does not matter."""
     attribute = key.replace("-", "_")
     path = getattr(config, attribute)
     if path and (path.startswith("~") or re.search(r"(^|/)\$[\w({]", path)):
         raise ZConfig.ConfigurationError(
-            f"{key} must be the whole path: nobody replaces ~ or $NAME in it. What ZConfig replaces is $(NAME), by the "
-            f"environment variable, such as $(HOME)/cache"
+            f"{key} must be the whole path: ~ and $NAME are not replaced in it. ZConfig replaces $(NAME) by the "
+            f"environment variable, as in $(HOME)/cache"
         )
     if path and not os.path.isabs(path):
         setattr(config, attribute, os.path.join(os.getcwd(), path))
 
 
 def bucket_settings(config: Any) -> BucketSettings:
-    """The settings of the section that concern S3, checked; ConfigurationError names the key of the first bad one."""
+    """Return the checked S3 settings of the section; ConfigurationError names the key of the first invalid one."""
     endpoint = config.s3_endpoint_url
     if endpoint and not _is_endpoint(endpoint):
         raise ZConfig.ConfigurationError("s3-endpoint-url must be http(s)://host[:port][/path]")
@@ -337,13 +337,13 @@ def _prefix(text: str) -> str:
     prefix = text.rstrip("/")
     if prefix.startswith("/"):
         raise ZConfig.ConfigurationError(
-            "s3-prefix must not begin with a slash, as no key does that is read or written here. zodb-s3blobs 1.2.1 "
-            "wrote such keys: copy those objects to keys without the slash, such as with "
+            "s3-prefix must not begin with a slash, since no key of this version does. zodb-s3blobs 1.2.1 "
+            "wrote such keys: copy those objects to keys without the slash, for example with "
             "`aws s3 cp --recursive s3://BUCKET//PREFIX/ s3://BUCKET/PREFIX/`, and set s3-prefix to PREFIX"
         )
     if prefix and any(part in ("", ".", "..") for part in prefix.split("/")):
         raise ZConfig.ConfigurationError("s3-prefix must not contain empty, '.' or '..' parts")
-    # What S3 advises against, what services, proxies and policies take for something else, and blanks.
+    # Without characters that S3 advises against, or that services, proxies and policies interpret, and blanks.
     if not re.fullmatch(r"[\w./=@+:,~!()-]*", prefix):
         raise ZConfig.ConfigurationError(
             "s3-prefix must consist of letters, digits and the characters . _ - / = @ + : , ~ ! ( )"
@@ -384,7 +384,7 @@ def _is_endpoint(url: str) -> bool:
         return False
     try:
         return bool(urlsplit(url).hostname) and urlsplit(url).port != 0
-    except ValueError:  # the port is no number, or none that a port can have
+    except ValueError:  # the port is not a number, or out of range
         return False
 
 
@@ -402,12 +402,12 @@ def _misconfigured(error: BucketError) -> StartRefused:
 
 
 def _refuse(sentence: str) -> StartRefused:
-    logger.critical("%s", sentence)  # the stderr of a daemon is read by nobody
+    logger.critical("%s", sentence)  # the stderr of a daemon may be lost
     return StartRefused(sentence)
 
 
 def _probe(bucket: Bucket) -> None:
-    """Stop what can never work; let what may be an outage pass."""
+    """Probe the bucket; raise StartRefused for a wrong setting, and only log what may be an outage."""
     worker = DaemonPool(1, "s3blobs probe")
     try:
         worker.submit(bucket.probe).result(_PROBE_TIMEOUT)
@@ -415,11 +415,11 @@ def _probe(bucket: Bucket) -> None:
     except BucketError as error:
         if error.code in SETTING_FOR_ERROR:
             raise _misconfigured(error) from None
-        logger.error("%s. Starting all the same: objects and cached blobs are served, other blobs fail", error)
+        logger.error("%s. Starting anyway: objects and cached blobs are served, other blobs fail", error)
     except FutureTimeout:
         logger.error(
-            "Bucket %s did not answer within %g s. Starting all the same: objects and cached blobs are served, other "
-            "blobs fail until it does",
+            "Bucket %s did not answer within %g s. Starting anyway: objects and cached blobs are served, other blobs "
+            "fail until the bucket answers",
             bucket.name,
             _PROBE_TIMEOUT,
         )
@@ -476,6 +476,6 @@ def _assemble(
         raise
     metrics.bucket_up.set_function(lambda: health.trouble() is None)
     exported.trouble = health.trouble
-    if not base.isReadOnly():  # else it can delete nothing, and need not keep others from it
+    if not base.isReadOnly():  # a read-only storage deletes nothing, and must not take the lease from a server
         lease.start()
     return storage

@@ -1,4 +1,4 @@
-"""Cold reads: one download per blob however many ask, verified before anybody sees it, into the cache."""
+"""Cold reads: one download per blob for any number of readers, verified before it is published in the cache."""
 
 import threading
 import time
@@ -14,15 +14,15 @@ from .s3.download import Opened, Target
 from .s3.errors import BlobNotFound, BucketError
 from .workers import DaemonPool
 
-#: A blob up to this many bytes is read at once. Larger ones wait for each other, and no small one waits for them.
+#: The most bytes of a small blob. Large blobs wait for each other in a pool of their own, which delays no small one.
 _SMALL = 1 << 20
 
 
 class Fetcher:
-    """Reads blobs through the cache. Any thread may call.
+    """The reader of blobs through the cache. Any thread may call.
 
-    ``concurrency``: how many downloads of small blobs, and how many of large ones, go on at once; ``fallback``: where
-    blobs are that the bucket does not have yet, if anywhere.
+    ``concurrency``: the number of parallel downloads of small blobs, and of large ones; ``fallback``: a blob directory
+    with blobs that the bucket does not have yet, or None.
     """
 
     def __init__(
@@ -37,20 +37,20 @@ class Fetcher:
         self._cache = cache
         self._metrics = metrics
         self._fallback = fallback
-        # Not those of the uploads: slow reads must not hold up whoever holds the commit lock.
+        # Pools of their own, so that slow downloads never delay a commit.
         self._workers = DaemonPool(concurrency, "s3blobs download")
         self._large = DaemonPool(concurrency, "s3blobs large download")
         self._lock = threading.Lock()
         self._waiting: dict[Revision, list[_Reader]] = {}
 
     def request(self, oid: bytes, tid: bytes, source: bytes | None = None) -> "Future[Pin]":
-        """The blob's complete and verified file, pinned in the cache; on a hit the future is done already.
+        """Return a future of the blob's complete and verified file, pinned in the cache; on a hit it is already done.
 
-        Does not wait. The future fails with `BlobNotFound` if neither the bucket nor the fallback has such a blob,
-        `BucketError` if S3 does not answer as it should, `BlobDirectoryError` if the fallback cannot be read, and
-        `CacheError` if the file cannot be written. Whoever asks must release the pin.
+        Does not wait. The future fails with `BlobNotFound` if neither the bucket nor the fallback has the blob,
+        `BucketError` if S3 fails, `BlobDirectoryError` if the fallback cannot be read, and `CacheError` if the file
+        cannot be written. The caller must release the pin.
 
-        ``source``: the tid of another revision with the same blob, which is read instead.
+        ``source``: the tid of another revision with the same bytes, which is downloaded instead.
         """
         name = Revision(oid, tid)
         reader = _Reader(Future(), time.monotonic())
@@ -75,16 +75,16 @@ class Fetcher:
         reader.future.set_result(pin)
 
     def fetch(self, oid: bytes, tid: bytes) -> Pin:
-        """As `request`, but wait for it."""
+        """Return the blob's file, pinned. Waits for S3; raises the errors of `request`."""
         return self.request(oid, tid).result()
 
     def close(self) -> None:
-        """Start no more downloads."""
+        """Refuse new downloads."""
         self._workers.shutdown(wait=False)
         self._large.shutdown(wait=False)
 
     def _begin(self, name: Revision, source: bytes) -> None:
-        """Ask for the blob, which tells its size; leave a large one to another thread."""
+        """Request the blob, whose answer gives its size; pass a large one on to the other pool."""
         try:
             opened = self._bucket.open(name[0], source)
         except Exception as error:
@@ -95,7 +95,7 @@ class Fetcher:
         elif self._large.has_free_thread:
             self._large.submit(self._finish, name, source, opened)
         else:
-            opened.close()  # rather than to keep the service waiting until there is one
+            opened.close()  # no thread is free: do not keep the connection open meanwhile
             self._large.submit(self._finish, name, source, None)
 
     def _finish(self, name: Revision, source: bytes, begun: "Opened | Exception | None") -> None:
@@ -107,15 +107,15 @@ class Fetcher:
                 reader.future.set_exception(error)
         else:
             first, *others = self._end(name)
-            # Each gets a pin of its own, so that the file cannot go before the last of them has opened it, even if
-            # it is larger than the whole cache. All are made before the first can be released.
+            # Each reader gets a pin of its own, so that the file stays until the last one has opened it, even if the
+            # file is larger than the whole cache. All pins are made before the first can be released.
             pins = [pin.again() for _ in others]
             self._answer(first, pin, "miss")
             for reader, again in zip(others, pins, strict=True):
                 self._answer(reader, again, "miss")
 
     def _end(self, name: Revision) -> "list[_Reader]":
-        with self._lock:  # from here on nobody joins
+        with self._lock:  # from here on no reader can join
             return self._waiting.pop(name)
 
     def _download(self, oid: bytes, tid: bytes, source: bytes, begun: "Opened | Exception | None") -> Pin:
@@ -143,17 +143,17 @@ def get(
     file: Target,
     begun: Opened | Exception | None = None,
 ) -> bool:
-    """Write blob (oid, tid) into the empty ``file``; return whether it came from the bucket, or else the fallback.
+    """Write blob (oid, tid) into the empty ``file``; return True if it came from the bucket, False: from the fallback.
 
-    ``begun``: what `Bucket.open` returned or raised, if it was called. The errors are those of `Bucket.get` and
-    `BlobDirectory.copy`.
+    ``begun``: the result or error of `Bucket.open`, if it was called. Waits for S3; raises the errors of `Bucket.get`
+    and `BlobDirectory.copy`.
     """
     try:
         if isinstance(begun, Exception):
             raise begun
         bucket.get(oid, tid, file, begun)
     except (BlobNotFound, BucketError):
-        # It is the same blob, wherever it comes from: an outage need not keep anybody from it either.
+        # The fallback's copy has the same bytes, so it also serves during an outage of the bucket.
         if fallback is None or not fallback.copy(oid, tid, file):
             raise
         return False
@@ -161,7 +161,7 @@ def get(
 
 
 class _Reader(NamedTuple):
-    """Somebody who waits for a blob since ``asked``, a reading of `time.monotonic`."""
+    """A request for a blob, made at ``asked``, a time by `time.monotonic`."""
 
     future: "Future[Pin]"
     asked: float

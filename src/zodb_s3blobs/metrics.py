@@ -1,7 +1,7 @@
 """The Prometheus instruments of one storage.
 
-The parts count on them, whether anybody reads them or not; any thread may. Names, labels and units are a promise to
-those whose dashboards and alerts use them: grafana/README.md lists them all.
+The other modules count on them, with or without an exporter, in any thread. Names, labels and units are a promise to
+the users of dashboards and alerts: grafana/README.md lists them all.
 """
 
 import itertools
@@ -14,8 +14,8 @@ from prometheus_client.registry import Collector
 LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 SIZES = tuple(4096 * 4**power for power in range(10))
 
-# The values of labels that are known in advance: their series are 0 from the start, so that the first of something bad
-# is an increase. Prometheus cannot see the step from no series to 1.
+# The values of labels that are known in advance: their series are 0 from the start, so that the first failure is an
+# increase. Prometheus does not see the step from no series to 1 as one.
 S3_OPERATIONS = (
     "put", "get", "head", "copy", "list", "delete",
     "create_multipart", "put_part", "copy_part", "complete_multipart", "abort_multipart",
@@ -160,7 +160,7 @@ class Metrics:
         )
         self.missing_blobs = self._counter(
             "s3blobs_missing_blobs_total",
-            "Blobs that a record names, that were asked for, and that the bucket has not.",
+            "Blobs that a record names, that were asked for, and that the bucket does not have.",
         )
         self.fallback_reads = self._counter(
             "s3blobs_fallback_reads_total",

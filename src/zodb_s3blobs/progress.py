@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, plain log lines elsewhere."""
+"""The progress of long work: a bar on a terminal, log lines elsewhere."""
 
 import logging
 import shutil
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: How often, in seconds, to log a line.
+#: Seconds between two log lines.
 LOG_EVERY = 30.0
 
 # tqdm begins a postfix with a comma, and puts the unit next to the rate.
@@ -22,21 +22,21 @@ _LINE_WITHOUT_TOTAL = "{desc}: {n_fmt}{unit}{postfix}, {rate_fmt}, {elapsed} so 
 
 
 class Progress:
-    """To be told of each step; `showing` makes one."""
+    """A counter of the steps of some work; `showing` makes one."""
 
     def __init__(self, bar: Any) -> None:
         self._bar = bar
         self._bytes = 0
 
     def step(self, size: int = 0) -> None:
-        """One more is done, of ``size`` bytes."""
+        """Count one more item, of ``size`` bytes."""
         if size:
             self._bytes += size
             self._bar.set_postfix_str(f"{tqdm.format_sizeof(self._bytes, 'B')}", refresh=False)
         self._bar.update()
 
     def over(self, items: Iterable[T]) -> Iterator[T]:
-        """The same ``items``, a step each."""
+        """Yield ``items``, and count a step for each."""
         for item in items:
             yield item
             self.step()
@@ -44,7 +44,7 @@ class Progress:
 
 @contextmanager
 def showing(what: str, unit: str, total: int | None = None) -> Iterator[Progress]:
-    """For the body, which does ``what`` with ``total`` of something whose plural is ``unit``."""
+    """Show the progress of ``what`` during the body. ``unit``: plural noun of the items; ``total``: their number."""
     if sys.stderr.isatty():
         options: dict[str, Any] = {"file": sys.stderr, "ncols": shutil.get_terminal_size().columns}
     else:
@@ -61,7 +61,7 @@ def showing(what: str, unit: str, total: int | None = None) -> Iterator[Progress
 
 
 class _Log:
-    """What tqdm takes for a file; what would overwrite a line there is a line of the log here."""
+    """A file for tqdm that turns each update of the bar into a log line."""
 
     def write(self, text: str) -> None:
         line = text.strip()

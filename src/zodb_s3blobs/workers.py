@@ -1,7 +1,7 @@
-"""Pools of daemon threads, and waiting for them.
+"""Pools of daemon threads, and groups of their futures.
 
 `concurrent.futures.ThreadPoolExecutor` joins its threads when the interpreter exits, so that one request to a
-black-holed bucket keeps a server from stopping. These threads are daemons: the process ends when it is told to.
+black-holed bucket keeps a server from stopping. These threads are daemons: they do not delay the end of the process.
 """
 
 import threading
@@ -16,9 +16,9 @@ R = TypeVar("R")
 
 
 class DaemonPool(Executor):
-    """At most ``max_workers`` daemon threads, started when needed, that run what is submitted in order.
+    """A pool of at most ``max_workers`` daemon threads, started when needed, which run tasks in order.
 
-    Any thread may call. An `Executor`, so that s3transfer and `concurrent.futures.wait` can use it.
+    Any thread may call. The pool is an `Executor`, so that s3transfer and `concurrent.futures.wait` can use it.
     """
 
     def __init__(self, max_workers: int, name: str = "s3blobs") -> None:
@@ -31,7 +31,7 @@ class DaemonPool(Executor):
         self._closed = False
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-        """Run ``fn(*args, **kwargs)`` in a worker; RuntimeError after `shutdown`."""
+        """Run ``fn(*args, **kwargs)`` in a worker; return its future. Raises RuntimeError after `shutdown`."""
         future: Future = Future()
         with self._changed:
             if self._closed:
@@ -45,7 +45,7 @@ class DaemonPool(Executor):
 
     @property
     def has_free_thread(self) -> bool:
-        """Whether what is submitted now would be begun at once."""
+        """True if a task submitted now would start at once."""
         with self._changed:
             return self._idle > len(self._tasks) or self._threads < self._max_workers
 
@@ -64,7 +64,7 @@ class DaemonPool(Executor):
             if future.set_running_or_notify_cancel():
                 try:
                     result = call()
-                except BaseException as error:  # whoever waits for the future is told, not this thread
+                except BaseException as error:  # raised by the future, in the thread that waits for its result
                     future.set_exception(error)
                 else:
                     future.set_result(result)
@@ -73,13 +73,13 @@ class DaemonPool(Executor):
             del future, call
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None) -> None:
-        """Take no more tasks, and wait for those there are: at most ``timeout`` seconds, None for ever."""
+        """Refuse new tasks; if ``wait``, wait for the present ones, at most ``timeout`` seconds (None: no limit)."""
         with self._changed:
             self._closed = True
             if cancel_futures:
                 for future, _ in self._tasks:
                     future.cancel()
-                    future.set_running_or_notify_cancel()  # or `concurrent.futures.wait` waits for it for ever
+                    future.set_running_or_notify_cancel()  # or `concurrent.futures.wait` never returns
                 self._tasks.clear()
             self._changed.notify_all()
             if wait:
@@ -87,10 +87,10 @@ class DaemonPool(Executor):
 
 
 def in_parallel(work: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
-    """What ``work`` returns for each of the ``items``, as soon as it does; only a few of them are taken ahead.
+    """Yield the result of ``work`` for each of ``items``, as soon as it is there; take only a few items ahead.
 
-    The first error ends it: what has begun is waited for, but not after a KeyboardInterrupt: a silent service
-    can make that a long time.
+    The first error ends the iteration, after the tasks under way. A KeyboardInterrupt does not wait for them, because
+    a silent service could delay their end for long.
     """
     pool = DaemonPool(threads)
     running: set[Future] = set()
@@ -111,10 +111,10 @@ def in_parallel(work: Callable[[T], R], items: Iterable[T], threads: int) -> Gen
 
 
 class Completion:
-    """For futures, until a deadline.
+    """A group of ``futures`` with a common ``deadline``, a time by `time.monotonic`. Any thread may call.
 
-    ``done`` is done when all ``futures`` are, or the first of them has failed; ``deadline`` is a reading of
-    `time.monotonic`, after which the error is ``timeout_error``. Any thread may call.
+    ``done`` completes when all ``futures`` have succeeded, or the first of them has failed; ``timeout_error`` is raised
+    after the deadline.
     """
 
     def __init__(self, futures: list[Future], deadline: float, timeout_error: Exception) -> None:
@@ -141,20 +141,20 @@ class Completion:
 
     @property
     def seconds_left(self) -> float:
-        """Until the deadline; never negative."""
+        """Seconds until the deadline; never negative."""
         return max(0.0, self._deadline - time.monotonic())
 
     def succeeded(self) -> bool:
-        """Whether the end has come, and is a good one."""
+        """Return whether all futures have succeeded."""
         return self.done.done() and self.done.exception() is None
 
     def check(self) -> None:
-        """Without waiting: raise what failed, or ``timeout_error`` if the end has not come yet."""
+        """Raise the first failure, or ``timeout_error`` if futures are still running. Does not wait."""
         if not self.done.done():
             raise self._timeout_error
         self.done.result()
 
     def wait(self) -> None:
-        """Wait for the end, then `check`."""
+        """Wait for ``done`` until the deadline, then `check`."""
         wait([self.done], self.seconds_left)
         self.check()

@@ -79,7 +79,7 @@ def test_a_server_that_starts_during_an_outage_serves_what_it_has(live, link, ou
     live.server.start()
     output = live.server.output()
     assert "Traceback" not in output
-    assert "Starting all the same" in output
+    assert "Starting anyway" in output
     live.check_cached_blobs_go_on()
     live.check_objects_go_on()
     soon(live.cold_read_fails)

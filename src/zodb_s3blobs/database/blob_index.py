@@ -1,4 +1,4 @@
-"""Which blobs a database names and which a bucket holds, side by side in a temporary file: there may be millions."""
+"""The blobs that a database names and those that a bucket has, joined in a temporary file: there may be millions."""
 
 import itertools
 import sqlite3
@@ -12,10 +12,11 @@ _BATCH = 10_000
 
 
 class Named(NamedTuple):
-    """A blob that the database names, and what a listing of the bucket tells of its object.
+    """A blob that the database names, with the properties of its object from a listing of the bucket.
 
-    ``size``: in bytes, None if there is no object; ``archived``: whether its storage class is one of archives.
-    ``candidates``: if there is no object, the tids of earlier objects of the blob that the database does not name.
+    ``size``: in bytes, None if there is no object; ``archived``: whether the object must be restored before it can be
+    read. ``candidates``: if there is no object, the tids of earlier objects of the blob that the database does not
+    name.
     """
 
     oid: bytes
@@ -39,7 +40,7 @@ class Inventory:
     """The blobs of a database and of a bucket. Belongs to one thread, until `close`."""
 
     def __init__(self) -> None:
-        # SQLite keeps such a database in memory as long as it is small, then in a file that nobody else can open.
+        # SQLite keeps such a database in memory while it is small, then in a file that no other process can open.
         self._tables = sqlite3.connect("")
         for table in "named (oid BLOB, tid BLOB", "held (oid BLOB, tid BLOB, size INTEGER, archived INTEGER":
             self._tables.execute(f"CREATE TABLE {table}, PRIMARY KEY (oid, tid)) WITHOUT ROWID")
@@ -49,11 +50,11 @@ class Inventory:
         self._tables.close()
 
     def add_named(self, blobs: Iterable[Revision]) -> None:
-        """Add blobs (oid, tid) that the database names; a blob that it names twice counts once."""
+        """Add blobs (oid, tid) that the database names; a blob added twice counts once."""
         self._add("INSERT OR IGNORE INTO named VALUES (?, ?)", blobs)
 
     def add_held(self, blobs: Iterable[Listed]) -> None:
-        """Add blobs that the bucket holds."""
+        """Add blobs that the bucket has."""
         rows = ((blob.oid, blob.tid, blob.size, blob.archived) for blob in blobs)
         self._add("INSERT OR REPLACE INTO held VALUES (?, ?, ?, ?)", rows)
 
@@ -64,16 +65,16 @@ class Inventory:
                 self._tables.executemany(statement, batch)
 
     def __len__(self) -> int:
-        """Return how many blobs the database names."""
+        """Return the number of blobs that the database names."""
         return self._tables.execute("SELECT count(*) FROM named").fetchone()[0]
 
     def named(self) -> Iterator[Named]:
-        """Yield all blobs that the database names, by oid and tid."""
+        """Yield all blobs that the database names, in the order of oid and tid."""
         for oid, tid, size, archived, candidates in self._tables.execute(_NAMED):
             tids = map(bytes.fromhex, sorted(candidates.split(","))) if candidates else ()
             yield Named(oid, tid, size, bool(archived), tuple(tids))
 
     def is_named(self, oid: bytes, tid: bytes) -> bool:
-        """Return whether the database names that blob."""
+        """Return whether the database names blob (oid, tid)."""
         found = self._tables.execute("SELECT 1 FROM named WHERE oid = ? AND tid = ?", (oid, tid))
         return found.fetchone() is not None

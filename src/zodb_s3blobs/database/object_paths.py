@@ -1,6 +1,6 @@
-"""Where in a database an object is, as a path from the root object that a person can follow.
+"""The paths of objects in a database, from the root object, in a form that a person can follow.
 
-Records are read without the application: no class of theirs is imported or made, and none of their code runs.
+Records are read without the application: none of their classes is imported, and none of their code runs.
 """
 
 import functools
@@ -21,49 +21,49 @@ from ..progress import showing
 
 _BATCH = 1000
 
-#: The most names of steps to keep, since the ways to the blobs have much in common.
+#: The number of steps whose names are cached, since the ways to the blobs have much in common.
 _REMEMBERED = 10_000
 
-#: How many objects to look at, at most, for the top of what the root does not lead to.
+#: The most objects that are examined for the topmost holder of an object that the root does not lead to.
 _LOOKED_AT = 10_000
 
 _LONGEST_NAME = 100
 
-#: What a step to an object costs. A way costs as much as its steps, and of those that cost the same the shortest is
-#: taken. One through an index is taken where no other leads to the object, however long the others are.
+#: The cost of a step to an object. The cost of a way is the sum of its steps; of equally cheap ways the shortest is
+#: taken. A way through an index is taken only if no other way leads to the object, however long that is.
 _AN_ITEM = 0
-_BY_THE_WAY = 1  # by an attribute that is the object's own business, a number, or one that cannot be told
+_BY_THE_WAY = 1  # by a private attribute, a number, or an attribute that cannot be read
 _AN_INDEX = 1_000_000
 
-#: Names of what refers to objects that are elsewhere: Zope's component registries, catalogs, and the way back up.
+#: Names of references to objects with their place elsewhere: Zope's component registries, catalogs, and parents.
 _INDEXES = re.compile(
     r"_components|(.*_)?registrations|(.*_)?intids?|.*catalog|__parent__|aq_parent",
     re.IGNORECASE,
 )
 
-#: Names of the attributes in which containers keep their items; they are no part of a path that a person follows.
+#: Names of the attributes in which containers keep their items; paths leave them out.
 _OF_CONTAINERS = re.compile(r"_tree|_container|_data|_SampleContainer__data|_BTreeContainer__data")
 
 
 def find(storage: Any, oids: Collection[bytes]) -> dict[bytes, str]:
-    """oid -> its path from the root object, such as ``/app/folder/file/_blob``, for each of the ``oids`` that has one.
+    """Return oid -> path from the root object, such as ``/app/folder/file/_blob``, for the ``oids`` that have one.
 
-    The names are attributes and the keys of mappings and BTrees; what has no name, as an object whose holder cannot be
-    read, is there with its oid. What the root does not lead to has a path from the topmost object that leads to it:
-    ``[app.models.Folder 0x2a]/file/_blob``, and none if nothing leads to it. Only current revisions count.
+    The names are attributes and the keys of mappings and BTrees; an object without a name, for example because its
+    holder cannot be read, appears with its oid. An object that the root does not lead to has a path from its topmost
+    holder: ``[app.models.Folder 0x2a]/file/_blob``, and no path without a holder. Only current revisions count.
 
-    Of several ways to an object, that through the items of containers is taken, and not one through a catalog or
-    another index (`_cost`); then the shortest.
+    Of several ways to an object, one through the items of containers is preferred to one through a catalog or another
+    index (`_cost`), then the shortest.
 
-    The database is read once, from one end to the other, if there are any ``oids``; what that brings is in a temporary
-    file. Takes as long as that. Errors are the storage's own, but not for a record that makes no sense.
+    If there are any ``oids``, this reads the whole database once into a temporary file, and takes as long as that.
+    Raises the storage's own errors; invalid records are skipped.
     """
     if not oids:
         return {}
     with closing(_Graph()) as graph:
         with (
             showing("Reading the database for paths", "transactions") as progress,
-            # Not what has been committed since it was opened: it could not load that.
+            # Not transactions committed since the storage was opened: it could not load their records.
             closing(storage.iterator(None, storage.lastTransaction())) as transactions,
         ):
             graph.add(
@@ -88,7 +88,7 @@ def find(storage: Any, oids: Collection[bytes]) -> dict[bytes, str]:
 
 
 def _references(data: bytes | None) -> list[bytes]:
-    """The oids of what the record ``data`` refers to; none if there is no object any more, or it makes no sense."""
+    """Return the oids that the record ``data`` refers to; none for a deleted object or an invalid record."""
     try:
         return referencesf(data) if data else []
     except Exception:
@@ -96,7 +96,7 @@ def _references(data: bytes | None) -> list[bytes]:
 
 
 def _costs(data: bytes | None) -> dict[bytes, int]:
-    """The oids of what the record ``data`` refers to, and what the steps there cost."""
+    """Return oid -> cost of the step, for the objects that the record ``data`` refers to."""
     references = _references(data)
     if not data or not references:
         return {}
@@ -111,7 +111,7 @@ def _costs(data: bytes | None) -> dict[bytes, int]:
 
 
 def _cost(key: Any) -> int:
-    """What it costs to go by an attribute or item of that name."""
+    """Return the cost of a step through the attribute or item ``key``."""
     if key is None or isinstance(key, bytes):
         return _AN_ITEM
     if not isinstance(key, str):
@@ -122,11 +122,11 @@ def _cost(key: Any) -> int:
 
 
 class _Graph:
-    """Which object refers to which, in a temporary file. Belongs to one thread, until `close`."""
+    """The references between objects, in a temporary file. Belongs to one thread, until `close`."""
 
     def __init__(self) -> None:
-        # Each record has a number, which says which one of an object is the last; older ones are just not asked for.
-        # So nothing of it is written but at the end of a table, and nothing is deleted.
+        # Each record has a number; queries use the latest record of an object only. So rows are only appended, and
+        # none is deleted.
         self._tables = sqlite3.connect("")
         self._tables.executescript(
             """
@@ -142,11 +142,11 @@ class _Graph:
         self._has_holders = False
 
     def close(self) -> None:
-        """Delete it."""
+        """Delete the temporary file."""
         self._tables.close()
 
     def add(self, records: Iterable[tuple[bytes, bytes, dict[bytes, int]]]) -> None:
-        """The records of the database: oid, tid and `_costs`; of those of one oid the last holds."""
+        """Add records: oid, tid and `_costs`; the last record of an oid is the current one."""
         numbered = enumerate(records)
         while batch := list(itertools.islice(numbered, _BATCH)):
             with self._tables:
@@ -160,17 +160,17 @@ class _Graph:
                 )
 
     def tid(self, oid: bytes) -> bytes:
-        """When ``oid`` got its current record."""
+        """Return the tid of the current record of ``oid``."""
         return self._ask("SELECT tid FROM current WHERE oid = ?", oid)[0][0]
 
     def reach(self) -> None:
-        """Go everywhere from the root: to what costs least first, and of that to the nearest."""
+        """Find the cheapest way from the root to every object, of equally cheap ways the shortest."""
         with self._tables:
             self._tables.execute("INSERT INTO reached (oid) VALUES (?)", (z64,))
             cost, first = 0, 1
             while True:
                 last = self._reach_items(first)
-                # What is reached by now is not reached cheaper any more.
+                # No cheaper way to the objects reached so far can follow.
                 self._tables.execute(
                     "INSERT OR IGNORE INTO waiting SELECT ? + refs.cost, reached.number, refs.oid, reached.oid"
                     " FROM reached CROSS JOIN current USING (oid) CROSS JOIN refs USING (record)"
@@ -190,7 +190,7 @@ class _Graph:
                 self._tables.execute("DELETE FROM waiting WHERE cost = ?", (cost,))
 
     def _reach_items(self, first: int) -> int:
-        """Go on, breadth first, from what was reached as number ``first`` and later; return the last number."""
+        """Follow steps without cost, breadth first, from number ``first`` on; return the last number reached."""
         last = first - 1
         while True:
             first, last = last + 1, self._ask("SELECT max(number) FROM reached")[0][0]
@@ -204,14 +204,14 @@ class _Graph:
             )
 
     def chain(self, oid: bytes) -> list[bytes]:
-        """After `reach`: the oids on the best way from the root to ``oid``; just this one if there is no way."""
+        """Return the oids on the best way from the root to ``oid``, only ``oid`` if there is none; after `reach`."""
         chain = [oid]
         while (found := self._ask("SELECT holder FROM reached WHERE oid = ?", chain[-1])) and found[0][0]:
             chain.append(found[0][0])
         return chain[::-1]
 
     def chain_without_root(self, oid: bytes) -> list[bytes]:
-        """The same from an object that nothing refers to, or else from one that is far up."""
+        """Return the oids on a way to ``oid`` from an object that no other refers to, or else from a distant holder."""
         if not self._has_holders:
             self._tables.execute("CREATE INDEX holders ON refs (oid)")
             self._tables.execute("CREATE INDEX objects ON current (record)")
@@ -239,7 +239,7 @@ class _Graph:
 
 
 class _Steps:
-    """Looks into the records of ``storage`` for the names of what they refer to."""
+    """A reader of the names by which the records in ``storage`` refer to other objects."""
 
     def __init__(self, storage: Any, tid: Callable[[bytes], bytes]) -> None:
         self._storage = storage
@@ -247,10 +247,10 @@ class _Steps:
         self.names = functools.lru_cache(_REMEMBERED)(self._names)
 
     def _names(self, holder: bytes, oid: bytes) -> tuple[str, ...]:
-        """The names on the way from the object ``holder`` to ``oid``, which it refers to; none inside a BTree."""
+        """Return the names on the way from ``holder`` to the object ``oid`` in it; none inside a BTree."""
         try:
             found = _search(self._read(holder)[1], oid)
-        except Exception:  # whatever is wrong with it, and it may be anything: the rest of the path is right
+        except Exception:  # an invalid record can raise anything; the rest of the path is still right
             found = None
         if found is None:
             return (oid_repr(oid),)
@@ -259,28 +259,28 @@ class _Steps:
         return found
 
     def class_of(self, oid: bytes) -> str:
-        """The name of the class of ``oid``."""
+        """Return the name of the class of ``oid``, "object" if its record cannot be read."""
         try:
             return _text(self._read(oid)[0])
         except Exception:
             return "object"
 
     def _read(self, oid: bytes) -> tuple[str, Any]:
-        # By its tid, since a FileStorage takes the rest from the file of that name, which a pack may have replaced.
+        # By tid: a FileStorage's `load` could read the file of its name, which a pack may have replaced.
         return _read(self._storage.loadSerial(oid, self._tid(oid)))
 
 
 class _Reference:
-    """What stands for another object of the database in a state; ``oid`` is None if it is not an ordinary one."""
+    """A stand-in for a reference to another object in a state; ``oid`` is None unless the reference is ordinary."""
 
     def __init__(self, pid: Any) -> None:
         oid = pid[0] if isinstance(pid, tuple) else pid
-        # As `referencesf` has it: lists are weak references, and those to other databases.
+        # Like `referencesf`: lists are weak references, or references to other databases.
         self.oid = oid.encode("latin-1") if isinstance(oid, str) else oid if isinstance(oid, bytes) else None
 
 
 class _StandIn:
-    """What stands for an instance of any class in a state. It takes what an unpickler may do to one, and keeps it."""
+    """A stand-in for an instance of any class in a state; it keeps everything that an unpickler puts into it."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "_StandIn":
         self = super().__new__(cls)
@@ -313,12 +313,12 @@ def _stand_in(module: str, name: str) -> type:
     return type(name, (_StandIn,), {"__module__": module})
 
 
-#: The only classes that are what they are: by protocol 3 their items come as a list, whose positions would say nothing.
+#: The only real classes: protocol 3 stores their items as a list, whose positions would be meaningless names.
 _SETS = {"set": set, "frozenset": frozenset}
 
 
 class _Reader(pickle.Unpickler):
-    """Reads a record: twice, its class and its state."""
+    """A reader of a record, which consists of two pickles: the class and the state."""
 
     def find_class(self, module: str, name: str) -> type:
         if module in ("builtins", "__builtin__") and name in _SETS:
@@ -330,7 +330,7 @@ class _Reader(pickle.Unpickler):
 
 
 def _read(data: bytes) -> tuple[str, Any]:
-    """The name of the class and the state of a record."""
+    """Return the name of the class and the state in a record."""
     reader = _Reader(io.BytesIO(data), encoding="utf-8", errors="surrogateescape")
     meta = reader.load()
     while isinstance(meta, tuple) and meta and not isinstance(meta[0], str):
@@ -343,16 +343,16 @@ def _read(data: bytes) -> tuple[str, Any]:
 
 
 def _search(state: Any, oid: bytes) -> tuple[str, ...] | None:
-    """The names on the best way from ``state`` to a reference to ``oid``; None if there is none."""
+    """Return the names on the best way from ``state`` to a reference to ``oid``; None if there is none."""
     ways = [_keys_on(way) for way, found in _ways(state) if found == oid]
     if not ways:
         return None
-    best = min(ways, key=lambda keys: sum(map(_cost, keys)))  # the first of those that cost the same
+    best = min(ways, key=lambda keys: sum(map(_cost, keys)))  # the first of equally cheap ones
     return tuple(map(_text, best))
 
 
 def _ways(state: Any) -> Iterator[tuple[tuple, bytes]]:
-    """Each reference in ``state``, the nearest first: the way to it, for `_keys_on`, and its oid."""
+    """Yield each reference in ``state``, the nearest first: the way to it, for `_keys_on`, and its oid."""
     waiting: deque[tuple[Any, Any]] = deque((((), key), part) for key, part in _parts_of_state(state))
     seen: set[int] = set()
     while waiting:
@@ -366,7 +366,7 @@ def _ways(state: Any) -> Iterator[tuple[tuple, bytes]]:
 
 
 def _keys_on(way: tuple) -> list[Any]:
-    """The attributes and keys on a way of `_ways`, without what has no name."""
+    """Return the attributes and keys on a way of `_ways`, without steps that have no name."""
     keys = []
     while way:
         way, key = way
@@ -376,7 +376,7 @@ def _keys_on(way: tuple) -> list[Any]:
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
-    """What is in ``value``, each with its name, or None if it has none."""
+    """Yield the parts of ``value``, each with its name, or None if it has none."""
     if isinstance(value, dict):
         yield from value.items()
         yield from ((None, key) for key in value if not isinstance(key, str))
@@ -389,10 +389,10 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _parts_of_state(state: Any) -> Iterator[tuple[Any, Any]]:
-    """The same of what an object gave for its state; its class does not tell how to read it, as nobody knows it."""
+    """Yield the named parts of an object's ``state``; its form is guessed, since the class is not loaded."""
     if isinstance(state, dict):
         for name, value in state.items():
-            # Of a PersistentMapping or PersistentList, or of a UserDict: nobody names it on the way to an item.
+            # In a PersistentMapping, PersistentList or UserDict, a path to an item does not name this attribute.
             inner = name in ("data", "_container") and isinstance(value, dict | list)
             yield (None if inner else name), value
     elif isinstance(state, tuple) and state and isinstance(state[0], tuple):
@@ -405,7 +405,7 @@ def _parts_of_state(state: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _parts_of_tree(state: tuple) -> Iterator[tuple[Any, Any]]:
-    """Of a BTree or one of its buckets.
+    """Yield the named parts of the ``state`` of a BTree or of one of its buckets.
 
     A bucket: ((key, value, key, value, ...), next bucket), the latter if there is one. A tree: ((child, key, child,
     ..., child), first bucket). A small tree: ((bucket,),), with the state of the bucket.
@@ -421,7 +421,7 @@ def _parts_of_tree(state: tuple) -> Iterator[tuple[Any, Any]]:
 
 
 def _text(key: Any) -> str:
-    """A name for a person, on one line, in which a slash is none between two names."""
+    """Return a readable name for ``key``, on one line, quoted if it contains a slash."""
     if isinstance(key, bytes):
         key = key.decode("ascii", "backslashreplace")
     if isinstance(key, tuple):

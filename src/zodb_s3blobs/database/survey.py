@@ -1,4 +1,4 @@
-"""One pass over all blobs that a database names, many at a time, and what came of it."""
+"""A pass over all blobs that a database names, several at a time, and the report of its results."""
 
 import datetime
 import json
@@ -26,10 +26,10 @@ from ..workers import in_parallel
 from .blob_index import Inventory, Named
 from .zeoconf import Served
 
-#: After how many failures in a row to give up: what the bucket refuses that often, it will refuse again.
+#: The number of failures in a row that ends the pass: the bucket would refuse the other blobs as well.
 _GIVE_UP_AFTER = 20
 
-#: The reasons of failures after which it is asked whether the bucket answers at all.
+#: The reasons of failures after which a probe of the bucket decides whether the pass goes on.
 _OUTAGES = ("timeout", "connection", "foreign")
 
 #: The columns of a terminal.
@@ -38,10 +38,10 @@ _WIDTH = 80
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found of blob (oid, tid): one of the command's words for it, its bytes, and the trouble if there is.
+    """The result for blob (oid, tid): ``word``, one of the command's states; ``size`` in bytes; ``trouble`` or "".
 
-    ``reason``: that of the BucketError which kept the bucket from giving or taking the blob, if one did. ``copies``:
-    what was found of copies of the blob that are not in the bucket, with words of their own.
+    ``reason``: that of the BucketError of the blob, or "". ``copies``: the results for copies of the blob outside the
+    bucket, with words of their own.
     """
 
     oid: bytes
@@ -54,9 +54,9 @@ class Outcome:
 
 
 def failure(oid: bytes, tid: bytes, size: int, error: BucketError, advice: str = "") -> Outcome:
-    """Return the outcome of a blob of ``size`` bytes that the bucket did not give or take.
+    """Return the outcome of a blob of ``size`` bytes whose download or upload failed with ``error``.
 
-    Its word is "archived", with ``advice`` after the message of ``error``, or "failed".
+    The word is "archived", with ``advice`` after the message of ``error``, or "failed".
     """
     if error.reason == "archived":
         return Outcome(oid, tid, "archived", size, f"{error}{advice}", error.reason)
@@ -64,9 +64,9 @@ def failure(oid: bytes, tid: bytes, size: int, error: BucketError, advice: str =
 
 
 class _EndOfFile(logging.Filter):
-    """Drops what FileStorage calls damage where it is the transaction that a server is just writing.
+    """A filter of FileStorage's warnings of damage that are caused by a transaction which a server is writing.
 
-    ``storage`` tells where the last whole transaction of its file, or files, ended when it was opened.
+    ``storage`` gives the ends of the last whole transactions in its files at the time when it was opened.
     """
 
     def __init__(self, storage: Any) -> None:
@@ -82,7 +82,7 @@ class _EndOfFile(logging.Filter):
 
 
 def _ends(storage: Any) -> Iterator[tuple[str, int]]:
-    """Yield the path and size of each file of ``storage``, in whatever it is wrapped."""
+    """Yield the path and the size in bytes of each database file of ``storage``, inside its wrappers."""
     if isinstance(storage, FileStorage):
         yield os.path.abspath(storage.getName()), storage.getSize()
         return
@@ -111,12 +111,12 @@ def _moment(tid: bytes) -> str:
 
 @dataclass
 class Report:
-    """How many blobs there were of each word, their bytes, and those with trouble."""
+    """The number and bytes of the blobs by word, and the outcomes with trouble."""
 
     objects: Counter[str] = field(default_factory=Counter)
     sizes: Counter[str] = field(default_factory=Counter)
     troubles: list[Outcome] = field(default_factory=list)
-    #: Why the work ended before all blobs were looked at, if it did.
+    #: Reason why the work ended before all blobs were examined, or "".
     early_end: str = ""
 
     def add(self, outcome: Outcome) -> None:
@@ -129,7 +129,7 @@ class Report:
             self.add(copy)
 
     def retract(self, outcomes: Collection[Outcome]) -> None:
-        """Take back ``outcomes``: they are no blobs of the database any more."""
+        """Remove ``outcomes`` of revisions that have been packed away since."""
         for outcome in outcomes:
             self.objects[outcome.word] -= 1
             self.sizes[outcome.word] -= outcome.size
@@ -137,9 +137,9 @@ class Report:
         self.troubles = [outcome for outcome in self.troubles if outcome not in retracted]
 
     def counts(self, words: Iterable[str], begin: str = "") -> str:
-        """Return how many blobs there were of each of the ``words``, such as "1 missing, 2 failed", after ``begin``.
+        """Return the numbers of blobs by word, such as "1 missing, 2 failed", after ``begin``; "" without blobs.
 
-        Words without blobs are left out; "" if all are.
+        Words without blobs are left out.
         """
         counts = ", ".join(f"{self.objects[word]:,} {word}" for word in words if self.objects[word])
         return counts and f"{begin}{counts}"
@@ -149,8 +149,8 @@ class Report:
     ) -> None:
         """Print the report, with ``verdict`` as its last line.
 
-        ``meanings``: what to say of each word, in the order of the lines; ``where``: oid -> path in the database, as
-        far as that is known.
+        ``meanings``: word -> its explanation, in the order of the lines; ``where``: oid -> path in the database, if
+        known.
         """
         where = where or {}
         if as_json:
@@ -190,7 +190,7 @@ class Report:
 
 
 class Survey:
-    """The blobs of the storage that ``served`` describes, as they are now. A context manager; belongs to one thread.
+    """The blobs that the storage ``served`` names now. A context manager; belongs to one thread.
 
     The database is read once, from one end to the other, beside a running server. Raises DatabaseDamaged.
     """
@@ -231,7 +231,7 @@ class Survey:
         self._undo.close()
 
     def list_bucket(self, bucket: Bucket) -> None:
-        """List the bucket into the inventory. What the database named before is there by now, if ever."""
+        """List the bucket into the inventory: after the database was read, so that all its blobs had to be there."""
         with showing("Listing the bucket", "objects") as progress:
             self.inventory.add_held(progress.over(bucket.list_blobs()))
 
@@ -242,9 +242,9 @@ class Survey:
         bucket: Bucket,
         threads: int,
     ) -> Report:
-        """Return what ``work``, in ``threads`` threads, finds of each blob.
+        """Return the report of ``work`` on each blob, in ``threads`` threads; ``what``: its name for the progress bar.
 
-        It ends early when ``bucket`` does not answer, or fails again and again.
+        The pass ends early when ``bucket`` does not answer, or after `_GIVE_UP_AFTER` failures in a row.
         """
         report = Report()
         failures = 0  # in a row
@@ -255,7 +255,7 @@ class Survey:
             for outcome in outcomes:
                 report.add(outcome)
                 progress.step(outcome.size)
-                # A damaged object tells nothing of the others.
+                # A damaged object says nothing about the others.
                 failures = failures + 1 if outcome.word == "failed" and outcome.reason != "damaged" else 0
                 if failures == _GIVE_UP_AFTER:
                     report.early_end = f"{failures} blobs in a row failed, so the rest was not tried. {outcome.trouble}"
@@ -267,7 +267,7 @@ class Survey:
         return report
 
     def _look_again(self, report: Report) -> None:
-        """Take back the missing blobs that have been packed away since."""
+        """Remove missing blobs from ``report`` that have been packed away since."""
         missing = [outcome for outcome in report.troubles if outcome.word == "missing"]
         if not missing:
             return
@@ -276,7 +276,7 @@ class Survey:
 
 
 def _outage(bucket: Bucket) -> str:
-    """Ask whether ``bucket`` answers at all; return the sentence to end with if it does not, "" if it does."""
+    """Return the reason to end the pass if ``bucket`` does not answer a probe, else ""."""
     try:
         bucket.probe()
     except BucketError as error:

@@ -1,4 +1,4 @@
-"""The server's own zeo.conf, as the commands read it."""
+"""The commands' reader of the server's own zeo.conf."""
 
 import os
 from collections.abc import Iterator
@@ -14,20 +14,20 @@ from ..errors import S3BlobsError
 
 
 class ConfigurationError(S3BlobsError):
-    """The configuration cannot be used for this; the message says why and what to do."""
+    """The configuration does not fit the command; the message says why, and what to do."""
 
 
 @dataclass
 class Served:
-    """A storage that a zeo.conf has the server serve; ``section``: the ``<s3blobstorage>`` that it is or contains."""
+    """A storage in a zeo.conf; ``section``: the ``<s3blobstorage>`` that it is or contains."""
 
     opener: Any
     section: S3BlobStorageFactory
 
     def open_read_only(self) -> Any:
-        """The storage beside a running server, with all wrappers of the configuration, but without blobs.
+        """Open and return the storage beside a running server, with all configured wrappers, but without blobs.
 
-        ConfigurationError if it cannot be opened so.
+        Raises ConfigurationError if the storage cannot be opened read-only.
         """
         databases = list(_databases(self.section.config.base))
         if not all(hasattr(database, "read_only") for database in databases):
@@ -41,7 +41,7 @@ class Served:
         return self._open(self.opener)
 
     def check_database_exists(self) -> None:
-        """Raise ConfigurationError if a file of the database is not there: no command is to make an empty one."""
+        """Raise ConfigurationError if a file of the database is missing: no command may create an empty one."""
         for database in _databases(self.section.config.base):
             path = getattr(database, "path", None)
             if path is None:
@@ -55,7 +55,7 @@ class Served:
     def _open(self, opener: Any) -> Any:
         if opener is self.section:
             return opener.config.base.open()
-        # A wrapper opens what is inside by itself: give it what is inside of ours.
+        # A wrapper opens its base itself: replace the s3blobstorage inside by the base of that.
         inside = opener.config.base
         opener.config.base = SimpleNamespace(open=lambda: self._open(inside))
         try:
@@ -65,9 +65,9 @@ class Served:
 
 
 def find(path: Path, name: str | None = None) -> Served:
-    """The storage ``name`` of the file ``path``; the name may be left out where only one has an ``<s3blobstorage>``.
+    """Return the storage ``name`` of the file ``path``, by default the only one with an ``<s3blobstorage>``.
 
-    A file that runzeo would refuse ends the process as it would end runzeo.
+    Raises ConfigurationError. A file that runzeo refuses ends this process like runzeo.
     """
     if not path.is_file():
         raise ConfigurationError(f"there is no file {path}: name the zeo.conf of the server with -C")
@@ -90,7 +90,7 @@ def find(path: Path, name: str | None = None) -> Served:
 
 
 class _Options(ZEOOptions):
-    #: The server's log is the server's: whoever runs a command may not be the one who may write it.
+    #: Commands do not write to the server's log: their user may lack the permission.
     logsectionname = None
 
 
@@ -101,9 +101,9 @@ def _inside(opener: Any) -> S3BlobStorageFactory | None:
 
 
 def _databases(opener: Any) -> Iterator[Any]:
-    """Yield the configurations of the storages that hold the records of ``opener``, in whatever they are wrapped.
+    """Yield the configurations of the storages with the records of ``opener``, without their wrappers.
 
-    None stands for a part of a demostorage that has no section: it is in the server's memory.
+    None stands for a part of a demostorage that has no section and is in the server's memory.
     """
     config = opener.config
     if hasattr(config, "factories"):  # a demostorage

@@ -1,1 +1,1 @@
-"""What a Prometheus server and a load balancer read: metrics, ZEO's own figures, health."""
+"""The monitoring side: metrics and ZEO's own statistics for Prometheus, health for load balancers."""

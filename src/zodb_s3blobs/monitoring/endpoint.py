@@ -1,8 +1,8 @@
-"""The HTTP endpoint of ``metrics-address``: one a process, for all its storages.
+"""The HTTP endpoint of ``metrics-address``: one per process, for all its storages.
 
 ``/metrics`` for Prometheus; ``/-/healthy``: the process answers; ``/-/ready``: the storages are open and their buckets
-answer; ``/`` links these three. HEAD is answered as GET without the body: load balancers and monitors ask so. Every
-request has a thread of its own and ends after some seconds of silence, so that nobody holds up anybody.
+answer; ``/`` links these three. HEAD is answered like GET without the body, for load balancers and monitors. Every
+request has a thread of its own and ends after some seconds of silence, so that no client delays another.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from .exporter import Exported, Exporter
 
 logger = logging.getLogger(__name__)
 
-#: How long, in seconds, a client may be silent, or not take what it has asked for.
+#: How long, in seconds, a client may be silent, or not read its answer.
 _PATIENCE = 10.0
 
-#: How many connections there may be: each takes a file and a thread from the server, which needs them for others.
+#: The most connections: each takes a file and a thread, which the server needs for its clients.
 _MOST = 64
 
-#: What the endpoint answers, by path.
+#: Path -> description of the answer.
 _PATHS = {
     "/metrics": "The metrics of this process and of its storages, in the format that Prometheus reads.",
     "/-/healthy": "200 as long as the process answers, whatever S3 does: a sign of life to decide on a restart by.",
@@ -58,13 +58,13 @@ _endpoint: "_Endpoint | None" = None
 
 
 class EndpointError(S3BlobsError):
-    """The endpoint cannot be had; the message says why and what to do."""
+    """The endpoint cannot be opened; the message says why, and what to do."""
 
 
 def join(address: tuple[str, int], exported: Exported) -> None:
-    """Have ``exported`` scraped at ``address``, a host and a port, until `leave`.
+    """Export ``exported`` at ``address``, a host and a port, until `leave`.
 
-    Raises EndpointError if nobody can listen there, or if the process listens elsewhere already.
+    Raises EndpointError if the process cannot listen there, or already listens at another address.
     """
     global _endpoint
     with _lock:
@@ -72,14 +72,14 @@ def join(address: tuple[str, int], exported: Exported) -> None:
             _endpoint = _Endpoint(address)
         elif _endpoint.address != address:
             raise EndpointError(
-                f"this process serves its metrics at {_named(_endpoint.address)} already; "
+                f"this process already serves its metrics at {_named(_endpoint.address)}; "
                 f"name the same address in every section"
             )
         _endpoint.exporter.add(exported)
 
 
 def leave(exported: Exported) -> None:
-    """Have ``exported`` no longer scraped; the last one closes the endpoint. It is no error if it never joined."""
+    """Stop exporting ``exported``; close the endpoint after the last one. No error if ``exported`` never joined."""
     global _endpoint
     with _lock:
         if (
@@ -103,7 +103,7 @@ class _Endpoint:
 
         try:
             self._server = _server(address, Handler)
-        except (OSError, UnicodeError) as error:  # the latter where the host is nothing that could be a name
+        except (OSError, UnicodeError) as error:  # UnicodeError if the host cannot be a name
             reason = getattr(error, "strerror", None) or error
             raise EndpointError(
                 f"cannot listen on {_named(address)}: {reason}; name a free port of this machine"
@@ -121,7 +121,7 @@ class _Endpoint:
 def _server(address: tuple[str, int], handler: type) -> "_Server":
     host, port = address
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    # IPv4 where there is both: that is what "localhost" means to most who will scrape it.
+    # IPv4 if the host has both: most scrapers resolve "localhost" to it.
     family, _, _, _, where = min(found, key=lambda one: one[0] != socket.AF_INET)
 
     class Server(_Server):
@@ -131,25 +131,25 @@ def _server(address: tuple[str, int], handler: type) -> "_Server":
 
 
 class _Server(socketserver.ThreadingTCPServer):
-    # Not http.server's: that asks the name service who it is, which may take long to say that it does not know.
+    # Not http.server's class, which looks up its own host name; the name service may take long to fail.
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 64
 
     def __init__(self, *args: Any) -> None:
-        self._connections: dict[int, socket.socket] = {}  # by when they came
+        self._connections: dict[int, socket.socket] = {}  # in the order of their arrival
         self._numbers = itertools.count()
         self._changing = threading.Lock()
         super().__init__(*args)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve one connection, at the cost of the oldest one if there are too many."""
+        """Serve one connection; close the oldest one if there are more than `_MOST`."""
         with self._changing:
             number = next(self._numbers)
             self._connections[number] = request
             if len(self._connections) > _MOST:
                 oldest = self._connections.pop(next(iter(self._connections)))
-                with contextlib.suppress(OSError):  # it is at its end anyway
+                with contextlib.suppress(OSError):  # the client has closed it
                     oldest.shutdown(socket.SHUT_RDWR)
         try:
             super().process_request_thread(request, client_address)
@@ -166,7 +166,7 @@ class _Handler(MetricsHandler):
     storages: Callable[[], list[tuple[str, Exported]]]
 
     def do_GET(self) -> None:
-        """Answer one of the paths, with Content-Length: a client notices by it that an answer was cut off."""
+        """Answer a path, with Content-Length, by which a client detects an answer that was cut off."""
         connection, self.wfile = self.wfile, io.BytesIO()
         try:
             self._answer()
@@ -181,21 +181,21 @@ class _Handler(MetricsHandler):
     do_HEAD = do_GET
 
     def do_OPTIONS(self) -> None:
-        """Name the methods, as prometheus_client's own server does."""
+        """Return the allowed methods, like prometheus_client's own server."""
         self.send_response(200)
         self.send_header("Allow", "OPTIONS,GET,HEAD")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
     def end_headers(self) -> None:
-        """Send the headers; keep them back while `do_GET` collects the body, whose length is not known yet."""
+        """Send the headers, but not while `do_GET` collects the body, whose length is not known yet."""
         if not isinstance(self.wfile, io.BytesIO):
             super().end_headers()
 
     def _answer(self) -> None:
         path = urlsplit(self.path).path
         if path == "/metrics":
-            self.path = path  # prometheus_client would leave out all of ours if single metrics are asked for
+            self.path = path  # without the query: if it names metrics, prometheus_client leaves out all of ours
             super().do_GET()
         elif path == "/-/healthy":
             self._say(200, "The process answers.")

@@ -1,4 +1,4 @@
-"""What a scrape reads: the instruments of all storages of the process, and the process's own figures."""
+"""The exporter for scrapes: the instruments of all storages of the process, and the process's own metrics."""
 
 import logging
 import threading
@@ -18,26 +18,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Exported:
-    """A storage, as scrapes and probes see it.
+    """The part of a storage that scrapes and health checks read.
 
-    ``name``: the value of the label ``storage``. A storage inside a wrapper such as zlibstorage learns it only when
-    ZEO serves the wrapper.
+    ``name``: the value of the label ``storage``; inside a wrapper such as zlibstorage, it is set only when ZEO serves
+    the wrapper.
     """
 
     name: str
     metrics: Metrics = field(default_factory=Metrics)
-    #: ZEO's own figures of the storage.
+    #: The collectors of ZEO's own statistics for the storage.
     zeo: list[Collector] = field(default_factory=list)
-    #: Returns why the storage cannot be used, or None if it can.
+    #: Returns the reason why the storage is not ready, or None if it is ready.
     trouble: Callable[[], str | None] = lambda: "it is still being opened"
-    #: The exporter that reads it, if any does.
+    #: The exporter that this storage has joined, if any.
     exporter: "Exporter | None" = None
 
 
 class Exporter:
-    """A collector with a registry of its own, so that it gets in nobody's way. Any thread may call.
+    """A collector with a registry of its own, separate from an application's. Any thread may call.
 
-    Nothing that is collected can make a scrape fail: what cannot be read is left out, and logged once.
+    No collector can make a scrape fail: a metric that cannot be read is left out, and logged once.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Exporter:
         self._build_info = BuildInfo()
         #: The lag of ZEO's event loop, when there is one.
         self.loop: Collector | None = None
-        #: What prometheus_client is to serve.
+        #: The registry for prometheus_client's handler.
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -55,20 +55,20 @@ class Exporter:
         self.registry.register(self)
 
     def add(self, exported: Exported) -> None:
-        """Export the figures of one more storage."""
+        """Export the metrics of one more storage."""
         with self._lock:
             self._storages.append(exported)
         exported.exporter = self
 
     def remove(self, exported: Exported) -> bool:
-        """Export the figures of a storage no longer; return whether there are others left."""
+        """Stop exporting the metrics of a storage; return whether others are left."""
         exported.exporter = None
         with self._lock:
             self._storages.remove(exported)
             return bool(self._storages)
 
     def storages(self) -> list[tuple[str, Exported]]:
-        """All storages with the values of their label: no two have the same, or Prometheus would refuse them all."""
+        """Return all storages with unique values of their label: Prometheus rejects a scrape with duplicates."""
         with self._lock:
             storages = list(self._storages)
         labelled: dict[str, Exported] = {}
@@ -81,17 +81,17 @@ class Exporter:
         return list(labelled.items())
 
     def describe(self) -> list[Metric]:
-        """Nothing: a registry that is told nothing does not collect everything just to know the names."""
+        """Return no metrics, so that the registry does not collect all of them just to know their names."""
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """All figures; those of one name together, as the format wants it."""
+        """Return all metrics, with the samples of one name together, as the format demands."""
         families: dict[str, Metric] = {}
         for labels, collector in self._collectors():
             for metric in self._read(collector):
                 family = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
                 for sample in metric.samples:
-                    if not sample.name.endswith("_created"):  # twice as many series, which nobody asks for
+                    if not sample.name.endswith("_created"):  # unused, and would double the number of series
                         family.samples.append(sample._replace(labels={**labels, **sample.labels}))
         return families.values()
 
@@ -109,15 +109,15 @@ class Exporter:
         except Exception:
             if collector not in self._unreadable:
                 self._unreadable.add(collector)
-                logger.exception("A metric cannot be read and is left out from now on, as long as that is so")
+                logger.exception("A metric cannot be read: scrapes leave it out until it can")
             return []
 
 
 class BuildInfo:
-    """What the process runs."""
+    """The collector of the installed versions."""
 
     def collect(self) -> Iterable[Metric]:
-        """One series whose labels tell the versions."""
+        """Yield one series whose labels are the versions."""
         packages = {"version": "zodb-s3blobs", "zeo": "ZEO", "zodb": "ZODB", "boto3": "boto3"}
         family = GaugeMetricFamily(
             "s3blobs_build_info", "The versions of what runs; always 1.", labels=[*packages, "python"]

@@ -1,4 +1,4 @@
-"""Whether the bucket answers: what the last request told, or a probe where there was none for a while."""
+"""The health of a bucket: the result of the last request, or of a probe if there was no request for a while."""
 
 import threading
 import time
@@ -7,12 +7,12 @@ from ..s3.bucket import Bucket
 from ..s3.errors import BucketError
 from ..workers import DaemonPool
 
-#: How old, in seconds, an answer may be before a probe is sent: while all is well, and while it is not.
+#: The age in seconds of the last answer from which a probe is sent: after a success, and after a failure.
 _WELL, _ILL = 60.0, 5.0
 
 
 class Health:
-    """The health of ``bucket``. Any thread may call; nobody waits for S3."""
+    """The health of ``bucket``. Any thread may call; no method waits for S3."""
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
@@ -22,9 +22,9 @@ class Health:
         self._closed = False
 
     def trouble(self) -> str | None:
-        """Why the bucket is of no use at the moment, or None if it is well.
+        """Return why the bucket is unusable, or None if it answers.
 
-        That is asked from time to time by whoever watches the server, so an old answer is renewed for the next time.
+        If the last answer is old, start a probe in the background; the next call sees its result.
         """
         trouble, heard = self._bucket.last_answer
         with self._lock:
@@ -38,12 +38,12 @@ class Health:
         try:
             self._bucket.probe()
         except BucketError:
-            pass  # the bucket remembers
+            pass  # `Bucket.last_answer` has it
         finally:
             self._probing = False
 
     def close(self) -> None:
-        """Send no more probes."""
+        """Stop sending probes."""
         with self._lock:
             self._closed = True
         self._prober.shutdown(wait=False)

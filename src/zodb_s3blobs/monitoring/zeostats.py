@@ -1,7 +1,6 @@
-"""ZEO's own figures: read from its server when they are scraped, and the lag of its event loop.
+"""ZEO's own statistics, read from its server during a scrape, and the lag of its event loop.
 
-What is read are attributes that ZEO keeps for itself. None of it is touched, and what a future ZEO does not have is
-left out of the scrape.
+The attributes that are read are private to ZEO. None is changed, and a scrape leaves out those that a future ZEO lacks.
 """
 
 import threading
@@ -19,12 +18,12 @@ from ZODB.utils import z64
 from ..metrics import LATENCIES
 from .exporter import Exported
 
-#: How often, in seconds, the event loop is asked for a sign of life.
+#: Seconds between two probes of the event loop.
 _PROBE_EVERY = 1.0
 
 
 def attach(server: Any, name: str, exported: Exported) -> None:
-    """Add ZEO's figures to those of a storage that ZEO's ``server`` serves as ``name`` from now on."""
+    """Add ZEO's statistics to ``exported``, a storage that ZEO's ``server`` serves as ``name`` from now on."""
     exported.name = name
     exported.zeo = _readings(server, name)
     if exported.exporter is not None:
@@ -34,7 +33,7 @@ def attach(server: Any, name: str, exported: Exported) -> None:
 
 
 class Reading:
-    """One figure, a Prometheus collector: ``read`` is called when it is scraped."""
+    """A Prometheus collector of one value: a scrape calls ``read``."""
 
     def __init__(
         self,
@@ -46,12 +45,12 @@ class Reading:
         self._make = lambda: kind(name, documentation, value=float(read()))
 
     def collect(self) -> Iterable[Metric]:
-        """Read it."""
+        """Yield the metric with its present value."""
         yield self._make()
 
 
 def _readings(server: Any, name: str) -> list[Collector]:
-    # They are made after the storage is registered, and so looked up each time.
+    # Looked up during each scrape: ZEO creates its statistics after it has registered the storage.
     def stats() -> Any:
         return server.stats[name]
 
@@ -97,9 +96,9 @@ def _readings(server: Any, name: str) -> list[Collector]:
 
 
 class LoopLag:
-    """How long ZEO's event loop ``loop`` takes to come to what it is asked to do; a Prometheus collector.
+    """A Prometheus collector of the delay until ZEO's event loop ``loop`` runs a task that was handed to it.
 
-    A thread asks it once a second and ends with the loop.
+    A thread hands over a task once a second, and ends with the loop.
     """
 
     def __init__(self, loop: AbstractEventLoop) -> None:
@@ -115,7 +114,7 @@ class LoopLag:
         threading.Thread(target=self._ask, name="s3blobs event loop probe", daemon=True).start()
 
     def collect(self) -> Iterable[Metric]:
-        """The lags so far, and whether the loop owes an answer."""
+        """Yield the histogram of delays, and the time since which a task waits."""
         yield from self._lag.collect()
         yield GaugeMetricFamily(
             "zeo_event_loop_blocked_since_timestamp_seconds",
@@ -129,7 +128,7 @@ class LoopLag:
             self._since = time.time()
             try:
                 self.loop.call_soon_threadsafe(self._answer, time.monotonic())
-            except RuntimeError:  # it has been closed
+            except RuntimeError:  # the loop has been closed
                 break
             while not self._answered.wait(_PROBE_EVERY):
                 if self.loop.is_closed():
@@ -138,7 +137,7 @@ class LoopLag:
         self._since = 0.0
 
     def _answer(self, asked: float) -> None:
-        # On the loop.
+        # Runs on the event loop.
         self._lag.observe(time.monotonic() - asked)
         self._since = 0.0
         self._answered.set()
