@@ -23,7 +23,7 @@ from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 LARGE = 20 * MB
 
 #: What the server says when it has waited for too long.
-GAVE_UP = "what is being sent has not arrived at"
+GAVE_UP = "the blobs being sent have not arrived at"
 
 
 class SlowClient:
