@@ -188,7 +188,7 @@ def read(server: "ZEOServer", blob_dir: Path, files: list[Path], s3: "S3Server",
 
 
 def first_difference(one: Path, other: Path) -> int | None:
-    """The position of the first byte in which two files differ, or None; the end of the shorter one counts."""
+    """Return the position of the first byte in which two files differ, or None; a missing byte is a difference."""
     position = 0
     with open(one, "rb") as first, open(other, "rb") as second:
         while True:
