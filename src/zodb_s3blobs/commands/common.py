@@ -90,7 +90,7 @@ def run(name: str, work: Callable[[], int], level: int = logging.INFO) -> int:
 
 
 def complain(name: str, sentence: str) -> None:
-    """Print to stderr the reason why the command ``name`` has not done all of its work."""
+    """Print to stderr the reason why the command ``name`` did not do all of its work."""
     print(f"zodb-s3blobs {name}: {sentence}", file=sys.stderr)
 
 

@@ -23,7 +23,7 @@ from . import common
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``gc``."""
     common.add_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="delete nothing, list what would go")
+    parser.add_argument("--dry-run", action="store_true", help="delete nothing, list what would be deleted")
 
 
 def run(arguments: argparse.Namespace) -> int:

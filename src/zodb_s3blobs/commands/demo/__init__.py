@@ -139,7 +139,7 @@ def round_trip(directory: Path, files: list[Path], s3: "S3Server", server: "ZEOS
             raise DemoError(f"{name} was read from S3 although the server should have it in its cache, {server.cache}")
     _say("Every byte that came back is the byte that was committed.")
     _say()
-    _say(f"4. What its metrics say for Prometheus ({server.metrics_url}):")
+    _say(f"4. The server's metrics for Prometheus ({server.metrics_url}):")
     for metric, value in server.figures(_SHOWN).items():
         _say(f"   {metric:<40} {value:>12,.0f}")
 
@@ -212,7 +212,7 @@ def _client(server: "ZEOServer", blob_dir: Path) -> Iterator[Any]:
         db.close()
 
 
-# The two servers
+# The output
 
 
 def _show_table(files: list[Path], cold: dict[str, Read], warm: dict[str, Read]) -> dict[str, str]:

@@ -228,6 +228,3 @@ def _answers(port: int) -> bool:
             return bool(connection.recv(64))  # ZEO sends first; closing without reading would log an error there
     except OSError:
         return False
-
-
-# What the person at the terminal sees
