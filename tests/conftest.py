@@ -4,18 +4,21 @@ import functools
 import itertools
 import os
 import signal
+import sys
 import types
+import unittest.mock
 from concurrent.futures import ThreadPoolExecutor
 
 import botocore.endpoint
 import botocore.session
 import pytest
-from databases import FakeDatabase
-from relational import KINDS, Application, Database, needs
-from s3server import S3Server
-from sites import Site, Tool
-from zeoserver import ZEOServer
 
+from tests.support.fake_database import FakeDatabase
+from tests.support.relstorage_databases import KINDS, Application, Database, kinds, needs
+from tests.support.s3_server import S3Server
+from tests.support.sites import Site, Tool
+from tests.support.speed import slow
+from tests.support.zeo_server import ZEOServer
 from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.garbage.collector import Collector
 from zodb_s3blobs.identity import Identity
@@ -30,9 +33,21 @@ from zodb_s3blobs.workers import DaemonPool
 _numbers = itertools.count()
 
 
+# The published tests of ZEO 5 import the backport of what is in the standard library.
+sys.modules.setdefault("mock", unittest.mock)
+
 # Whoever runs the tests in the background has them, and so what they start, ignore Ctrl-C and the end of the terminal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the tests that a class with published ones calls slow: the methods themselves are other classes' as well."""
+    for item in items:
+        names = getattr(item.cls, "slow_tests", ()) if isinstance(item, pytest.Function) else ()
+        if names is None or item.name in names:
+            item.add_marker(slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -213,7 +228,7 @@ def tool():
     tool.kill()
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=kinds(*KINDS))
 def database(request, tmp_path):
     """A new database of RelStorage, of each kind."""
     needs(request.param)

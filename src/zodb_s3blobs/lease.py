@@ -32,6 +32,7 @@ from typing import Protocol
 
 from ZODB.utils import p64, tid_repr, u64, z64
 
+from .boot_id import boot_id
 from .errors import S3BlobsError
 from .metrics import Metrics
 from .s3.bucket import Bucket
@@ -198,7 +199,11 @@ class Lease:
                     return
                 if not self._is_ours(claim):
                     same = claim.database == self._identity or self._database.was(claim.database)
-                    self._taken = claim.taken if same else note.now.isoformat(timespec="seconds")
+                    # A clone of a whole virtual machine has the identity as well, and its original may be running.
+                    if same and not claim.may_run_elsewhere:
+                        self._taken = claim.taken
+                    else:
+                        self._taken = note.now.isoformat(timespec="seconds")
             data = self._claim()
             self.claimed = {claim.tid, Claim.read(data).tid}  # the answer to the write may be lost
             try:
@@ -265,7 +270,7 @@ def claim_of(
 ) -> bytes:
     """Return the content of owner.json as of now. ``started``, ``stopped``, ``taken``: times in ISO format, or ""."""
     last = f"{u64(database.last_transaction()):x}"
-    claim = Claim(FORMAT, owner, platform.node(), storage, identity, last, started, _now(), stopped, taken)
+    claim = Claim(FORMAT, owner, platform.node(), storage, identity, last, started, _now(), stopped, taken, boot_id())
     return json.dumps(asdict(claim), indent=2).encode()
 
 
@@ -356,6 +361,7 @@ class Claim:
     renewed: str
     stopped: str
     taken: str
+    boot: str  # the machine, as it ran then
 
     @classmethod
     def of(cls, note: ControlObject | None) -> "Claim":
@@ -372,6 +378,11 @@ class Claim:
             return cls(int(said["format"]), *(str(said.get(name, "")) for name in fields))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return cls(0, *("" for _ in fields))
+
+    @property
+    def may_run_elsewhere(self) -> bool:
+        """Whether the server may still run, on another machine than this one or before a crash of this one."""
+        return not self.stopped and self.boot not in ("", boot_id())
 
     @property
     def tid(self) -> bytes:

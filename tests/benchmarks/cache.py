@@ -1,6 +1,6 @@
 """What does a file cache of a million blobs cost? Run by hand; prints a Markdown table. Needs no S3.
 
-    python tests/benchmarks/cache.py [--files N] [--directory DIR]
+    python -m tests.benchmarks.cache [--files N] [--directory DIR]
 
 It makes N files of 1 KiB in the layout of the cache, as earlier runs would have left them, in a new directory below DIR
 (default: where temporary files are); then it opens the cache, looks up files in random order, and lets it shrink.
@@ -14,9 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import MIB
 from ZODB.utils import p64
 
+from tests.benchmarks.common import MIB
 from zodb_s3blobs.cache.directory import path_in
 from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.metrics import Metrics

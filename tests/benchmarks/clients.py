@@ -1,6 +1,6 @@
 """How much do many clients get through? Run by hand; prints a Markdown table. Endpoint and credentials as for stall.py.
 
-    python tests/benchmarks/clients.py [--clients N] [--seconds S] [--size KIB] [--latency SECONDS] [--bandwidth MIB/S]
+    python -m tests.benchmarks.clients [--clients N] [--seconds S] [--size KIB] [--latency SECONDS] [--bandwidth MIB/S]
 
 N stock ZEO clients in processes of their own, each of which commits blobs of the given size, or reads at random those
 that were committed before, which it does not have itself: most are in the server's cache. The same with ZODB's own blob
@@ -16,9 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import RECORD, add_link, client, s3, zeo
 from ZODB.Connection import TransactionMetaData
 from ZODB.tests.StorageTestBase import ZERO
+
+from tests.benchmarks.common import RECORD, add_link, client, s3, zeo
 
 
 def write(port, directory, size, seconds, result, started):

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
 
 import boto3  # noqa: E402
 import ZEO.ClientStorage  # noqa: E402
-from s3server import S3Server  # noqa: E402
-from zeoserver import ZEOServer  # noqa: E402
 from ZODB.blob import Blob  # noqa: E402
 from ZODB.Connection import TransactionMetaData  # noqa: E402
 from ZODB.tests.MinPO import MinPO  # noqa: E402
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle  # noqa: E402
+
+from tests.support.s3_server import S3Server  # noqa: E402
+from tests.support.zeo_server import ZEOServer  # noqa: E402
 
 MIB = 1 << 20
 RECORD = zodb_pickle(Blob())

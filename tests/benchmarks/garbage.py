@@ -1,6 +1,6 @@
 """What does garbage collection cost? Run by hand; prints Markdown tables. Endpoint and credentials as for stall.py.
 
-    python tests/benchmarks/garbage.py [--keys N] [--revisions N] [--objects N]
+    python -m tests.benchmarks.garbage [--keys N] [--revisions N] [--objects N]
 
 First a million keys, which a bucket in memory lists, and a FileStorage that can load half of them: seconds and memory.
 Then the keys of one object with as many unpacked revisions as --revisions says, and of as many dead ones; meanwhile
@@ -23,15 +23,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import client, s3
-from stall import IDLE, during, in_a_process, shown
-from zeoserver import ZEOServer
 from ZODB.Connection import TransactionMetaData
 from ZODB.FileStorage import FileStorage
 from ZODB.tests.MinPO import MinPO
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import p64, u64
 
+from tests.benchmarks.common import client, s3
+from tests.benchmarks.stall import IDLE, during, in_a_process, shown
+from tests.support.zeo_server import ZEOServer
 from zodb_s3blobs.bases import adapter_for
 from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.garbage import collector as garbage

@@ -1,7 +1,7 @@
 """How long does a blob keep the database of RelStorage locked? Run by hand; prints a Markdown table.
 
     S3BLOBS_TEST_ENDPOINT=http://127.0.0.1:7480 AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... \
-        python tests/benchmarks/locking.py [--size MIB] [--latency SECONDS] [--bandwidth MIB_PER_SECOND]
+        python -m tests.benchmarks.locking [--size MIB] [--latency SECONDS] [--bandwidth MIB_PER_SECOND]
 
 While one process commits a blob, another one on the same database commits small objects over and over: with the blob
 staged before the lock is taken, with it uploaded under the lock, and into RelStorage's own shared blob directory. Needs
@@ -14,11 +14,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import add_link, commit_blob, commit_object, random_file, s3
-from relational import IMPORTS, Database
-from stall import SETTLE, shown
 from ZODB.config import storageFromString
 from ZODB.tests.StorageTestBase import ZERO
+
+from tests.benchmarks.common import add_link, commit_blob, commit_object, random_file, s3
+from tests.benchmarks.stall import SETTLE, shown
+from tests.support.relstorage_databases import IMPORTS, Database
 
 SECTION = """
 <s3blobstorage>

@@ -1,6 +1,6 @@
 """What do metrics cost? Run by hand; prints Markdown tables.
 
-    python tests/benchmarks/metrics.py [--rounds N] [--reads N]
+    python -m tests.benchmarks.metrics [--rounds N] [--reads N]
 
 Two real runzeo, one with metrics-address, which a process scrapes once a second, 15 to 60 times as often as usual; one
 without. One stock ZEO client of each reads a small blob that is in the server's cache and, each time anew, not with the
@@ -22,11 +22,11 @@ import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
-from common import client, commit_blob
 from prometheus_client import Counter, Gauge, Histogram
-from s3server import S3Server
-from zeoserver import ZEOServer
 
+from tests.benchmarks.common import client, commit_blob
+from tests.support.s3_server import S3Server
+from tests.support.zeo_server import ZEOServer
 from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.fetch import Fetcher
 from zodb_s3blobs.metrics import Metrics

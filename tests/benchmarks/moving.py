@@ -1,6 +1,6 @@
 """What does moving in and out cost? Run by hand; prints a Markdown table. Endpoint and credentials as for stall.py.
 
-    python tests/benchmarks/moving.py [--blobs N] [--size BYTES]
+    python -m tests.benchmarks.moving [--blobs N] [--size BYTES]
 
 A database of that many small blobs, each the only revision of its object, in a blob directory that a FileStorage made;
 then migrate, verify and export, each in a process of its own. The memory is that process's at its highest.
@@ -15,12 +15,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import s3
 from ZODB.blob import Blob
 from ZODB.Connection import TransactionMetaData
 from ZODB.FileStorage import FileStorage
 from ZODB.serialize import ObjectWriter
 from ZODB.tests.StorageTestBase import ZERO
+
+from tests.benchmarks.common import s3
 
 MIB = 1 << 20
 PER_TRANSACTION = 1000

@@ -1,6 +1,6 @@
 """How fast is a pack's garbage collection, and do clients notice? Run by hand; prints a Markdown table.
 
-    python tests/benchmarks/pace.py [--keys N] [--rounds N] [--latency SECONDS]
+    python -m tests.benchmarks.pace [--keys N] [--rounds N] [--latency SECONDS]
 
 A real runzeo, and an S3 service that costs next to no processor: it lists so many keys, half of them dead. First a
 pack while nobody else asks for anything. Then packs while a client in a process of its own loads an object over and
@@ -20,10 +20,9 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from common import HERE, S3, client
-from garbage import _SECTION, dead_one, make_base
-from zeoserver import ZEOServer
-
+from tests.benchmarks.common import HERE, S3, client
+from tests.benchmarks.garbage import _SECTION, dead_one, make_base
+from tests.support.zeo_server import ZEOServer
 from zodb_s3blobs.s3.keys import Keys
 
 #: What the clients do, and how many seconds there are between two loads of each.

@@ -1,6 +1,6 @@
 """Do memory, files and threads of the server stay flat? Run by hand; prints a line every now and then.
 
-    python tests/benchmarks/soak.py [--operations N] [--clients N]
+    python -m tests.benchmarks.soak [--operations N] [--clients N]
 
 Clients of a real runzeo commit, overwrite, read, abort and delete blobs, and the database is packed, N operations in
 all; the server's cache is so small that it evicts all the time. Ends with an error if the server has more threads or
@@ -18,10 +18,11 @@ from pathlib import Path
 
 import transaction
 import ZODB
-from common import MIB, client, s3
 from persistent.mapping import PersistentMapping
-from zeoserver import ZEOServer
 from ZODB.blob import Blob
+
+from tests.benchmarks.common import MIB, client, s3
+from tests.support.zeo_server import ZEOServer
 
 SECTION = """
 <s3blobstorage 1>

@@ -1,7 +1,7 @@
 """Does one client's blob hold up the others? Run by hand; prints a Markdown table.
 
     S3BLOBS_TEST_ENDPOINT=http://127.0.0.1:7480 AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... \
-        python tests/benchmarks/stall.py [--size MIB] [--latency SECONDS] [--bandwidth MIB_PER_SECOND]
+        python -m tests.benchmarks.stall [--size MIB] [--latency SECONDS] [--bandwidth MIB_PER_SECOND]
 
 A real runzeo, and clients in processes of their own. While one of them reads a cold blob, and while it commits one,
 another loads an object over and over, and a third commits small objects. The same against ZODB's own blob directory
@@ -17,8 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import add_link, client, commit_blob, commit_object, empty_cache, random_file, s3, zeo
 from ZODB.tests.StorageTestBase import ZERO
+
+from tests.benchmarks.common import add_link, client, commit_blob, commit_object, empty_cache, random_file, s3, zeo
 
 SETTLE = 1.0  # seconds of measuring before the work begins
 IDLE = 5.0  # seconds

@@ -1,6 +1,6 @@
 """How fast are blobs read? Run by hand; prints a Markdown table. Endpoint and credentials as for stall.py.
 
-    python tests/benchmarks/throughput.py [--size MIB] [--runs N] [--latency SECONDS] [--bandwidth MIB_PER_SECOND]
+    python -m tests.benchmarks.throughput [--size MIB] [--runs N] [--latency SECONDS] [--bandwidth MIB_PER_SECOND]
 
 One stock ZEO client reads one blob that it does not have: cold (the server has to fetch it), warm (the server has it in
 its cache), and from ZODB's own blob directory. Raw boto3 stores and downloads the same object, and the disk writes,
@@ -15,7 +15,7 @@ import time
 import uuid
 from pathlib import Path
 
-from common import MIB, add_link, client, commit_blob, empty_cache, random_file, s3, zeo
+from tests.benchmarks.common import MIB, add_link, client, commit_blob, empty_cache, random_file, s3, zeo
 
 
 def timed(work):

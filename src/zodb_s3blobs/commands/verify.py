@@ -139,8 +139,10 @@ def _verify(arguments: argparse.Namespace) -> int:
         )
         report = survey.run("Verifying", look, bucket, config.s3_concurrency)
         for state in ("dead", "retained", "newer", "unknown"):
-            word = "others" if state == "dead" and not is_ours else state
-            report.objects[word], report.sizes[word] = scan.found[state].objects, scan.found[state].bytes
+            report.objects[state], report.sizes[state] = scan.found[state].objects, scan.found[state].bytes
+        if not is_ours:  # seemingly dead blobs and perhaps-only copies belong to the other database
+            report.objects["others"] = report.objects.pop("dead") + scan.only_copies.objects
+            report.sizes["others"] = report.sizes.pop("dead") + scan.only_copies.bytes
         # Finding paths takes long, so it is left out for the victims of an outage, and for damaged copies.
         of_blobs = [
             one for one in report.troubles if one.word != "copy" and not (report.early_end and one.word == "failed")

@@ -263,13 +263,13 @@ class Collector:
                 scan.unexplained,
                 ", or another process was about to commit them" if scan.base.shared else "",
             )
-        if scan.only_copies:
+        if scan.only_copies.objects:
             logger.warning(
                 "Bucket %s keeps %d blobs that the database does not have any more: a later revision of each has no "
                 "object, as after an undo with zodb-s3blobs 1.2.1, so they may be the only copy of its bytes. "
                 "`zodb-s3blobs verify` lists such revisions, and `zodb-s3blobs verify --repair` gives them objects",
                 self._bucket.name,
-                scan.only_copies,
+                scan.only_copies.objects,
             )
         for state, found in scan.found.items():
             self._metrics.gc_objects.labels(state).set(found.objects)

@@ -74,8 +74,8 @@ class Scan:
         self.orphans = Tally()
         #: Number of newer blobs that no transaction of this process explains.
         self.unexplained = 0
-        #: Number of blobs that the database cannot load, counted as live because they may be the only copy.
-        self.only_copies = 0
+        #: Blobs that the database cannot load, counted as live because they may be the only copy.
+        self.only_copies = Tally()
         #: Whether some live or newer blobs have marks.
         self.has_wrong_marks = False
         self._last = self.base.lastTransaction()
@@ -98,7 +98,7 @@ class Scan:
     @property
     def has_live(self) -> bool:
         """True if the bucket has blobs that the database can load; valid after the scan."""
-        return self.found["live"].objects > self.only_copies
+        return self.found["live"].objects > self.only_copies.objects
 
     def refusal(self, max_delete_percent: int) -> str | None:
         """Return the reason why the dead blobs must not be deleted, or None; valid after the scan."""
@@ -142,7 +142,7 @@ class Scan:
             elif blob.tid in live:
                 yield blob, "live", 0
             elif lacking is not None and blob.tid < lacking:
-                self.only_copies += 1
+                self.only_copies.add(blob.size)
                 yield blob, "live", 0
             else:
                 # A mark in the future, made while the clock was ahead, would prolong the retention.

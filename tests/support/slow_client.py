@@ -1,0 +1,82 @@
+"""A ZEO client that takes what the server sends when the test wants it to."""
+
+import socket
+
+from ZEO.asyncio.marshal import decoder, encoder
+
+from tests.support.zeo_clients import MB
+
+#: Larger than what the kernel takes of it while its client takes nothing.
+LARGE = 20 * MB
+
+
+class SlowClient:
+    """A client that says what it wants in ZEO's protocol, and takes what it is sent when the test wants it to."""
+
+    def __init__(self, address, storage="1"):
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        self._socket.settimeout(60)
+        self._socket.connect(address)
+        self._number = 0
+        protocol = self._frame()
+        self._encode, self._decode = encoder(protocol), decoder(protocol)
+        self._write(protocol)
+        self.answer(self.call("register", storage, False))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._socket.close()
+
+    def call(self, name, *args):
+        """Returns the number of the answer to come."""
+        self._number += 1
+        self._write(self._encode(self._number, False, name, args))
+        return self._number
+
+    def async_(self, name, *args):
+        self._write(self._encode(0, True, name, args))
+
+    def answer(self, number):
+        """Take what comes before this answer, and return it."""
+        while True:
+            received, is_error, name, content = self._decode(self._frame())
+            if name == ".reply" and received == number:
+                assert not is_error, content
+                return content
+
+    def begin_to_read(self, large):
+        """Ask for the blob, and take no more than the beginning. Returns the number of the answer to come."""
+        number = self.call("sendBlob", *large[1])
+        assert self._decode(self._frame())[2] == "receiveBlobStart"
+        return number
+
+    def rest(self):
+        """Take everything there is until the server closes; return the blob in it, and the answers by number."""
+        chunks, answers = [], {}
+        while frame := self._frame():
+            number, _, name, content = self._decode(frame)
+            if name == "receiveBlobChunk":
+                chunks.append(content[2])
+            elif name == ".reply":
+                answers[number] = content
+        return b"".join(chunks), answers
+
+    def _write(self, message):
+        self._socket.sendall(len(message).to_bytes(4, "big") + message)
+
+    def _frame(self):
+        size = self._bytes(4)
+        return self._bytes(int.from_bytes(size, "big")) if size else b""
+
+    def _bytes(self, count):
+        data = b""
+        while len(data) < count:
+            more = self._socket.recv(count - len(data))
+            if not more:
+                assert not data, "the connection ended in the middle of a message"
+                return b""
+            data += more
+        return data
