@@ -130,7 +130,8 @@ def mode(path):
 def server(running_s3, tmp_path_factory):
     """One server for all tests of clients: whatever they do, it goes on."""
     running_s3.behave()
-    with ZEOServer(tmp_path_factory.mktemp("server"), running_s3, running_s3.bucket("security"), metrics=True) as one:
+    bucket = running_s3.bucket(f"security-{os.urandom(8).hex()}")  # a process may start it more than once
+    with ZEOServer(tmp_path_factory.mktemp("server"), running_s3, bucket, metrics=True) as one:
         yield one
 
 
