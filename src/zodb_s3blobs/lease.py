@@ -381,7 +381,7 @@ class Claim:
 
     @property
     def may_run_elsewhere(self) -> bool:
-        """Whether the server may still run, on another machine than this one or before a crash of this one."""
+        """True if the server may still run, on another machine; or it ended in a crash of this machine."""
         return not self.stopped and self.boot not in ("", boot_id())
 
     @property

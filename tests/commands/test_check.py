@@ -872,7 +872,7 @@ def test_what_a_killed_check_has_left_is_deleted_a_day_later(s3, configure, chec
     assert left
 
     found = rows(check(status=3))["clean-up"]
-    assert f"; {len(left)} objects and uploads of other checks were left alone: they are not a day old" in found
+    assert f"; {len(left)} objects and uploads of other checks were kept: they are less than a day old" in found
     assert s3.keys(bucket_name) == everything
 
     with Gate(s3.url, lambda ask: None, later=25 * 3600) as gate:
@@ -897,7 +897,7 @@ def test_whoever_interrupts_it_before_it_has_stored_anything_need_not_wait(s3, c
     process = subprocess.Popen(command(configure()), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     s3.wait_for("ListObjects")
     process.send_signal(signal.SIGINT)
-    assert "it ended early. nothing was stored" in process.communicate(timeout=5)[1]
+    assert "the check ended early. nothing was stored" in process.communicate(timeout=5)[1]
     assert process.returncode == 130
 
 

@@ -164,7 +164,9 @@ def test_a_full_disk_under_a_temporary_table_is_named(tmp_path, what, variable):
     assert done.returncode == 1
     where = tmp_path if variable else "/var/tmp"
     line = sentence(done.stderr)
-    assert line.startswith(f"zodb-s3blobs verify: the temporary directory {where} does not do: ") and "TMPDIR" in line
+    assert (
+        line.startswith(f"zodb-s3blobs verify: the temporary directory {where} cannot be used: ") and "TMPDIR" in line
+    )
 
 
 @pytest.mark.parametrize("name", slow_but("gc", of=["verify", "gc"]))
@@ -187,11 +189,11 @@ def caused(error, number, *place):
     [
         (
             caused(CacheDirectoryError("{tmp}/tmp1 cannot be used: [Errno 28] No space left"), 28, "{tmp}/tmp1/tmp"),
-            "the temporary directory {tmp} does not do: {tmp}/tmp1/tmp: No space left on device. Make room there",
+            "the temporary directory {tmp} cannot be used: {tmp}/tmp1/tmp: No space left on device. Make room there",
         ),
         (
             caused(CacheError("Cannot write to cache-dir {tmp}/tmp1: No space left"), 28),
-            "the temporary directory {tmp} does not do: No space left on device. Make room there",
+            "the temporary directory {tmp} cannot be used: No space left on device. Make room there",
         ),
         (
             caused(CacheError("Cannot write to cache-dir /srv: No space; advice"), 28),
@@ -199,9 +201,9 @@ def caused(error, number, *place):
         ),
         (
             OSError(28, "No space left on device", "{tmp}/tmp1/x"),
-            "the temporary directory {tmp} does not do: {tmp}/tmp1/x: No",
+            "the temporary directory {tmp} cannot be used: {tmp}/tmp1/x: No",
         ),
-        (OSError(28, "No space left on device"), "the temporary directory {tmp} does not do: No space"),
+        (OSError(28, "No space left on device"), "the temporary directory {tmp} cannot be used: No space"),
         (OSError(28, "No space left on device", "/srv/x"), "/srv/x: No space left on device"),
         (OSError(13, "Permission denied", "{tmp}/site/Data.fs"), "{tmp}/site/Data.fs: Permission denied"),
         (OSError("Cannot write to somewhere"), "Cannot write to somewhere"),
@@ -238,7 +240,7 @@ def test_the_last_line_says_whether_all_is_well(site, moved, tool, s3, bucket_na
     assert last("migrate") == "All blobs of the database are in the bucket."
     assert last("export") == f"All blobs of the database are in {site.directory / 'out'}."
     assert last("gc") == "All is well: nothing is dead."
-    assert last("adopt") == "The prefix is free for this database already: its server takes it."
+    assert last("adopt") == "The prefix is already free for this database: its server takes it."
     s3.client.delete_object(Bucket=bucket_name, Key=KEYS.key(*min(site.revisions)))
     assert last("verify", 3) == "Not well: 1 missing."
     for path in site.directory / "out", site.blob_dir:
@@ -255,4 +257,4 @@ def test_the_last_line_of_a_dry_run_says_how_much_would_go(s3, bucket_name, site
     put(db, "later", b"data")
     db.close()
     s3.put(bucket_name, [f"1/blobs/{number:x}/3d0c0b0a0908070.blob" for number in range(900, 903)])
-    assert last_line(tool("gc", conf, "--dry-run")[0]) == "A pack would delete what is listed, 3 in all."
+    assert last_line(tool("gc", conf, "--dry-run")[0]) == "A pack would delete the 3 objects listed."

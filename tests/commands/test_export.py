@@ -192,7 +192,7 @@ def test_a_file_that_is_not_what_the_bucket_has_is_replaced(s3, site, tool, conf
     path.write_bytes({"truncated": data[:-1], "empty": b"", "changed": data[:-1] + b"?"}[how])
     out, err = tool("export", conf, "--to-blob-dir", out_dir, "--json")
     assert counts(out) == {"there": len(site.revisions) - 1, "copied": 1}
-    assert f"{path} is not what the bucket has" in err
+    assert f"{path} differs from the object in the bucket" in err
     assert exported(out_dir) == right
     assert path.stat().st_mode & 0o777 == 0o444
 

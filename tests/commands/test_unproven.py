@@ -217,7 +217,7 @@ def test_migrate_says_which_is_damaged_where_the_service_tells(s3, bucket_name, 
     out, _ = tool("migrate", conf, "--from-blob-dir", site.blob_dir, "--json", status=DAMAGED)
     assert counts(out) == {"copied": len(site.revisions) - 1, "different": 1}
     reason = json.loads(out)["problems"][0]["reason"]
-    assert "The object is damaged" in reason and f"{site.file(*first)} is what the service says" in reason
+    assert "The object is damaged" in reason and f"The file {site.file(*first)} matches the ETag" in reason
     assert content(first) == (site.revisions[first], None)
 
 

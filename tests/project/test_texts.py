@@ -1,5 +1,6 @@
 """The manuals are short where they have to be, and every link in them leads somewhere."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -17,6 +18,38 @@ COMMANDS = {
         for path in [*ROOT.glob("src/**/*.py"), *ROOT.glob("zeo-configs/*.conf"), ROOT / ".ci" / "run"]
     },
 }
+
+#: How no docstring begins: with a pronoun, an article of a clause, or a reference to another docstring.
+BANNED_OPENINGS = re.compile(
+    r"(?:The same|One more|As|For|Of|What|Which|Who|Whose|Whether|Why|How|When|Where|While|If"
+    r"|It|Its|That|Those|These|Here|There|Nothing|Neither|Not|To be)\b"
+)
+#: How the docstring of a function does not begin either: with a noun phrase in place of an imperative verb.
+NOUN_PHRASES = re.compile(r"(?:The|A|An|All|Any|Both|Each|No|None|Some|This|Without)\b")
+#: Idioms that hide the noun or the verb.
+BANNED_WORDS = re.compile(
+    r"\b(?:(?:whoever|whomever|as ever|for ever|will do|(?:is|are) to be|(?:no|some|any|every)body)\b|has not[.,;:)])",
+    re.IGNORECASE,
+)
+#: Modules whose docstrings have not been revised yet; none may be added.
+UNREVISED = {
+    "cache/index.py",
+    "commit.py",
+    "inflight.py",
+    "s3/keys.py",
+    "staging.py",
+    "storage.py",
+    "zeo/handler.py",
+}
+
+
+def docstrings(path):
+    """Yield the docstrings of the module ``path``: name, text, and whether a verb must begin it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+            decorators = [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", ())]
+            is_property = any(name.endswith(("property", ".setter")) for name in decorators)
+            yield getattr(node, "name", "module"), text, isinstance(node, ast.FunctionDef) and not is_property
 
 
 def prose(path):
@@ -117,3 +150,18 @@ def test_the_systemd_unit_keeps_data_from_others():
 def test_no_virtual_environment_gets_into_an_image():
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert {".git", ".venv*", "venv", "build", "dist"} <= set(ignored)
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    package = ROOT / "src" / "zodb_s3blobs"
+    modules = {str(path.relative_to(package)): path for path in package.rglob("*.py")}
+    assert set(modules) >= UNREVISED
+    wrong = [
+        f"{module}, {name}: {text.splitlines()[0]}"
+        for module in sorted(modules.keys() - UNREVISED)
+        for name, text, needs_verb in docstrings(modules[module])
+        if BANNED_OPENINGS.match(text)
+        or BANNED_WORDS.search(" ".join(text.split()))
+        or (needs_verb and NOUN_PHRASES.match(text))
+    ]
+    assert not wrong, "\n".join(wrong)

@@ -22,7 +22,7 @@ from tests.support.zeo_clients import MB, RECORD, SOON, blob, commit_blob, commi
 from tests.support.zeo_server import SECTION
 
 #: What the server says when it has waited for too long.
-GAVE_UP = "what is being sent has not arrived at"
+GAVE_UP = "the blobs being sent have not arrived at"
 
 
 @pytest.fixture

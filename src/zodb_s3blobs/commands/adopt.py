@@ -1,9 +1,9 @@
 """``zodb-s3blobs adopt``: give a prefix of a bucket to this database, after another one had it.
 
-Which database a prefix belongs to, owner.json beside the blobs says. A database that is not its owner's successor
-deletes nothing there until this command says that it is to have the prefix. It shows whose the prefix was, when that
-was last heard of, and how many of its blobs this database has, and asks. Nothing is deleted by it, and for a week
-afterwards packs only mark dead blobs. The server may run: it takes the prefix within a minute.
+The object owner.json beside the blobs names the database that owns the prefix. Another database, unless it is the
+owner's successor, deletes nothing there until this command gives it the prefix. The command shows the owner, the time
+when its server last renewed owner.json, and how many of the blobs this database has; then it asks. It deletes nothing,
+and for a week afterwards packs only mark dead blobs. The server may run: it takes the prefix within a minute.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run it: 0 if the prefix is this database's afterwards."""
+    """Run the command; return 0 if this database owns the prefix afterwards."""
     return common.run("adopt", lambda: _adopt(arguments))
 
 
@@ -44,13 +44,13 @@ def _adopt(arguments: argparse.Namespace) -> int:
         note = bucket.read_owner()
         refusal = why_not(note, kind.own_identity.read() or "", kind) if note is not None else None
         if note is None or refusal is None:
-            return _say(arguments, bucket, "The prefix is free for this database already: its server takes it.")
+            return _say(arguments, bucket, "The prefix is already free for this database: its server takes it.")
         if Claim.of(note).format > FORMAT:
             raise NotOwner(refusal)
         if is_alive(note):
             raise NotOwner(
-                f"the prefix belongs to {Claim.of(note)}, which was heard of {note.age:.0f} seconds ago: stop that "
-                f"server first, or give this database another s3-prefix"
+                f"the prefix belongs to {Claim.of(note)}, which renewed its claim {note.age:.0f} seconds ago: stop "
+                f"that server first, or give this database another s3-prefix"
             )
         found = _look(kind, storage, bucket, note)
         if not arguments.json:
@@ -98,16 +98,17 @@ def _is_meant() -> bool:
 
 
 def take_prefix(kind: BaseAdapter, bucket: Bucket, note: ControlObject, storage: str) -> None:
-    """Have owner.json of ``bucket``, which says ``note`` now, say that the prefix belongs to the database of ``kind``.
+    """Replace ``note``, the owner.json of ``bucket``, by a claim of the database of ``kind``.
 
-    ``storage``: its name. Waits for S3; raises BucketError, and NotOwner if somebody else wrote it meanwhile.
+    ``storage``: name of the storage. Waits for S3; raises BucketError, and NotOwner if another server wrote owner.json
+    meanwhile.
     """
     now = note.now.isoformat(timespec="seconds")
     data = claim_of(kind, kind.identity(), f"adopt {uuid.uuid4().hex}", storage, now, stopped=now, taken=now)
     bucket.write_owner(data, note)
     written = bucket.read_owner()
     if written is None or written.data != data:
-        raise NotOwner(f"somebody else wrote {bucket.keys.owner} of bucket {bucket.name} meanwhile: look again")
+        raise NotOwner(f"another server wrote {bucket.keys.owner} of bucket {bucket.name} meanwhile: run adopt again")
 
 
 def _say(

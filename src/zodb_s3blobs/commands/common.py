@@ -1,4 +1,4 @@
-"""What the commands that read a zeo.conf share: options, exit statuses, and the sentence in which an error ends."""
+"""The common parts of the commands that read a zeo.conf: options, exit statuses, and errors as one sentence."""
 
 import argparse
 import errno
@@ -27,18 +27,18 @@ logger = logging.getLogger(__name__)
 EXIT_OK = 0
 EXIT_ERROR = 1  # the work could not be done
 EXIT_DAMAGED = 3  # blobs are missing or damaged, or could not be copied
-EXIT_GARBAGE = 4  # nothing worse than dead objects was found
+EXIT_GARBAGE = 4  # dead objects were found, and nothing worse
 EXIT_UNPROVEN = 5  # blobs carry no SHA-256 in the bucket
-FALLBACK = 6  # the bucket lacks blobs that clients can read all the same
+FALLBACK = 6  # the bucket lacks blobs that clients can still read
 
-#: What the system says of a directory that takes no more.
+#: The errors of a directory that cannot be written.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def check_owner(bucket: Bucket, storage: Any, must_be_ours: bool = False) -> bool:
-    """Say whose the prefix of ``bucket`` is; return whether it is that of the database in ``storage``, or free for it.
+    """Log the owner of the prefix of ``bucket``; return whether the database in ``storage`` owns it or may take it.
 
-    Raises NotOwner instead if it is not and ``must_be_ours``; BucketError.
+    Waits for S3; BucketError. Raises NotOwner if another database owns the prefix and ``must_be_ours`` is set.
     """
     kind = adapter_for(storage)
     found = standing(bucket, kind, kind.own_identity.read())
@@ -49,7 +49,7 @@ def check_owner(bucket: Bucket, storage: Any, must_be_ours: bool = False) -> boo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options that all of them have."""
+    """Declare the options that all commands share."""
     parser.add_argument("-C", "--configure", metavar="FILE", type=Path, required=True, help="the server's zeo.conf")
     parser.add_argument("--storage", metavar="NAME", help="which storage, where there are several")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -57,13 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def directory(text: str) -> str:
     """Return ``text``, the value of an option that names a directory."""
-    if not text.strip():  # of a shell variable that is not set, for one
+    if not text.strip():  # for example from a shell variable that is not set
         raise argparse.ArgumentTypeError("is empty: name a directory")
     return text
 
 
 def run(name: str, work: Callable[[], int], level: int = logging.INFO) -> int:
-    """Return what ``work``, that of the command ``name``, returns; print an error on stderr. Logs from ``level`` on."""
+    """Run ``work`` of the command ``name`` and return its exit status.
+
+    Expected errors are printed to stderr; log records of ``level`` and above are printed too.
+    """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
     try:
         with _without_size_of_cache():
@@ -72,7 +75,7 @@ def run(name: str, work: Callable[[], int], level: int = logging.INFO) -> int:
         raise
     except StartRefused:
         return EXIT_ERROR  # its sentence has been logged
-    except sqlite3.Error as error:  # the only database of ours is a temporary file
+    except sqlite3.Error as error:  # from the temporary file, the only SQLite database here
         complain(name, _of_temporary(_directory_of_sqlite(), str(error)))
         return EXIT_ERROR
     except (OSError, CacheDirectoryError) as error:
@@ -82,18 +85,18 @@ def run(name: str, work: Callable[[], int], level: int = logging.INFO) -> int:
         complain(name, str(error))
         return EXIT_ERROR
     except KeyboardInterrupt:
-        complain(name, "interrupted; the same command goes on where this one stopped")
+        complain(name, "interrupted; run the same command again, and it continues")
         return 130
 
 
 def complain(name: str, sentence: str) -> None:
-    """Print on stderr why the command ``name`` did not do all of its work."""
+    """Print to stderr the reason why the command ``name`` did not do all of its work."""
     print(f"zodb-s3blobs {name}: {sentence}", file=sys.stderr)
 
 
 @contextmanager
 def _without_size_of_cache() -> Iterator[None]:
-    """While it lasts, a cache that is opened does not log how much is in it: that of a command is empty."""
+    """Suppress the log line about the size of a cache during the body: a command's own cache is empty."""
     cache = logging.getLogger("zodb_s3blobs.cache")
     before = cache.level
     cache.setLevel(logging.WARNING)
@@ -104,8 +107,8 @@ def _without_size_of_cache() -> Iterator[None]:
 
 
 def _of_machine(error: OSError | CacheDirectoryError) -> str:
-    """Return the sentence for an error of a file of this machine, which may be a temporary one."""
-    # A scratch cache, which is in the temporary directory, tells what the system said as the cause.
+    """Return the sentence for an error of a file of this machine, perhaps of a temporary one."""
+    # The error of a scratch cache, which is in the temporary directory, has the system's error as its cause.
     cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
     trouble = str(getattr(cause, "strerror", None) or error)
     if trouble.startswith("No usable temporary directory"):
@@ -125,13 +128,13 @@ def _of_machine(error: OSError | CacheDirectoryError) -> str:
 
 def _of_temporary(path: str, trouble: str) -> str:
     return (
-        f"the temporary directory {path} does not do: {trouble}. Make room there, or name another one with the "
-        f"environment variable TMPDIR, and run it again"
+        f"the temporary directory {path} cannot be used: {trouble}. Make room there, or name another one with the "
+        f"environment variable TMPDIR, and run the command again"
     )
 
 
 def _directory_of_sqlite() -> str:
-    """Return where SQLite puts its temporary files, which without TMPDIR is not where Python does."""
+    """Return the directory of SQLite's temporary files, which without TMPDIR differs from Python's."""
     for name in os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tmp", "/usr/tmp", "/tmp":
         if name and os.path.isdir(name) and os.access(name, os.W_OK | os.X_OK):
             return name

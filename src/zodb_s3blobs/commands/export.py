@@ -1,8 +1,8 @@
 """``zodb-s3blobs export``: copy all blobs into a ZODB blob directory, the way back.
 
-A filestorage with the same Data.fs and that directory as its blob-dir has every revision of every blob again. What is
-in the directory already, and is the same as in the bucket, is skipped. The server may run; what it commits meanwhile,
-the same command fetches later, best when the server has been stopped.
+A filestorage with the same Data.fs and that directory as its blob-dir has every revision of every blob again. Blobs
+that the directory already has, with the bytes in the bucket, are skipped. The server may run; run the command again for
+blobs that it commits meanwhile, at last when the server has been stopped.
 
 Exit status: 0 every blob of the database is in the directory; 1 the work could not be done, or ended early; 3 some
 blobs are not.
@@ -34,7 +34,7 @@ _MEANINGS = {
     "failed": "could not be read, or are damaged in the bucket",
 }
 
-#: The words of what keeps the directory from having everything.
+#: The words of blobs that the directory lacks.
 _TROUBLES = ("missing", "archived", "failed")
 
 
@@ -46,12 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         type=common.directory,
         required=True,
-        help="the blob directory; made if there is nothing yet, or nothing but lost+found or tmp",
+        help="the blob directory; made if it is missing, or contains nothing but lost+found or tmp",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return the exit status that is described above."""
+    """Run the command; return the exit status described above."""
     return common.run("export", lambda: _export(arguments))
 
 
@@ -101,20 +101,21 @@ def _copy(blob: Named, bucket: Bucket, fallback: BlobDirectory | None, directory
         return failure(oid, tid, 0, error)
     except OSError as error:
         raise BlobDirectoryError(
-            f"cannot write to the blob directory {directory.path}: {error.strerror}. Afterwards, run it again"
+            f"cannot write to the blob directory {directory.path}: {error.strerror}. Make that possible, and run the "
+            f"command again"
         ) from None
     return Outcome(oid, tid, word, size, reason=reason)
 
 
 def _is_right(blob: Named, path: str, bucket: Bucket) -> bool:
-    """Return whether the file at ``path`` is the blob, as far as the bucket can tell."""
+    """Return whether the file at ``path`` is the blob, or the bucket does not have the blob. Waits for S3."""
     try:
-        bucket.find(blob.oid, blob.tid, path)  # where it has none, the directory is the only one to have it
+        bucket.find(blob.oid, blob.tid, path)  # if the bucket lacks the blob, the file may be the only copy
     except BlobMismatch:
-        logger.warning("%s is not what the bucket has, and is replaced", path)
+        logger.warning("%s differs from the object in the bucket: replacing the file", path)
         return False
     except OSError as error:
-        logger.warning("%s cannot be read (%s), and is replaced", path, error.strerror)
+        logger.warning("%s cannot be read (%s): replacing the file", path, error.strerror)
         return False
     return True
 
@@ -122,9 +123,9 @@ def _is_right(blob: Named, path: str, bucket: Bucket) -> bool:
 def _fetch(
     oid: bytes, tid: bytes, bucket: Bucket, fallback: BlobDirectory | None, file: NewBlobFile
 ) -> tuple[str, str]:
-    """Write the blob into ``file``; return the word for it, and the reason of the bucket's failure if it failed.
+    """Write the blob into ``file``; return its word, and the reason of the bucket's failure, or "".
 
-    The errors are those of `fetch.get`: none where the fallback has what the bucket did not give.
+    Raises the errors of `fetch.get`, unless the fallback has the blob.
     """
     try:
         opened = bucket.open(oid, tid)

@@ -1,7 +1,7 @@
 """``zodb-s3blobs gc``: delete dead blobs without a pack, or with --dry-run only list them.
 
-Which blobs are dead, the database tells as it is: pack it first. With --dry-run nothing is changed, and the server may
-run; without, it must not: its own packs collect garbage.
+Blobs are dead if the database, in its current state, does not have their revisions: pack it first. With --dry-run
+nothing is changed, and the server may run. Without --dry-run the server must not run: its own packs collect garbage.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from . import common
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``gc``."""
     common.add_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="delete nothing, list what would go")
+    parser.add_argument("--dry-run", action="store_true", help="delete nothing, list what would be deleted")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run it: 0 unless something failed."""
+    """Run the command; return 0 unless it failed."""
     return common.run("gc", lambda: _gc(arguments), logging.WARNING if arguments.dry_run else logging.INFO)
 
 
@@ -43,8 +43,8 @@ def _gc(arguments: argparse.Namespace) -> int:
 
 def _collect(served: zeoconf.Served) -> int:
     served.check_database_exists()
-    served.section.config.metrics_address = None  # nobody scrapes a command
-    logging.getLogger("zodb_s3blobs.config").setLevel(logging.WARNING)  # nor asks it where the blobs are
+    served.section.config.metrics_address = None  # a command is not scraped
+    logging.getLogger("zodb_s3blobs.config").setLevel(logging.WARNING)  # without the lines of a server's start
     try:
         storage = served.section.open()
     except zc.lockfile.LockError:
@@ -60,7 +60,7 @@ def _collect(served: zeoconf.Served) -> int:
 
 
 def _dry_run(served: zeoconf.Served) -> dict[str, Any]:
-    """What would go, and what there is."""
+    """Return what a pack would delete, and the state of all blobs. Waits for S3; BucketError."""
     config = served.section.config
     with closing(served.open_read_only()) as storage, closing(served.section.open_bucket(Metrics())) as bucket:
         is_ours = common.check_owner(bucket, storage)
@@ -107,4 +107,4 @@ def _verdict(result: dict[str, Any]) -> str:
     if result["refused"]:
         return f"A pack would delete none of them: {result['refused']}"
     number = len(result["would_delete"])
-    return f"A pack would delete what is listed, {number:,} in all." if number else "All is well: nothing is dead."
+    return f"A pack would delete the {number:,} objects listed." if number else "All is well: nothing is dead."

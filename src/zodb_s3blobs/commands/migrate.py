@@ -1,9 +1,10 @@
 """``zodb-s3blobs migrate``: copy the blobs of a ZODB blob directory into the bucket.
 
-Every revision that the database still knows is copied, and looked up at the bucket afterwards: size and SHA-256 must be
-right. What is there already is skipped after the same look. An object without SHA-256 (another tool copied it, or the
-service lost its metadata) is read; if it has the bytes of the file, it is stored again, with it. The directory is only
-read. The server may run; with fallback-blob-dir in its section it serves the blobs that have not been copied yet.
+Every revision that the database still has is copied, and looked up in the bucket afterwards: size and SHA-256 must be
+right. Blobs that the bucket already has are skipped after that check. An object without SHA-256 (another tool copied
+it, or the service lost its metadata) is read; if it has the bytes of the file, it is stored again, with its SHA-256.
+The directory is only read. The server may run; with fallback-blob-dir in its section it serves the blobs that have not
+been copied yet.
 
 Exit status: 0 every blob of the database is in the bucket; 1 the work could not be done, or ended early; 3 some blobs
 are not, or not as in the directory; 5 they are, but the service does not keep their SHA-256.
@@ -38,7 +39,7 @@ _MEANINGS = {
     "foreign": "files in the directory that are no blobs",
 }
 
-#: The words of what keeps the bucket from having everything.
+#: The words of blobs that the bucket lacks, or does not have as the directory has them.
 _TROUBLES = ("missing", "different", "archived", "failed", "unreadable")
 
 
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return the exit status that is described above."""
+    """Run the command; return the exit status described above."""
     return common.run("migrate", lambda: _migrate(arguments))
 
 
@@ -64,7 +65,7 @@ def _migrate(arguments: argparse.Namespace) -> int:
     path = arguments.from_blob_dir or config.fallback_blob_dir
     if not path:
         raise zeoconf.ConfigurationError(
-            "from where? Set fallback-blob-dir in the section, or name the blob directory with --from-blob-dir"
+            "no blob directory is given: set fallback-blob-dir in the section, or name it with --from-blob-dir"
         )
     source = BlobDirectory(path)
     with closing(served.section.open_bucket(Metrics())) as bucket, Survey(served) as survey:
@@ -83,10 +84,10 @@ def _migrate(arguments: argparse.Namespace) -> int:
 
 
 def _look_for_others(source: BlobDirectory, inventory: Inventory, report: Report) -> None:
-    """Add the files of ``source`` that are no blobs of the database to ``report``."""
+    """Add the files of ``source`` that are not blobs of the database to ``report``."""
 
     def foreign(path: str) -> None:
-        with suppress(OSError):  # it has gone since
+        with suppress(OSError):  # the file has been deleted since
             report.add(Outcome(b"", b"", "foreign", os.lstat(path).st_size))
 
     with showing("Looking for other files", "files") as progress:
@@ -124,22 +125,23 @@ def _move(blob: Named, source: BlobDirectory, bucket: Bucket) -> Outcome:
         )
         return Outcome(oid, tid, "different", size, trouble)
     except BlobDamaged as error:
-        trouble = f"{error}. {path} is what the service says of the object: delete the object, and run it again"
+        trouble = f"{error}. The file {path} matches the ETag of the object: delete the object, and run it again"
         return Outcome(oid, tid, "different", size, trouble)
     except BucketError as error:
         return failure(oid, tid, size, error)
-    except BlobNotFound as error:  # it was there a moment ago
+    except BlobNotFound as error:  # deleted since it was found
         return Outcome(oid, tid, "failed", size, f"{error}; run it again")
     except FileNotFoundError:
-        return missing  # packed away since it was found, perhaps: that is looked up in the end
+        return missing  # perhaps packed away since it was found: the end of the pass checks that
     except OSError as error:
         return Outcome(oid, tid, "unreadable", size, f"{path} cannot be read: {error.strerror}")
 
 
 def _store(blob: Named, path: str, bucket: Bucket) -> str:
-    """Make the file at ``path`` the object of ``blob``, unless it is that already; return the word for what was done.
+    """Upload the file at ``path`` as ``blob``, unless the bucket has it; return the word for the result.
 
-    Raises BlobMismatch if the object has other bytes, BlobDamaged, BucketError, BlobNotFound, and OSErrors of the file.
+    Waits for S3. Raises BlobMismatch if the object has other bytes, BlobDamaged, BucketError, BlobNotFound, and the
+    OSErrors of the file.
     """
     oid, tid = blob.oid, blob.tid
     stored = bucket.find(oid, tid, path) if blob.size is not None else None
@@ -155,7 +157,7 @@ def _store(blob: Named, path: str, bucket: Bucket) -> str:
         arrived = None
     if arrived is None:
         raise BucketError(
-            f"{bucket.keys.key(oid, tid)} was stored, but bucket {bucket.name} does not have it as it was sent"
+            f"{bucket.keys.key(oid, tid)} was stored, but bucket {bucket.name} has other bytes or none: run it again"
         )
     if not arrived.is_proven:
         return "unproven"

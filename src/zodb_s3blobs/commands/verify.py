@@ -1,21 +1,21 @@
 """``zodb-s3blobs verify``: prove that the database and the bucket belong together.
 
 Every blob that the database names must be in the bucket, where clients can read it. Every object in the bucket must be
-a blob that the database names. Without --checksum no blob is read, but those whose copies in cache-dir or
-fallback-blob-dir have another size; of the others nothing but their size is known. --checksum reads every blob and
-compares its SHA-256; with --sample only some, and all are looked up as without --checksum. A blob whose object carries
-no SHA-256 (another tool copied it, or the service lost its metadata) is compared by its size, or by the MD5 that the
-service tells, and is called unproven. Nothing is changed, but with --repair, and the server may run.
+a blob that the database names. Without --checksum, verify compares sizes only, and reads just the blobs whose copies in
+cache-dir or fallback-blob-dir have another size. --checksum reads every blob and compares its SHA-256; with --sample it
+reads only some, and compares the sizes of all. A blob whose object carries no SHA-256 (another tool copied it, or the
+service lost its metadata) is compared by its size, or by the MD5 in its ETag, and is called unproven. Without --repair
+nothing is changed. The server may run.
 
 A revision that an undo made has no object if the earlier package of this name, 1.2.1, served the database: its blob is
-that of an earlier revision. As long as the database has not been packed since, it tells which one that is; --repair
-copies that one's object, and overwrites none.
+that of an earlier revision. Until the next pack, the database records which one; --repair copies the object of that
+revision, and overwrites none.
 
 Exit status, the first of these that applies: 3 blobs are missing, damaged, different or archived, so that clients
-cannot read them, or may read wrong bytes; 1 it could not be found out; 6 clients can read all blobs, but some are in
-fallback-blob-dir alone, or are to be repaired: the bucket does not have everything; 5 blobs are unproven; 4 dead
+cannot read them, or may read wrong bytes; 1 the check could not be completed; 6 clients can read all blobs, but some
+are only in fallback-blob-dir, or need --repair: the bucket does not have everything; 5 blobs are unproven; 4 dead
 objects are in the bucket, which the next pack deletes; 0 all is well. Damaged copies in cache-dir and fallback-blob-dir
-are listed, and do not change it.
+are listed, and do not change the status.
 """
 
 import argparse
@@ -55,12 +55,12 @@ _UNPROVEN = {
 }
 
 _MEANINGS = {
-    "marked": "in the bucket, restored with the database after a pack had marked them as dead",
+    "marked": "referenced blobs that carry a garbage mark (the database was restored); the next pack removes the mark",
     "fallback": "in fallback-blob-dir alone: zodb-s3blobs migrate copies them",
     "undone": "without an object after an undo by zodb-s3blobs 1.2.1, and read from the revision that it went back to: "
     "zodb-s3blobs verify --repair copies them",
     "missing": "neither in the bucket nor in fallback-blob-dir",
-    "damaged": "in the bucket, but not what was stored",
+    "damaged": "in the bucket, but with other bytes than were stored",
     "different": "in the bucket without SHA-256, and of another size than in fallback-blob-dir: one of them is damaged",
     "archived": "in an archive, where clients cannot read them: restore them, and end the lifecycle rule or tier that "
     "moved them",
@@ -73,13 +73,13 @@ _MEANINGS = {
     "copy": "files in cache-dir or fallback-blob-dir of another size than their object",
 }
 
-#: The words of what keeps clients from the right bytes.
+#: The words of blobs whose right bytes clients cannot get, or may not get.
 _LOST = ("missing", "damaged", "different", "archived")
 
-#: The words of what is in the way of "all is well", the worst first.
+#: The words that exclude "all is well", the worst first.
 _TROUBLES = (*_LOST, "failed", "fallback", "undone", "unproven", "dead", "copy")
 
-#: The words of what clients can read though the bucket lacks it, and the command that copies it.
+#: Word of blobs that clients can read though the bucket lacks them -> the command that copies them.
 _CURES = {"fallback": "zodb-s3blobs migrate", "undone": "zodb-s3blobs verify --repair"}
 
 
@@ -110,14 +110,14 @@ def _sample(text: str) -> tuple[int, int]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return the exit status that is described above."""
+    """Run the command; return the exit status described above."""
     return common.run("verify", lambda: _verify(arguments))
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     if arguments.sample and not arguments.checksum:
         raise zeoconf.ConfigurationError(
-            "--sample says which blobs --checksum reads: add --checksum, or leave --sample away and all are looked up"
+            "--sample selects the blobs that --checksum reads: add --checksum, or omit --sample"
         )
     served = zeoconf.find(arguments.configure, arguments.storage)
     config = served.section.config
@@ -140,10 +140,10 @@ def _verify(arguments: argparse.Namespace) -> int:
         report = survey.run("Verifying", look, bucket, config.s3_concurrency)
         for state in ("dead", "retained", "newer", "unknown"):
             report.objects[state], report.sizes[state] = scan.found[state].objects, scan.found[state].bytes
-        if not is_ours:  # what seems to be dead, or perhaps the only copy of a live blob, is the other database's
+        if not is_ours:  # seemingly dead blobs and perhaps-only copies belong to the other database
             report.objects["others"] = report.objects.pop("dead") + scan.only_copies.objects
             report.sizes["others"] = report.sizes.pop("dead") + scan.only_copies.bytes
-        # An outage is no reason to look for the paths of those that it hit: that takes a while. Nor is a copy.
+        # Finding paths takes long, so it is left out for the victims of an outage, and for damaged copies.
         of_blobs = [
             one for one in report.troubles if one.word != "copy" and not (report.early_end and one.word == "failed")
         ]
@@ -206,7 +206,7 @@ def _basis(arguments: argparse.Namespace) -> str:
 
 @dataclass(frozen=True)
 class _Copy:
-    """A file that is a copy of a blob, outside of the bucket; ``size`` in bytes."""
+    """A file outside the bucket that is a copy of a blob; ``size`` in bytes."""
 
     path: str
     size: int
@@ -214,11 +214,12 @@ class _Copy:
 
 @dataclass(frozen=True)
 class _Look:
-    """Finds out what there is of a blob. ``marks``: those of the last pack; ``sample``: which part of how many to read.
+    """The verification of one blob. ``marks``: those of the last pack; ``sample``: the part to read, as N of T.
 
     ``repair``: whether to give revisions that an undo made the objects that they lack.
 
-    Only the database and the bucket decide how a blob is. A copy tells where to look closer. Any thread may call.
+    Only the database and the bucket decide the outcome; a copy of another size only causes a closer look. Any thread
+    may call.
     """
 
     storage: Any
@@ -231,7 +232,7 @@ class _Look:
     repair: bool
 
     def __call__(self, blob: Named) -> Outcome:
-        """Return what was found of ``blob``."""
+        """Return the outcome of ``blob``. Waits for S3."""
         oid, tid = blob.oid, blob.tid
         cached = _regular_file(path_in(self.cache_dir, oid, tid))
         try:
@@ -269,7 +270,7 @@ class _Look:
         return f"{self.bucket.keys.key(blob.oid, blob.tid)} is not in bucket {self.bucket.name}"
 
     def _undone(self, blob: Named) -> Outcome | None:
-        """Return the outcome of a ``blob`` without an object that repeats one which has; None if it does not.
+        """Return the outcome of a ``blob`` that repeats an earlier revision with an object; None if it does not.
 
         Raises BlobNotFound and BucketError.
         """
@@ -284,7 +285,7 @@ class _Look:
         return Outcome(blob.oid, blob.tid, "undone", stored.size, trouble)
 
     def _copy(self, blob: Named, source: bytes, size: int) -> None:
-        """Copy the object of the revision ``source``, of ``size`` bytes, to ``blob``, unless that has one by now."""
+        """Copy the object of the revision ``source``, of ``size`` bytes, to ``blob``, unless ``blob`` has one now."""
         arrived = self.bucket.look_up(blob.oid, blob.tid)
         if arrived is None:
             self.bucket.copy(blob.oid, source, blob.tid)
@@ -292,8 +293,8 @@ class _Look:
         if arrived is None or arrived.size != size:
             key = self.bucket.keys.key(blob.oid, blob.tid)
             raise BucketError(
-                f"{key} is to be a copy of {self.bucket.keys.key(blob.oid, source)}, but bucket {self.bucket.name} "
-                f"does not have it with the same size: look at both objects"
+                f"{key} should be a copy of {self.bucket.keys.key(blob.oid, source)}, but bucket {self.bucket.name} "
+                f"does not have it with the same size: compare both objects"
             )
 
     def _lost(self, blob: Named, advice: str) -> Outcome:
@@ -301,13 +302,14 @@ class _Look:
         if blob.candidates:
             keys = ", ".join(self.bucket.keys.key(blob.oid, tid) for tid in blob.candidates)
             advice += (
-                f"; if an undo by zodb-s3blobs 1.2.1 made this revision, its bytes are those of one of {keys}, and the "
-                f"pack since then took away what tells which: look at them, and copy the right one to the missing key"
+                f"; if an undo by zodb-s3blobs 1.2.1 made this revision, its bytes are those of one of {keys}, but the "
+                f"pack since then removed the record of which one: compare them, and copy the right one to the missing "
+                f"key"
             )
         return Outcome(blob.oid, blob.tid, "missing", trouble=f"{self._missing(blob)}{advice}")
 
     def _in_bucket(self, blob: Named, size: int, cached: _Copy | None, kept: _Copy | None, advice: str) -> Outcome:
-        """Return what was found of ``blob``, whose object has ``size`` bytes. Raises as `Bucket.verify`."""
+        """Return the outcome of ``blob``, whose object has ``size`` bytes. Raises the errors of `Bucket.verify`."""
         oid, tid = blob.oid, blob.tid
         key = self.bucket.keys.key(oid, tid)
         if blob.archived and _is_restored_for_a_while(key, size, self.bucket):
@@ -330,7 +332,7 @@ class _Look:
             copies.append(_of_copy(blob, key, other_kept, trouble))
         if (dead_since := self.marks.get(oid + tid)) is not None:
             day = time.strftime("%Y-%m-%d", time.gmtime(dead_since))
-            trouble = f"{key} is there; the next pack takes away its mark of {day}"
+            trouble = f"{key} exists; the next pack removes its mark of {day}"
             return Outcome(oid, tid, "marked", size, trouble, copies=tuple(copies))
         word = "good" if is_read or not self.checksum else "unread"
         return Outcome(oid, tid, word, size, copies=tuple(copies))
@@ -343,7 +345,7 @@ class _Look:
 def _of_unproven(blob: Named, fact: str, cached: _Copy | None, kept: _Copy | None) -> Outcome:
     """Return the outcome of a ``blob`` whose object carries no SHA-256; ``cached``, ``kept``: copies of other sizes."""
     size = blob.size or 0
-    which = "one of the two is damaged, and nothing tells which: compare both with a backup"
+    which = "one of the two is damaged, and nothing shows which: compare both with a backup"
     if kept is not None:
         trouble = f"{fact}, but {kept.path} has {kept.size} bytes: {which}"
         return Outcome(blob.oid, blob.tid, "different", size, trouble)
@@ -352,13 +354,13 @@ def _of_unproven(blob: Named, fact: str, cached: _Copy | None, kept: _Copy | Non
 
 
 def _of_copy(blob: Named, key: str, copy: _Copy, trouble: str) -> Outcome:
-    """Return the outcome of a ``copy`` of another size than the object, which is right."""
+    """Return the outcome of a ``copy`` whose size differs from that of the object, which is proven."""
     reason = f"{copy.path} has {copy.size} bytes, but {key} has {blob.size} and the right SHA-256: {trouble}"
     return Outcome(blob.oid, blob.tid, "copy", copy.size, reason)
 
 
 def _advice(blob: Named, copy: _Copy | None) -> str:
-    """Return what to say of a ``copy`` of a ``blob`` that the bucket does not give, if there is one."""
+    """Return the advice about a ``copy`` of a ``blob`` that the bucket does not deliver; "" without a copy."""
     if copy is None:
         return ""
     size = f" of {copy.size} bytes" if copy.size != blob.size else ""
@@ -366,7 +368,7 @@ def _advice(blob: Named, copy: _Copy | None) -> str:
 
 
 def _regular_file(path: str) -> _Copy | None:
-    """Return the file at ``path``; None if there is none that can be looked at, or that the cache would not serve."""
+    """Return the regular file at ``path``; None if it is missing, unreadable, or not a regular file."""
     try:
         found = os.lstat(path)
     except OSError:
@@ -375,9 +377,10 @@ def _regular_file(path: str) -> _Copy | None:
 
 
 def _is_restored_for_a_while(key: str, size: int, bucket: Bucket) -> bool:
-    """Ask for an object of an archive class; BucketError with the reason "archived" if it has to be restored first.
+    """Return whether an object of an archive class can be read from a restored copy that expires.
 
-    Not every service archives what it lists in such a class: then the object can be read as any other.
+    Raises BucketError with the reason "archived" if the object must be restored first. Some services do not archive
+    objects of such a class: then the object can be read like any other.
     """
     first_byte = {"Range": "bytes=0-0"} if size else {}
     return "Restore" in bucket.ask("get_object", Key=key, **first_byte, **bucket.read_options)

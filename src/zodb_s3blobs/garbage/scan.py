@@ -125,7 +125,7 @@ class Scan:
             f"{orphans.objects} of {ours} blobs in bucket {name} are of objects that the database does not have any "
             f"more, {orphans.bytes} bytes: more than gc-max-delete-percent ({max_delete_percent}) allows, so no dead "
             f"blob was deleted. Is this the database that belongs to s3-prefix {prefix!r}? If it is, set "
-            f"gc-max-delete-percent 100, restart and pack again; `zodb-s3blobs gc --dry-run` lists what would go"
+            f"gc-max-delete-percent 100, restart and pack again; `zodb-s3blobs gc --dry-run` lists the dead blobs"
         )
 
     def _judge(self, blobs: list[Listed]) -> Iterator[tuple[Listed, str, int]]:

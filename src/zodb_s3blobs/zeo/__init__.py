@@ -1,1 +1,1 @@
-"""The ZEO server: its handler of blobs, the errors it sends, its start and its end."""
+"""The ZEO side: the server's handler of blobs, the errors that it sends, its start and its end."""

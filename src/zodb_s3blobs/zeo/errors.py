@@ -1,8 +1,8 @@
-"""The last net: whatever goes wrong in a ZEO server, its client gets an answer, and one that it can decode.
+"""The last safety net of a ZEO server: for any error, the client gets an answer that it can decode.
 
 ZEO sends an exception as the name of its class, and its attributes or else its arguments. A client that cannot decode
-these, because they are objects of a library that it does not have, answers its caller never. What the parts of a
-storage raise is made a plain StorageError long before it comes here; this is for what nobody thought of.
+these, because they are objects of a library that it does not have, never answers its caller. The storage turns the
+errors of its parts into a plain StorageError long before they get here; this module handles unforeseen ones.
 """
 
 import logging
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 _CONFLICT = ("message", "oid", "serials", "class_name")
 
-#: The classes that stock clients make again, and the attributes they do it from; without any, from the arguments.
-#: What has another class, they raise as a ZEO.Exceptions.ServerException, which is a StorageError.
+#: Class that stock clients recreate -> the attributes that they use; without attributes, they use the arguments.
+#: For any other class, clients raise a ZEO.Exceptions.ServerException, which is a StorageError.
 REMADE: dict[type[BaseException], tuple[str, ...]] = {
     KeyError: (),
     TypeError: (),
@@ -45,22 +45,22 @@ REMADE: dict[type[BaseException], tuple[str, ...]] = {
     MultipleUndoErrors: ("_errs",),
 }
 
-#: How deep lists may be in lists; ZODB's go two deep, and msgpack has a limit.
+#: The deepest nesting of lists; ZODB's lists have two levels, and msgpack has a limit.
 _DEEPEST = 10
 
-#: What ZEO calls the flag of a reply that is an exception.
+#: ZEO's flag of a reply that is an exception.
 _EXCEPTION = 2
 
 
 def guard(connection: Any) -> None:
-    """Let all errors that leave through ``connection``, a ZEO ServerProtocol, be plain, and no reply get lost."""
+    """Make ``connection``, a ZEO ServerProtocol, send only plain errors, and an answer to every request."""
 
     def send_error(message_id: Any, error: BaseException, send_error: bool = False) -> None:
         send_reply(message_id, plain(error), flag=_EXCEPTION)
 
     def send_reply(message_id: Any, result: Any, send_error: bool = False, flag: int = 0) -> None:
-        # As ZEO's, which after "Couldn't pickle response" goes on to write the result that could not be encoded. That
-        # fails, or with a full connection stays in its queue and spoils all that follows.
+        # Replaces ZEO's method, which after "Couldn't pickle response" still writes the result that it cannot encode.
+        # That fails, or with a full connection stays in its queue and breaks all messages that follow.
         if isinstance(result, Delay):
             result.set_sender(message_id, connection)
             return
@@ -80,13 +80,13 @@ def guard(connection: Any) -> None:
 
 
 def plain(error: BaseException) -> tuple[str, Any]:
-    """Return what a client is sent for ``error``: the name of a class, and the attributes or arguments of it.
+    """Return the form of ``error`` for a client: the name of a class, and its attributes or arguments.
 
-    These hold nothing but plain values. What cannot go as it is becomes a StorageError, and is logged.
+    These consist of plain values only. An error that is not plain becomes a StorageError, and is logged.
     """
     try:
         sent = _as_it_is(error)
-    except Exception:  # attributes that it ought to have
+    except Exception:  # the error lacks attributes of its class
         sent = None
     if sent is not None and is_plain(sent[1]):
         return sent
@@ -96,7 +96,7 @@ def plain(error: BaseException) -> tuple[str, Any]:
 
 
 def _as_it_is(error: BaseException) -> tuple[str, Any] | None:
-    """Return the same for an exception of ZODB, or of a class that is derived from one that clients make again."""
+    """Return the form of an ``error`` that is ZODB's own, or derived from a class that clients recreate; else None."""
     kind = type(error)
     if kind.__module__ == POSException.__name__ and kind not in REMADE:
         return _name(kind), error.__dict__ or error.args
@@ -105,10 +105,10 @@ def _as_it_is(error: BaseException) -> tuple[str, Any] | None:
         return None
     attributes = {name: getattr(error, name) for name in REMADE[known]}
     if isinstance(error, MultipleUndoErrors):
-        # FileStorage's reasons are exceptions. All that anybody does with a reason is to show it.
+        # FileStorage's reasons are exceptions; clients only show a reason, so its text is enough.
         attributes["_errs"] = [(oid, str(why) if isinstance(why, POSError) else why) for oid, why in error._errs]
         if not error._errs:
-            return None  # clients look at the first
+            return None  # clients use the first reason
     return _name(known), attributes or error.args
 
 
@@ -117,7 +117,7 @@ def _name(kind: type) -> str:
 
 
 def is_plain(value: Any, depth: int = _DEEPEST) -> bool:
-    """Whether any client can decode ``value``, be it sent as a pickle or by msgpack."""
+    """Return whether every client can decode ``value``, as a pickle and by msgpack."""
     kind = type(value)
     if kind in (type(None), bool, float, bytes):
         return True
@@ -136,7 +136,7 @@ _SEE_LOG = "the server's log has more"
 
 
 def _text(error: BaseException) -> str:
-    """Return what a client may know of ``error``: its text only if it was written to be seen by others."""
+    """Return the text of ``error`` for a client; only its class if the text was not written for users."""
     kind = type(error)
     if isinstance(error, S3BlobsError):
         presentable = True
@@ -150,17 +150,17 @@ def _text(error: BaseException) -> str:
             if is_plain(text):
                 return text
         except Exception:
-            pass  # an exception without the attributes that its text is made from
+            pass  # the error lacks attributes that its text needs
     return f"{kind.__module__}.{kind.__qualname__} in the server; {_SEE_LOG}"
 
 
-# ZEO answers when it has caught an Exception. There are others: an asyncio.CancelledError, or the panic of a library
-# that is written in Rust.
+# ZEO answers a request only after an Exception, but other errors exist: asyncio.CancelledError, or the panic of a
+# library written in Rust.
 
 
 @contextmanager
 def exceptions_only() -> Iterator[None]:
-    """Raise a StorageError in place of what is no Exception; for threads, which no signal is to end."""
+    """Turn an error of the body that is not an Exception into a StorageError; for threads, which get no signals."""
     try:
         yield
     except Exception:
@@ -170,7 +170,7 @@ def exceptions_only() -> Iterator[None]:
 
 
 def check(future: Future) -> None:
-    """Raise a StorageError if ``future``, which is done, has failed with what is no Exception."""
+    """Raise a StorageError if ``future``, which is done, has failed with an error that is not an Exception."""
     error = None if future.cancelled() else future.exception()
     if error is not None and not isinstance(error, Exception):
         raise StorageError(_text(error)) from error

@@ -1,4 +1,4 @@
-"""What a ZEO server that starts says in the log about its own settings, which no section can refuse."""
+"""Warnings in the log of a starting ZEO server about its own settings, which a storage's section cannot refuse."""
 
 import logging
 import math
@@ -8,17 +8,17 @@ from ZEO.StorageServer import StubTimeoutThread
 
 logger = logging.getLogger(__name__)
 
-#: The least transaction-timeout that is recommended, as a multiple of upload-timeout: more than the uploads take time.
+#: The recommended transaction-timeout as a multiple of upload-timeout: a commit takes more time than its uploads.
 _ROOM = 1.5
 
 
 def check_timeouts(server: Any, name: str, upload_timeout: float) -> None:
-    """Warn if the transaction-timeout of ZEO's ``server`` does not go with the ``upload_timeout``, in seconds.
+    """Warn if the transaction-timeout of ZEO's ``server`` does not fit ``upload_timeout``, in seconds.
 
-    ``name``: of the storage. Nothing is said of a server whose time limit cannot be found out.
+    ``name``: that of the storage. Logs nothing if the transaction-timeout of the server cannot be read.
     """
     if getattr(server, "read_only", False) or server.storages[name].isReadOnly():
-        return  # nobody commits
+        return  # there are no commits
     manager = getattr(server, "lock_managers", {}).get(name)
     thread = getattr(manager, "timeout", None)
     advice = (
@@ -27,8 +27,8 @@ def check_timeouts(server: Any, name: str, upload_timeout: float) -> None:
     )
     if isinstance(thread, StubTimeoutThread):
         logger.warning(
-            "Storage %s: without transaction-timeout, a client that hangs in a commit blocks all other writers for "
-            "ever: %s",
+            "Storage %s: without transaction-timeout, a client that hangs in a commit blocks all other writers "
+            "forever: %s",
             name,
             advice,
         )

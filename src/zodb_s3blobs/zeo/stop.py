@@ -1,12 +1,12 @@
 """The planned end of a ZEO server: blobs that are being sent arrive whole.
 
 When its connection ends in the middle of a blob, a stock client keeps the part that it has, and appends the next
-download to it: from then on it reads wrong bytes. So the signals that end runzeo wait here until what was on its way
-has arrived.
+download to it: from then on it reads wrong bytes. So the signals that end runzeo wait here until the messages under
+way have arrived.
 
-ZEO's own way would be an exception that the signal's handler raises wherever the main thread happens to be: in the
-middle of a message, or of the base storage's work. What is written to a client after that makes no sense. Here the
-handler only makes a note for the event loop, and is called again when everything has an end.
+ZEO's own handler raises an exception wherever the main thread is at that moment: in the middle of a message, or of the
+base storage's work. Data written to a client after that is garbage. The handler here only schedules the end on the
+event loop, and ZEO's handler is called when all messages have been sent.
 """
 
 import asyncio
@@ -23,24 +23,24 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-#: How many seconds a stop may wait for clients. One that takes nothing, a process that was stopped, must not keep the
-#: server from its end.
+#: The most seconds that a stop waits for clients. A client that reads nothing, such as a suspended process, must not
+#: keep the server from its end.
 LONGEST = 30.0
 
-#: How many seconds pass before the connections are looked at again.
+#: Seconds between two checks of the connections.
 _PAUSE = 0.02
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stop:
-    """The end of ``server``, a ZEO StorageServer; ``names``: those of its storages that are ours.
+    """The end of ``server``, a ZEO StorageServer; ``names``: those of its s3blobstorages.
 
-    On the loop thread, except for the handler of the signals.
+    The methods run on the event loop's thread, except the signal handler.
     """
 
     def __init__(self, server: Any, names: Collection[str]) -> None:
-        #: Whether a signal has arrived: no request is served any more.
+        #: True once a signal has arrived; from then on no request is served.
         self.begun = False
         self._server = server
         self._names = names
@@ -48,9 +48,10 @@ class Stop:
         self._deadline = 0.0
 
     def on_signals(self) -> None:
-        """Put this before what the program does on the signals that end it; runzeo has set that up by now.
+        """Install a handler that runs before the program's own handlers of the signals that end it.
 
-        Where it does nothing of its own there is nothing to wait with, nor where the server runs in another thread.
+        Call this after runzeo has set its handlers. Does nothing for signals without a handler, or in another thread
+        than the main one.
         """
         if threading.current_thread() is not threading.main_thread():
             return
@@ -63,7 +64,7 @@ class Stop:
         def handler(number: int, frame: Any) -> None:
             loop = getattr(self._server.acceptor, "event_loop", None)  # there is no acceptor after the end
             if self.begun or loop is None or not _runs_here(loop):
-                end(number, frame)  # the second signal, or nobody has been served
+                end(number, frame)  # the second signal, or no client has been served yet
                 return
             self.begun = True
             loop.call_soon_threadsafe(go_on, self._begin, loop, number)
@@ -72,7 +73,7 @@ class Stop:
             try:
                 must_wait = step()
             except Exception:
-                logger.exception("Stopping at once")
+                logger.exception("Stopping at once: waiting for the clients failed")
                 must_wait = False
             if must_wait:
                 loop.call_later(_PAUSE, go_on, self._look, loop, number)
@@ -82,14 +83,14 @@ class Stop:
         return handler
 
     def _begin(self) -> bool:
-        """Take no more requests. Return whether there is anything to wait for."""
+        """Refuse new requests; return whether the stop must wait."""
         self._deadline = time.monotonic() + LONGEST
         self._server.acceptor.server.close()
         self._departures = list(self._see_off())
         waited_for = self._under_way()
         if waited_for:
             logger.info(
-                "Stopping: waiting for up to %g seconds until what is being sent has arrived at %s",
+                "Stopping: waiting for up to %g seconds until the blobs being sent have arrived at %s",
                 LONGEST,
                 _clients(waited_for),
             )
@@ -107,13 +108,13 @@ class Stop:
         return [departure for departure in self._departures if departure.is_under_way()]
 
     def _look(self) -> bool:
-        """Help the connections to their end. Return whether one of them, and time, is left."""
+        """Continue the end of each connection; return whether the stop must wait longer."""
         for departure in self._departures:
             departure.go_on()
         left = self._under_way()
         if left and time.monotonic() >= self._deadline:
             logger.warning(
-                "Stopping: after %g seconds, what is being sent has not arrived at %s. "
+                "Stopping: after %g seconds, the blobs being sent have not arrived at %s. "
                 "Delete the *.dl files in the blob-dir of these clients before they go on",
                 LONGEST,
                 _clients(left),
@@ -123,7 +124,7 @@ class Stop:
 
 
 class _Departure:
-    """The end of the connection of a `handler.BlobHandler`: what is on its way arrives, and nothing else."""
+    """The end of the connection of a `handler.BlobHandler`: messages under way arrive, and no others are sent."""
 
     def __init__(self, handler: Any) -> None:
         connection = handler.connection
@@ -133,21 +134,21 @@ class _Departure:
         self._all_written = False
         self._was_quiet = False
         self._all_sent = False
-        # What has arrived must be read: if there is anything left when the socket is closed, the kernel resets the
-        # connection, and the client loses what it has not read yet.
+        # Data from the client must still be read: if any is left when the socket is closed, the kernel resets the
+        # connection, and the client loses the data that it has not read yet.
         connection.sm_protocol.set_receive(_ignore)
         connection.write_message_iter(self._last())
         connection.write_message = connection.write_message_iter = _ignore
 
     def _last(self) -> Iterator[bytes]:
-        """Note that all messages before this one, which is none, have left the connection's queue."""
+        """Record that all messages have left the connection's queue; yield no message."""
         self._all_written = True
         yield from ()
 
     def is_under_way(self) -> bool:
-        """Whether the client is to be waited for.
+        """Return whether the stop must wait for this client.
 
-        Not if it only has a connection: it may be a stopped process, or a machine that was turned off.
+        An idle connection is no reason to wait: its client may be a suspended process, or a machine that is off.
         """
         sent_lately = self._handler.blob_written > time.monotonic() - LONGEST
         return bool(self._handler.connected and (sent_lately or self._is_unsent()))
@@ -156,13 +157,13 @@ class _Departure:
         return bool(not self._all_written or self._transport.get_write_buffer_size() or _in_kernel(self._transport))
 
     def go_on(self) -> None:
-        """Tell the client that nothing will follow, once it has been sent everything: when it has read all, it closes.
+        """Shut down the sending side once all data is sent; the client reads the rest, and then closes.
 
-        Closing the connection here could make the client lose the end of a blob, if it is sending just then.
+        Closing the connection here could make the client lose the end of a blob, if it is sending at that moment.
         """
         if self._all_sent or not self._handler.connected:
             return
-        # Under TLS there is a buffer that nobody can see, but it is empty if twice the kernel has nothing to send.
+        # TLS has another buffer, which cannot be read, but it is empty if the kernel has nothing to send twice.
         quiet = not self._is_unsent()
         if quiet and self._was_quiet:
             self._all_sent = True
@@ -178,11 +179,11 @@ def _runs_here(loop: Any) -> bool:
 
 
 def _ignore(message: Any) -> None:
-    """Neither what is received nor what was to be sent is of use any more."""
+    """Drop a ``message`` that was received, or would be sent, after the end."""
 
 
 def _in_kernel(transport: Any) -> int:
-    """Return how many bytes the kernel has not got rid of yet, 0 where it cannot tell."""
+    """Return the number of unsent bytes in the kernel's buffer, 0 if the system does not report it."""
     try:
         answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
     except OSError:
@@ -191,12 +192,12 @@ def _in_kernel(transport: Any) -> int:
 
 
 def _end_sending(transport: Any) -> None:
-    # asyncio has this for some transports only.
+    # Not by asyncio, which can shut down the sending side of some transports only.
     try:
         with transport.get_extra_info("socket").dup() as sending:
             sending.shutdown(socket.SHUT_WR)
     except OSError:
-        pass  # the client was faster
+        pass  # the client has closed the connection
 
 
 def _clients(departures: list[_Departure]) -> str:

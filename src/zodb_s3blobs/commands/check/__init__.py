@@ -1,11 +1,11 @@
-"""``zodb-s3blobs check``: try out whether a bucket and its credentials are fit for the server.
+"""``zodb-s3blobs check``: test whether a bucket and its credentials are fit for the server.
 
-Stores, reads, copies, lists and deletes a few blobs as the server does, below a prefix of their own, and shows what
-works, what the server works around, and which key of the section to set. All of it is deleted again, and so is what
-checks have left that were killed more than a day ago. No other object is touched: the server may run. No database is
-opened.
+Stores, reads, copies, lists and deletes a few blobs as the server does, below a prefix of their own. Shows for each
+capability whether it works, whether the server works around it, and which key of the section to set. All these objects
+are deleted again, as are those of checks that were killed more than a day ago. No other object is touched: the server
+may run. No database is opened.
 
-Exit status: 0 the bucket passed; 1 that could not be found out; 3 something that the server needs fails.
+Exit status: 0 the bucket passed; 1 the test could not be completed; 3 something that the server needs fails.
 """
 
 import argparse
@@ -34,20 +34,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run it; return the exit status that is described above."""
+    """Run the command; return the exit status described above."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may know nothing but ASCII
-    return common.run("check", lambda: _run(arguments), logging.CRITICAL)  # the table tells what the log would
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may support ASCII only
+    return common.run("check", lambda: _run(arguments), logging.CRITICAL)  # the table replaces the log
 
 
 def _run(arguments: argparse.Namespace) -> int:
     section = zeoconf.find(arguments.configure, arguments.storage).section
-    for number in signal.SIGTERM, signal.SIGHUP:  # whoever ends it, it cleans up
+    for number in signal.SIGTERM, signal.SIGHUP:  # clean up after these signals too
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
     report = _Report(arguments.json)
     with tempfile.TemporaryDirectory() as directory, closing(Scratch(section, directory)) as scratch:
-        # In a thread, so that Ctrl-C does not break a request off that the service carries out after the clean-up.
+        # In a thread, so that Ctrl-C does not break off a request that the service completes after the clean-up.
         worker = DaemonPool(1, "s3blobs check")
         try:
             try:
@@ -62,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 if left.state == "fails":
                     print(f"zodb-s3blobs check: {left.meaning}", file=sys.stderr)
                 raise
-            print(f"zodb-s3blobs check: it ended early. {left.meaning}", file=sys.stderr)
+            print(f"zodb-s3blobs check: the check ended early. {left.meaning}", file=sys.stderr)
             if isinstance(error, KeyboardInterrupt):
                 return 130
             raise
@@ -71,21 +71,21 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 class _Report:
-    """The outcomes, shown as they come, but each cause once."""
+    """The outcomes of the checks, each shown at once, but each cause only once."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
         self._outcomes: dict[str, Outcome] = {}
-        #: The cause of what was not right -> the first check that met it, and whether that failed.
+        #: Cause of an error -> the first check with that error, and whether the check failed.
         self._causes: dict[str, tuple[str, bool]] = {}
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether the bucket lets nothing be done at all."""
+        """True if the bucket's policy forbids every request."""
         return "permissions" in self._outcomes
 
     def add(self, name: str, outcome: Outcome) -> None:
-        """Take one more outcome, that of the check ``name``; the last one is that of the clean-up."""
+        """Add and show the outcome of the check ``name``; that of the clean-up comes last."""
         if outcome.error is not None:
             cause = _cause(outcome.error)
             first, is_failure = self._causes.get(cause, ("", False))
@@ -116,7 +116,7 @@ class _Report:
             _show(what, state, f"{meaning}: {', '.join(names)}")
 
     def conclude(self, bucket: str) -> bool:
-        """Say whether the bucket has passed, and return it."""
+        """Print whether the bucket has passed, and return it."""
         failed = [name for name, outcome in self._outcomes.items() if outcome.state == "fails"]
         passed = not failed and all(outcome.state != "not tried" for outcome in self._outcomes.values())
         if self._as_json:
@@ -131,19 +131,19 @@ class _Report:
 
 
 def _show(name: str, state: str, meaning: str) -> None:
-    # What the service sends goes into it, and must not pass for lines of ours, or control the terminal.
+    # Texts of the service go into this line; they must not pass for lines of ours, or control the terminal.
     line = f"{name:<18} {state:<13} {meaning}"
     print("".join(character if character.isprintable() else "?" for character in line), flush=True)
 
 
 def _cause(error: BucketError) -> str:
-    """Return what two errors have in common that have the same cause: all but the object, and often the request."""
+    """Return the part of ``error`` that is equal for one cause: without the object, and mostly without the request."""
     match = re.fullmatch(r"Could not (\w+).*? bucket [^:]+: (.*)", str(error), re.DOTALL)
     verb, said = match.groups() if match else ("", str(error))
     permission = re.search(r"forbids s3:(\w+)", said)
     if permission:
         return permission[1]
-    # The answer to HEAD has no code.
+    # The answer to HEAD has no error code.
     return f"{verb}: {said}" if is_answered(error) else re.sub(r"answered \S+ \(", "answered (", said)
 
 
@@ -165,7 +165,7 @@ def _outcomes(scratch: Scratch, worker: DaemonPool) -> Iterator[tuple[str, Outco
 
 
 def _silence(scratch: Scratch) -> str:
-    """Return a sentence if the bucket does not answer at all any more, else ""."""
+    """Return a sentence if the bucket does not answer any more, else ""."""
     try:
         scratch.bucket.probe()
     except BucketError as error:
@@ -183,15 +183,15 @@ def _outcome(check: Check, scratch: Scratch) -> Outcome:
     except BlobNotFound as error:
         outcome = fails(str(error))
     except OSError:
-        raise  # of this machine's disk
+        raise  # an error of this machine's disk
     except Exception as error:
-        outcome = fails(f"an answer of the service makes no sense ({type(error).__name__})")
+        outcome = fails(f"an answer of the service cannot be interpreted ({type(error).__name__})")
     return replace(outcome, meaning=outcome.meaning.replace(scratch.bucket.keys.root, ""))
 
 
 def _clean_up(scratch: Scratch, with_former: bool) -> Outcome:
     root = scratch.bucket.keys.root
-    later = "delete them, or run check again after a day, which deletes what earlier checks have left"
+    later = "delete them, or run check again after a day, which deletes the objects of earlier checks"
     try:
         left = scratch.clean_up()
         former = scratch.clean_up_former() if with_former else None
@@ -201,7 +201,7 @@ def _clean_up(scratch: Scratch, with_former: bool) -> Outcome:
     if former is not None and former.deleted:
         said.append(f"{former.deleted} objects and uploads of earlier checks that had been killed were deleted")
     if former is not None and former.young:
-        said.append(f"{former.young} objects and uploads of other checks were left alone: they are not a day old")
+        said.append(f"{former.young} objects and uploads of other checks were kept: they are less than a day old")
     more = "".join(f"; {sentence}" for sentence in said)
     if left is None:
         return works(f"nothing was stored{more}")
@@ -210,7 +210,7 @@ def _clean_up(scratch: Scratch, with_former: bool) -> Outcome:
     if left.perhaps:
         return _left(left.perhaps, f"objects may be left below {root}; {later}{more}")
     if left.versions:
-        return around(f"the bucket keeps old versions of what was deleted below {root}: {left.versions}{more}")
+        return around(f"the bucket keeps old versions of deleted objects below {root}: {left.versions}{more}")
     if former is not None and former.kept:
         return _left(former.kept, f"objects or uploads of earlier checks are left{more}")
     return works(f"nothing is left below {root}{more}")

@@ -1,7 +1,7 @@
-"""The checks of ``zodb-s3blobs check``, one function each: what they try, and how what they find is told.
+"""The checks of ``zodb-s3blobs check``, one function each: their requests, and the texts of their outcomes.
 
-A check gets a `Scratch` and returns an `Outcome`. It may raise BucketError and BlobNotFound, which mean that it fails,
-and NotTried.
+A check gets a `Scratch` and returns an `Outcome`. A BucketError or BlobNotFound that it raises is a failure; it may
+also raise NotTried.
 """
 
 import base64
@@ -21,7 +21,7 @@ from .scratch import FORBIDDEN, Scratch, is_answered, is_refusal
 
 _ONE_REQUEST = 5 << 30  # the largest s3-multipart-threshold: nothing larger goes into one request
 
-#: How many seconds two clocks may be apart: what is no trouble yet, and what S3 refuses.
+#: Seconds between two clocks: from the first on there is a warning, from the second on S3 refuses requests.
 _APART, _TOO_FAR_APART = 60, 900
 
 _NOT_MET = {"PreconditionFailed", "412"}
@@ -29,10 +29,10 @@ _NOT_MET = {"PreconditionFailed", "412"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check found; ``set``: the key of the section that helps, with its value.
+    """The result of a check; ``set``: the key of the section that helps, with its value.
 
-    ``error``: the cause of it, and part of the ``meaning``; ``rest``: what the meaning says besides; ``same_as``: the
-    check that failed for the same cause before.
+    ``error``: the cause, and part of the ``meaning``; ``rest``: the other part of the meaning; ``same_as``: the earlier
+    check that failed for the same cause.
     """
 
     state: Literal["works", "worked around", "fails", "not tried"]
@@ -44,22 +44,22 @@ class Outcome:
 
 
 def works(meaning: str) -> Outcome:
-    """Return the outcome of a check that found what the server needs."""
+    """Return the outcome of a check that succeeded."""
     return Outcome("works", meaning)
 
 
 def around(meaning: str, set: str = "", error: BucketError | None = None) -> Outcome:
-    """Return the outcome of a check that found something the server can do without, because of ``error``."""
+    """Return the outcome of a check whose failure, because of ``error``, the server works around."""
     return Outcome("worked around", f"{error}; {meaning}" if error else meaning, set, error, meaning)
 
 
 def fails(meaning: str, set: str = "", error: BucketError | None = None) -> Outcome:
-    """Return the outcome of a check that failed; ``error``: what the service refused, if it did."""
+    """Return the outcome of a check that failed; ``error``: the refusal of the service, if there was one."""
     return Outcome("fails", meaning, set, error)
 
 
 def not_tried(meaning: str) -> Outcome:
-    """Return the outcome of a check that could not be made; ``meaning``: why."""
+    """Return the outcome of a check that could not be made; ``meaning``: the reason."""
     return Outcome("not tried", meaning)
 
 
@@ -123,11 +123,11 @@ def _encryption(scratch: Scratch) -> Outcome:
             meaning = f"{wrong.error}; with {key} {wrong.instead} it works, and the other checks use it"
             return fails(f"{meaning}: a policy may demand that uploads ask for encryption", f"{key} {wrong.instead}")
         if wrong is not None:
-            # Without a code it is an error of ours, with advice of its own.
+            # An error without a code is our own, and has its own advice.
             more = f": {advice}" if wrong.error.code else ""
             return fails(f"{wrong.error}; it works without {key}, and the other checks go without{more}")
     settings = scratch.settings
-    name = scratch.put(SMALL)  # which fails if s3-sse-customer-key is ignored
+    name = scratch.put(SMALL)  # fails if the service ignores s3-sse-customer-key
     head = scratch.read("head_object", name)
     if settings.s3_sse_customer_key:
         try:
@@ -166,7 +166,7 @@ def _clock(scratch: Scratch) -> Outcome:
 def _metadata(scratch: Scratch) -> Outcome:
     metadata = scratch.metadata(scratch.put(SMALL))
     if not _has_checksum(metadata):
-        return fails("x-amz-meta-sha256, the checksum that a blob is checked by when it is read, does not come back")
+        return fails("x-amz-meta-sha256, the checksum by which every download is verified, does not come back")
     if "sha256" not in metadata:
         return around("the service changes the case of x-amz-meta-sha256; the server ignores case")
     return works("the SHA-256 of a blob is kept with it")
@@ -209,7 +209,7 @@ def _damage(scratch: Scratch) -> Outcome:
     )
 
 
-#: For each value of s3-checksums, a wrong one of the kind that goes with uploads.
+#: Value of s3-checksums -> a wrong checksum of the kind that it adds to uploads.
 _WRONG_CHECKSUMS = {
     "when_required": {"ContentMD5": base64.b64encode(bytes(16)).decode()},
     "when_supported": {"ChecksumCRC32": base64.b64encode(bytes(4)).decode()},
@@ -277,14 +277,14 @@ def _batch_delete(scratch: Scratch) -> Outcome:
     return around(f"{trouble}; blobs are deleted one by one") if trouble else works("blobs are deleted together")
 
 
-#: How a large blob can be stored -> the s3-multipart-threshold that has it stored so, and how to write that.
+#: Way to store a large blob -> the s3-multipart-threshold for it, as a number and as text.
 _WAYS = {"in parts": (PART, "8MB"), "in one request": (_ONE_REQUEST, "5GB")}
 
 
 def _multipart(scratch: Scratch) -> Outcome:
     threshold = scratch.settings.s3_multipart_threshold
     data = random.Random(0).randbytes(2 * PART + 1)  # three parts, of which no two are alike
-    # Blobs between this one and the threshold go in one request, and those above it in parts.
+    # Blobs between this size and the threshold are stored in one request, and larger ones in parts.
     ways = ["in parts"] if threshold < _ONE_REQUEST else []
     ways += ["in one request"] if len(data) < threshold else []
     for way in ways:
@@ -292,7 +292,7 @@ def _multipart(scratch: Scratch) -> Outcome:
         if error is None:
             continue
         other = "in one request" if way == "in parts" else "in parts"
-        too_large = error.code == "413" and way == "in parts"  # and larger still in one request
+        too_large = error.code == "413" and way == "in parts"  # one request would be larger still
         if is_refusal(error) and error.code and not too_large and _trouble_with_large(scratch, data, other) is None:
             return fails(f"{error}; {other} it works", f"s3-multipart-threshold {_WAYS[other][1]}")
         more = ""
@@ -306,7 +306,7 @@ def _multipart(scratch: Scratch) -> Outcome:
 
 
 def _trouble_with_large(scratch: Scratch, data: bytes, way: str) -> BucketError | None:
-    # What closes the connection, instead of reading a body that is too large, is asked for its answer the second time.
+    # A proxy may close the connection instead of reading a body that is too large; the second attempt gets its answer.
     attempts = max(2, scratch.settings.s3_max_attempts)
     bucket = scratch.open(s3_multipart_threshold=_WAYS[way][0], s3_max_attempts=attempts)
     try:
@@ -354,7 +354,7 @@ def _copy(scratch: Scratch) -> Outcome:
 
 
 def _trouble_of_copy(scratch: Scratch, copy: Revision, data: bytes) -> Outcome | None:
-    """Return what is wrong with the blob ``copy``, which should have the bytes ``data``."""
+    """Return the failure of the blob ``copy``, which should have the bytes ``data``; None if it is right."""
     try:
         if scratch.get(copy) != data:
             return fails("a copy has other bytes than the original", "s3-stage-threshold 0")
@@ -368,12 +368,12 @@ def _trouble_of_copy(scratch: Scratch, copy: Revision, data: bytes) -> Outcome |
 def _staging(scratch: Scratch) -> Outcome:
     if not scratch.section.config.s3_stage_threshold:
         return works("s3-stage-threshold is 0, so that no upload is staged")
-    data = random.Random(1).randbytes(2 << 20)  # more than some proxies let through
+    data = random.Random(1).randbytes(2 << 20)  # above the limit of some proxies
     staged, name, file = uuid.uuid4().hex, scratch.name(), scratch.file(data)
     with scratch.writing(scratch.bucket.keys.staged_key(staged)):
         digest = scratch.bucket.put_staged(staged, file.path, scratch.check_wanted)
     if staged not in [listed.name for listed in scratch.bucket.list_staged()]:
-        return fails("a staged upload is not listed, so that those of crashed servers would stay for ever")
+        return fails("a staged upload is not listed, so that those of crashed servers would stay forever")
     try:
         with scratch.writing(scratch.key(name)):
             scratch.bucket.publish_staged(staged, *name, len(data), digest)
@@ -405,7 +405,7 @@ def _if_match(scratch: Scratch) -> Outcome:
 
 
 def _not_met(scratch: Scratch, key: str, **condition: str) -> Outcome | None:
-    """Return None if the service does not write because of ``condition``, which is not met."""
+    """Return None if the service refuses a write whose ``condition`` is not met, else the outcome."""
     try:
         scratch.put_raw(key, SMALL, **condition)
     except BucketError as error:

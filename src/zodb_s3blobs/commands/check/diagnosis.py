@@ -1,6 +1,6 @@
-"""What keeps a bucket from working at all, and which key of the section helps: tried out, and not guessed.
+"""The diagnosis of a bucket that does not work, for ``zodb-s3blobs check``: tests which key of the section helps.
 
-For ``zodb-s3blobs check``. A key is named only if it has worked without it, or with another value.
+A key is named only if requests have succeeded without that key, or with another value.
 """
 
 import socket
@@ -15,16 +15,16 @@ from .scratch import FORBIDDEN, Scratch, WrongKey, is_answered
 
 SMALL = b"This is a blob of zodb-s3blobs check."
 
-#: Refusals that no other setting of the connection changes: who asks is not known, or comes at the wrong time.
+#: Refusals that no other setting of the connection changes: the credentials are unknown, or the clock is wrong.
 _OF_CREDENTIALS = {
     *("InvalidAccessKeyId", "NoCredentials", "AuthFailure", "InvalidToken", "ExpiredToken", "TokenRefreshRequired"),
     *("CredentialRetrievalError", "TokenRetrievalError", "SSOError", "ProfileNotFound", "RequestTimeTooSkewed"),
 }
 
-#: Values of `BucketError.reason` that no key has to do with which an upload can go without.
+#: Values of `BucketError.reason` that no optional key of an upload causes.
 _OF_THE_MOMENT = {"timeout", "throttled", "quota"}
 
-#: What an upload can go without, the smaller changes first.
+#: Optional key of an upload -> the changes that omit it, the smaller changes first.
 _WITHOUT: dict[str, dict[str, Any]] = {
     "s3-sse-kms-key-id": {"s3_sse_kms_key_id": None},
     "s3-sse": {"s3_sse": None, "s3_sse_kms_key_id": None},
@@ -32,7 +32,7 @@ _WITHOUT: dict[str, dict[str, Any]] = {
     "s3-storage-class": {"s3_storage_class": None},
 }
 
-#: Seconds for a connection that only shows who is there.
+#: Time limit in seconds of a connection that only identifies the server.
 _LOOK = 5.0
 
 _BY_REASON = {
@@ -42,10 +42,10 @@ _BY_REASON = {
 
 
 def reach(scratch: Scratch) -> str:
-    """Find out whether any check can succeed, and which keys keep uploads from it: `Scratch.wrong`.
+    """Test whether any check can succeed, and which keys make uploads fail: `Scratch.wrong`.
 
-    Returns why none can if the bucket is there and its policy forbids all of it, "" if some can. Raises BucketError
-    with what to do if the bucket cannot be reached, or not with these credentials.
+    Returns "", or the reason if the bucket exists and its policy forbids every request. Raises BucketError, with
+    advice, if the bucket cannot be reached, or not with these credentials.
     """
     trouble = _trouble(scratch)
     if trouble is None:
@@ -53,7 +53,7 @@ def reach(scratch: Scratch) -> str:
         return ""
     hopeless = trouble.code in _OF_CREDENTIALS or trouble.code in SETTING_FOR_ERROR.keys() - FORBIDDEN
     if is_answered(trouble) and not hopeless:
-        # It may be no more than listing that does not work.
+        # Perhaps only listing does not work.
         find_wrong_keys(scratch)
         refusal = scratch.unwritable
         if refusal is None or refusal.code != trouble.code:
@@ -70,7 +70,7 @@ def reach(scratch: Scratch) -> str:
 
 
 def _trouble(scratch: Scratch, **changes: Any) -> BucketError | None:
-    """Return why the bucket, with other settings, cannot be listed, None if it can."""
+    """Return the error of listing the bucket with changed settings, None on success."""
     scratch.check_wanted()
     try:
         (scratch.open(**changes) if changes else scratch.bucket).probe()
@@ -82,17 +82,17 @@ def _trouble(scratch: Scratch, **changes: Any) -> BucketError | None:
 def _advice(trouble: BucketError) -> str:
     if trouble.code.isdigit() and is_answered(trouble):
         return (
-            ". The answer has no error code, as those of S3 have: another web server, or a proxy, may answer at "
+            ". The answer has no error code, unlike those of S3: another web server, or a proxy, may answer at "
             "s3-endpoint-url"
         )
     return "" if "_PROXY names" in str(trouble) else _BY_REASON.get(trouble.reason, "")
 
 
-# How to reach it
+# Remedies for a bucket that cannot be reached
 
 
 def _remedies(scratch: Scratch, trouble: BucketError) -> Iterator[str]:
-    """Yield what would help, to be added to ``trouble``."""
+    """Yield remedies as sentences to append to ``trouble``."""
     if trouble.code in _OF_CREDENTIALS or trouble.code == "EMFILE":
         return
     quick = {
@@ -109,7 +109,7 @@ def _remedies(scratch: Scratch, trouble: BucketError) -> Iterator[str]:
 
 
 def _other_addresses(scratch: Scratch, trouble: BucketError) -> Iterator[dict[str, str]]:
-    """Yield changes of the settings that have requests go to another host or path."""
+    """Yield changes of the settings that send requests to another host or path."""
     settings, url = scratch.settings, urlsplit(scratch.bucket.endpoint_url)
     name, host = settings.bucket_name, url.hostname or ""
     endpoints = []
@@ -122,7 +122,7 @@ def _other_addresses(scratch: Scratch, trouble: BucketError) -> Iterator[dict[st
         yield {"s3_endpoint_url": urlunsplit(endpoint)}
         yield {"s3_endpoint_url": urlunsplit(endpoint), "s3_addressing_style": "virtual"}
     style = settings.s3_addressing_style
-    if style == "auto":  # as boto3 sees it
+    if style == "auto":  # boto3's own choice
         style = "path" if settings.s3_endpoint_url else "virtual"
     if style == "virtual":
         yield {"s3_addressing_style": "path"}
@@ -138,7 +138,7 @@ def _is_address(host: str) -> bool:
 
 
 def _other_protocol(endpoint: str) -> Iterator[str]:
-    """Yield what helps if the service speaks TLS and ``endpoint`` begins with http, or the other way round."""
+    """Yield the remedy if the service speaks TLS and ``endpoint`` begins with http, or the other way round."""
     url = urlsplit(endpoint)
     place = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
     speaks_tls = _speaks_tls(*place)
@@ -150,7 +150,7 @@ def _other_protocol(endpoint: str) -> Iterator[str]:
 
 def _speaks_tls(host: str, port: int) -> bool:
     context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent, and nothing believed
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # no data is sent, and none is used
     try:
         with (
             socket.create_connection((host, port), _LOOK) as plain,
@@ -170,13 +170,14 @@ def _speaks_http(host: str, port: int) -> bool:
         return False
 
 
-# Which keys uploads cannot have
+# Keys that make uploads fail
 
 
 def find_wrong_keys(scratch: Scratch) -> None:
-    """Store a blob and read it. Where that fails, go on without the keys of the section without which it works.
+    """Store a blob and read it; if that fails, find the keys of the section without which it works.
 
-    They are in `Scratch.wrong` afterwards. Where it fails in any case, `Scratch.unwritable` or `unreadable` says why.
+    `Scratch.wrong` has these keys afterwards, and the settings omit them. If it fails in any case, the error is in
+    `Scratch.unwritable` or `Scratch.unreadable`.
     """
     failure = _try(scratch)
     if failure is None:
@@ -184,7 +185,7 @@ def find_wrong_keys(scratch: Scratch) -> None:
     if failure.error.reason not in _OF_THE_MOMENT and failure.error.code != "EMFILE":
         found = _one_wrong_key(scratch, failure.error) or _several_wrong_keys(scratch)
         if found is not None:
-            if _try(scratch) is not None:  # or it was a trouble that has passed
+            if _try(scratch) is not None:  # or the error was a passing one
                 changes, scratch.wrong = found
                 scratch.use(**changes)
             return
@@ -201,7 +202,7 @@ class _Failure:
 
 
 def _try(scratch: Scratch, **changes: Any) -> _Failure | None:
-    """Store a blob with other settings and read it again; return what failed."""
+    """Store a blob with changed settings and read it again; return the failure, None on success."""
     scratch.check_wanted()
     bucket = scratch.open(**changes) if changes else scratch.bucket
     name, is_stored = scratch.name(), False
@@ -212,7 +213,7 @@ def _try(scratch: Scratch, **changes: Any) -> _Failure | None:
     except BucketError as error:
         return _Failure(error, is_stored)
     except BlobNotFound:
-        pass  # that is for a check to tell
+        pass  # the check "put and get" reports it
     return None
 
 
@@ -220,7 +221,7 @@ Found = tuple[dict[str, Any], dict[str, WrongKey]]
 
 
 def _one_wrong_key(scratch: Scratch, error: BucketError) -> Found | None:
-    """Return the changes of the settings with which it works, and the key that is wrong."""
+    """Return the changes of the settings with which uploads work, and the wrong key; None if no single key helps."""
     for key, instead, changes in _alternatives(scratch, error):
         if _try(scratch, **changes) is None:
             return changes, {key: WrongKey(error, instead)}
@@ -247,7 +248,7 @@ def _in_use(scratch: Scratch) -> list[str]:
 
 
 def _several_wrong_keys(scratch: Scratch) -> Found | None:
-    """Return the same for keys of which more than one is wrong."""
+    """Return the changes of the settings with which uploads work, and all wrong keys; None if none help."""
     keys = _in_use(scratch)
     without = {name: None for key in keys for name in _WITHOUT[key]}
     for checksums in scratch.settings.s3_checksums, _other_checksums(scratch):
@@ -259,7 +260,7 @@ def _several_wrong_keys(scratch: Scratch) -> Found | None:
 
 def _with_all_that_work(scratch: Scratch, keys: list[str], changes: dict[str, Any]) -> Found:
     wrong: dict[str, WrongKey] = {}
-    # A key of KMS goes with nothing but s3-sse, so that comes first.
+    # s3-sse-kms-key-id needs s3-sse, so s3-sse comes first.
     candidates = {"s3-checksums": scratch.settings.s3_checksums, **dict.fromkeys(reversed(keys))}
     for key in candidates:
         name = key.replace("-", "_")

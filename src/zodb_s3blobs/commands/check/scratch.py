@@ -1,4 +1,4 @@
-"""What ``zodb-s3blobs check`` stores: all below a prefix of its own, so that all of it can be deleted again."""
+"""The objects of ``zodb-s3blobs check``: all below a prefix of its own, so that all can be deleted again."""
 
 import contextlib
 import copy
@@ -25,23 +25,23 @@ from ...s3.errors import BlobNotFound, BucketError, TransferCancelled
 from ...s3.keys import Keys
 from ...s3.listing import ListedUpload
 
-#: The codes of a BucketError that mean: not allowed.
+#: The codes of a BucketError for a missing permission.
 FORBIDDEN = {"AccessDenied", "403"}
 
-#: After how many seconds what another check has stored is deleted: it cannot be under way any more.
+#: The age in seconds at which the objects of another check are deleted: that check cannot be under way any more.
 FORMER_AGE = 24 * 3600
 
-#: Why the service gave no proper answer: values of `BucketError.reason`.
+#: Values of `BucketError.reason` without a proper answer of the service.
 _UNANSWERED = {"timeout", "connection", "server", "throttled", "foreign"}
-#: Why the service did not store what it was asked to.
+#: Values of `BucketError.reason` after which the object certainly was not stored.
 _REFUSED = {"auth", "quota", "archived", "request"}
-#: The request was not even sent.
+#: Codes of requests that were not even sent.
 _NEVER_SENT = {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError", "SSLError"}
 
 _GIVE_UP_AFTER = 3
 _MOST_PAGES = 100
 
-#: What tells where the next page of a listing begins -> how to ask for it.
+#: Marker of the next page in the answer to a listing -> the option that requests that page.
 _MARKERS = {
     "NextContinuationToken": "ContinuationToken",
     "NextKeyMarker": "KeyMarker",
@@ -51,12 +51,12 @@ _MARKERS = {
 
 
 class NotTried(Exception):
-    """The check needs what has turned out not to work; the message says what."""
+    """The check needs a capability that does not work; the message names it."""
 
 
 @dataclass(frozen=True)
 class WrongKey:
-    """A key of the section that keeps uploads from working; ``instead``: the value with which they work, or ""."""
+    """A key of the section that makes uploads fail; ``instead``: the value with which they work, or ""."""
 
     error: BucketError
     instead: str = ""
@@ -64,17 +64,17 @@ class WrongKey:
 
 @dataclass
 class Leftovers:
-    """What `Scratch.clean_up` could not delete, and why: objects and uploads that are there, and that may be there."""
+    """The objects and uploads that `Scratch.clean_up` could not, or perhaps could not, delete, each with its error."""
 
     there: dict[str, BucketError] = field(default_factory=dict)
     perhaps: dict[str, BucketError] = field(default_factory=dict)
-    #: Why old versions of what was deleted stay behind, if they do.
+    #: Reason why old versions of deleted objects stay behind, or "".
     versions: str = ""
 
 
 @dataclass
 class Former:
-    """What other checks have left: how much was deleted, and is too young for that; what could not be, and why."""
+    """The leftovers of other checks: numbers of deleted and too young ones; those not deleted, each with its error."""
 
     deleted: int = 0
     young: int = 0
@@ -82,7 +82,7 @@ class Former:
 
 
 class File:
-    """A file of this machine to send from, or to read into."""
+    """A local file for an upload or a download."""
 
     def __init__(self, path: str, data: bytes = b"") -> None:
         self.path = path
@@ -96,67 +96,67 @@ class File:
             file.write(data)
 
     def clear(self) -> None:
-        """Make it empty again."""
+        """Truncate the file to zero bytes."""
         os.truncate(self.path, 0)
 
 
 def is_answered(error: BucketError) -> bool:
-    """Whether the service gave a proper answer, were it a refusal."""
+    """Return whether the service gave a proper answer, which may be a refusal."""
     return error.reason not in _UNANSWERED
 
 
 def is_refusal(error: BucketError) -> bool:
-    """Whether the service means what was asked for, and neither who asked for it nor that it is out of order."""
+    """Return whether the service rejected the request itself, not the credentials, and is not down."""
     return is_answered(error) and error.code not in FORBIDDEN
 
 
 class Scratch:
-    """A prefix below that of ``section``, and all that is stored there; ``directory``: for files.
+    """A prefix below that of ``section``, with all objects of the check; ``directory``: for local files.
 
-    Requests are made as the server makes them, by ``bucket``. They raise BucketError and BlobNotFound, and NotTried
-    where `unwritable` or `unreadable` say that they are of no use. Belongs to one thread at a time, but for
-    ``unwanted``: once set, uploads break off.
+    ``bucket`` sends the server's own requests. The methods wait for S3; they raise BucketError and BlobNotFound, and
+    NotTried if `unwritable` or `unreadable` show that they would fail. Belongs to one thread at a time, except
+    ``unwanted``, which any thread may set to break off uploads.
     """
 
     def __init__(self, section: S3BlobStorageFactory, directory: str) -> None:
-        #: What the root of every check begins with.
+        #: The common beginning of the roots of all checks.
         self._roots = f"{section.settings.s3_prefix}/check-".lstrip("/")
-        #: What the checks go by.
+        #: The settings of the checks.
         self.settings = replace(section.settings, s3_prefix=f"{self._roots}{uuid.uuid4().hex}")
         self.section = section
         self._directory = directory
         self._files = self._blobs = self._silences = 0
         self._buckets: list[Bucket] = []
         self.bucket = self.open()
-        #: Why no blob can be stored, and why none can be read, once that has turned out.
+        #: The errors that keep all blobs from being stored, and from being read, if known.
         self.unwritable: BucketError | None = None
         self.unreadable: BucketError | None = None
-        #: The keys of the section that `settings` goes without, or has another value of, because of what they do.
+        #: The keys of the section that `settings` lacks, or has with another value, because uploads fail with them.
         self.wrong: dict[str, WrongKey] = {}
-        #: The keys of all objects that there may be, and whether the service has said that it has stored them.
+        #: Key of an object that may exist -> whether the service has confirmed that it was stored.
         self._objects: dict[str, bool] = {}
         #: The keys of unfinished uploads by their id.
         self.uploads: dict[str, str] = {}
         self._has_versions = False
         self._has_begun_parts = False
-        #: By the clock of the service, if it tells: that of this machine may be wrong.
+        #: The time by the clock of the service, if it sends one: that of this machine may be wrong.
         self._now = time.time()
         self.unwanted = threading.Event()
 
     def open(self, **changes: Any) -> Bucket:
-        """Return the bucket with other settings. Raises StartRefused."""
+        """Open and return the bucket with changed settings. Raises StartRefused."""
         section = copy.copy(self.section)
         section.settings = replace(self.settings, **changes)
         self._buckets.append(section.open_bucket(Metrics()))
         return self._buckets[-1]
 
     def use(self, **changes: Any) -> None:
-        """Go by other settings from now on."""
+        """Change the settings of all further requests."""
         self.bucket = self.open(**changes)
         self.settings = replace(self.settings, **changes)
 
     def close(self) -> None:
-        """Take no more requests."""
+        """Close the connections of all buckets."""
         for bucket in self._buckets:
             bucket.close()
 
@@ -164,7 +164,7 @@ class Scratch:
 
     @property
     def may_have_stored(self) -> bool:
-        """Whether any object or upload may be there, or be on its way."""
+        """True if the bucket may have an object or upload of this check, or one is on its way."""
         return bool(self._objects or self.uploads or self._has_begun_parts)
 
     def file(self, data: bytes = b"") -> File:
@@ -173,17 +173,17 @@ class Scratch:
         return File(f"{self._directory}/{self._files}", data)
 
     def name(self, oid: bytes | None = None, tid: int = 1) -> Revision:
-        """Return the name of a blob that is not there; by default with an oid of its own."""
+        """Return the name of a new blob, by default with a new oid."""
         self._blobs += oid is None
         return Revision(oid or p64(self._blobs), p64(tid))
 
     def key(self, name: Revision) -> str:
-        """Return its key."""
+        """Return the key of the blob ``name``."""
         return self.bucket.keys.key(*name)
 
     @contextlib.contextmanager
     def writing(self, key: str) -> Iterator[None]:
-        """Keep in mind that a request in the body may store ``key``."""
+        """Record that a request in the body may store ``key``."""
         if self.unwritable is not None:
             raise NotTried("no blob can be stored")
         was_there = key in self._objects
@@ -192,7 +192,7 @@ class Scratch:
         try:
             yield
         except BucketError as error:
-            # An error without a code is our own, of what was stored.
+            # An error without a code is our own, about an object that was stored.
             refused = error.code and error.reason in _REFUSED
             if not was_there and (refused or error.code in _NEVER_SENT):
                 del self._objects[key]
@@ -200,7 +200,7 @@ class Scratch:
         self._objects[key] = True
 
     def put(self, data: bytes, name: Revision | None = None, bucket: Bucket | None = None) -> Revision:
-        """Store a blob; return its name."""
+        """Upload a blob; return its name."""
         name = name or self.name()
         with self.writing(self.key(name)):
             self._has_begun_parts |= len(data) > PART
@@ -208,13 +208,13 @@ class Scratch:
         return name
 
     def put_raw(self, key: str, data: bytes, **options: Any) -> dict[str, Any]:
-        """Store an object; return the answer."""
+        """Upload an object; return the answer."""
         options = {"Key": key, "Body": bytearray(data), **self.bucket.write_options, **options}
         with self.writing(key):
             return self.bucket.ask("put_object", **options)
 
     def begin_upload(self) -> ListedUpload:
-        """Begin an upload in parts, and do not finish it."""
+        """Begin a multipart upload, and leave it unfinished; return it."""
         if self.unwritable is not None:
             raise NotTried("no blob can be stored")
         key = self.bucket.keys.staged_key(uuid.uuid4().hex)
@@ -226,14 +226,14 @@ class Scratch:
         return upload
 
     def check_wanted(self, transferred: int = 0) -> None:
-        """Raise TransferCancelled once it is all unwanted."""
+        """Raise TransferCancelled once `unwanted` is set; the ``progress`` of an upload."""
         if self.unwanted.is_set():
             raise TransferCancelled()
 
     # Reading
 
     def get(self, name: Revision, bucket: Bucket | None = None) -> bytes:
-        """Return the bytes of a blob."""
+        """Download a blob; return its bytes."""
         if self.unreadable is not None:
             raise NotTried("no blob can be read")
         file = self.file()
@@ -242,15 +242,15 @@ class Scratch:
             return opened.read()
 
     def metadata(self, name: Revision) -> dict[str, str]:
-        """Return its metadata."""
+        """Return the metadata of the blob ``name``."""
         return self.read("head_object", name)["Metadata"]
 
     def read(self, operation: str, name: Revision, **options: Any) -> dict[str, Any]:
-        """Return the answer to another ``operation`` that reads it."""
+        """Return the answer to another ``operation`` that reads the blob ``name``."""
         return self.bucket.ask(operation, Key=self.key(name), **self.bucket.read_options, **options)
 
     def is_there(self, name: Revision) -> bool:
-        """Whether it is there."""
+        """Return whether the bucket has the blob ``name``."""
         try:
             self.read("head_object", name)
         except BlobNotFound:
@@ -260,7 +260,7 @@ class Scratch:
     # Deleting
 
     def clean_up(self) -> Leftovers | None:
-        """Delete everything; return what stays behind, None if nothing can have been stored."""
+        """Delete all objects and uploads of this check; return the leftovers, None if nothing can have been stored."""
         root, left = self.bucket.keys.root, Leftovers()
         if not self.may_have_stored:
             return None
@@ -285,7 +285,7 @@ class Scratch:
         return left
 
     def clean_up_former(self) -> Former:
-        """Delete what checks have left below the same s3-prefix that did not come to their end."""
+        """Delete the objects and uploads of killed checks below the same s3-prefix; return the numbers."""
         former, newest = Former(), defaultdict[str, float](float)
         own = self.bucket.keys.root
         uploads = self._list("list_multipart_uploads", self._roots, "Uploads") or []
@@ -312,7 +312,7 @@ class Scratch:
         return former
 
     def _root_of(self, key: str) -> str:
-        """Return the root of the check that has stored ``key``, "" if no check can have."""
+        """Return the root of the check that has stored ``key``, "" if ``key`` is not a check's."""
         match = re.match(f"{re.escape(self._roots)}[0-9a-f]{{32}}/", key)
         keys = Keys(match[0].rstrip("/")) if match else None
         if keys and (keys.parse(key) or keys.parse_staged(key) or key == keys.owner):
@@ -320,7 +320,7 @@ class Scratch:
         return ""
 
     def _delete(self, key: str, version: str | None = None) -> BucketError | None:
-        """Delete an object, or one version of it; return why that failed, None if it did not."""
+        """Delete an object, or one version of it; return the error, None on success."""
         answer = self._ask("delete_object", Key=key, **({"VersionId": version} if version else {}))
         if isinstance(answer, BucketError):
             return answer
@@ -332,7 +332,7 @@ class Scratch:
         return answer if isinstance(answer, BucketError) else None
 
     def _delete_versions(self, root: str) -> str:
-        """Delete old versions, if the bucket keeps them; return why that failed, "" if it did not."""
+        """Delete old versions, if the bucket keeps them; return the error, "" on success."""
         if not self._has_versions:
             return ""
         versions = self._list_versions(root)
@@ -345,7 +345,7 @@ class Scratch:
         return self._list("list_object_versions", prefix, "Versions", "DeleteMarkers")
 
     def _list(self, operation: str, prefix: str, *kinds: str) -> list[dict[str, Any]] | None:
-        """Return what there is below ``prefix``; None if the service does not tell."""
+        """Return the entries of a listing below ``prefix``; None if it fails."""
         found: list[dict[str, Any]] = []
         begin: dict[str, str] = {}
         for _ in range(_MOST_PAGES):
@@ -360,7 +360,7 @@ class Scratch:
         return found
 
     def _ask(self, operation: str, **options: Any) -> dict[str, Any] | BucketError:
-        """Return the answer, or why there is none; do not even ask where none has come several times."""
+        """Return the answer, or its error; after `_GIVE_UP_AFTER` requests without an answer, send none."""
         if self._silences >= _GIVE_UP_AFTER:
             return BucketError("the bucket does not answer any more")
         try:

@@ -1,7 +1,7 @@
 """``zodb-s3blobs demo``: show blobs on their way to S3 and back, on this machine and with nothing to set up.
 
 Starts an S3 server (moto) and a ZEO server, commits files as blobs through one client, reads them through another,
-compares every byte, and shows what reached S3. Then it stays up for clients of yours until Ctrl-C.
+compares every byte, and shows the requests to S3. Then it stays up for your own clients until Ctrl-C.
 """
 
 import argparse
@@ -56,12 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the demo: 0 if every byte came back, else 1. In the main thread, because of the signals."""
+    """Run the demo; return 0 if every byte came back, else 1. Call this in the main thread, because of the signals."""
     try:
         with Signals() as signals, _own_environment(), _directory(arguments.dir) as directory:
             demo(directory, arguments.once, signals)
     except BrokenPipeError:
-        raise  # not about a file: cli.main knows what to do
+        raise  # stdout was closed, which cli.main handles
     except DemoError as error:
         return _failure(str(error))
     except OSError as error:
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def demo(directory: Path, once: bool, signals: "Signals") -> None:
-    """The whole demo in the empty ``directory``; DemoError if anything is not as it should be."""
+    """Run the whole demo in the empty ``directory``. Raises DemoError if a step fails."""
     files = sample_files(directory / "files")
     with S3Server() as s3, ZEOServer(directory / "server", s3.url) as server:
         _say("ZODB blobs in S3, through a ZEO server and two stock ZEO clients")
@@ -97,19 +97,19 @@ def demo(directory: Path, once: bool, signals: "Signals") -> None:
 
 @dataclass
 class Read:
-    """How one blob was read: the S3 requests it took, and the seconds until its file was there."""
+    """The read of one blob: its S3 requests, and the seconds until the client had the file."""
 
     requests: "list[Request]"
     seconds: float
 
 
 def round_trip(directory: Path, files: list[Path], s3: "S3Server", server: "ZEOServer", signals: "Signals") -> None:
-    """Commit ``files``, read them cold and warm, and show how that went; DemoError unless it went as it should."""
+    """Commit ``files``, read them cold and warm, and print the requests of each step. Raises DemoError."""
     signals.check()
     s3.take()
     _say(f"1. Client 1 commits {len(files)} files as blobs. S3 receives:")
     commit(server, directory / "client-1", files)
-    server.stop()  # and with it, all that is still to be tidied up in the bucket
+    server.stop()  # completes the clean-up in the bucket
     written = s3.take()
     counts = collections.Counter(request.operation for request in written)
     shown = ", ".join(f"{count}_{operation}" for operation, count in counts.items())
@@ -139,13 +139,13 @@ def round_trip(directory: Path, files: list[Path], s3: "S3Server", server: "ZEOS
             raise DemoError(f"{name} was read from S3 although the server should have it in its cache, {server.cache}")
     _say("Every byte that came back is the byte that was committed.")
     _say()
-    _say(f"4. What its metrics say for Prometheus ({server.metrics_url}):")
+    _say(f"4. The server's metrics for Prometheus ({server.metrics_url}):")
     for metric, value in server.figures(_SHOWN).items():
         _say(f"   {metric:<40} {value:>12,.0f}")
 
 
 def sample_files(directory: Path) -> list[Path]:
-    """Make ``directory`` with copies of some files of this package, and a large one; returns their paths."""
+    """Make ``directory`` with copies of some files of this package, and a large one; return their paths."""
     directory.mkdir()
     files = [Path(shutil.copy(PACKAGE / name, directory)) for name in ("s3/keys.py", "storage.py", "s3/bucket.py")]
     large = directory / "large.bin"
@@ -159,13 +159,13 @@ def commit(server: "ZEOServer", blob_dir: Path, files: list[Path]) -> None:
         connection.root.files = PersistentMapping()
         for path in files:
             blob = connection.root.files[path.name] = Blob()
-            connection.add(blob)  # now, so that its bytes are written in blob_dir
+            connection.add(blob)  # before the bytes are written, so that they go to blob_dir
             with open(path, "rb") as source, blob.open("w") as target:
                 shutil.copyfileobj(source, target)
 
 
 def read(server: "ZEOServer", blob_dir: Path, files: list[Path], s3: "S3Server", how: str) -> dict[str, Read]:
-    """Read the blobs through a client that has none of them yet; DemoError if one is not as in ``files``."""
+    """Read the blobs through a client without cached blobs. Raises DemoError if one differs from its file."""
     reads = {}
     with _client(server, blob_dir) as connection:
         for path in files:
@@ -188,7 +188,7 @@ def read(server: "ZEOServer", blob_dir: Path, files: list[Path], s3: "S3Server",
 
 
 def first_difference(one: Path, other: Path) -> int | None:
-    """The position of the first byte in which two files differ, or None; the end of the shorter one counts."""
+    """Return the position of the first byte in which two files differ, or None; a missing byte is a difference."""
     position = 0
     with open(one, "rb") as first, open(other, "rb") as second:
         while True:
@@ -203,7 +203,7 @@ def first_difference(one: Path, other: Path) -> int | None:
 
 @contextlib.contextmanager
 def _client(server: "ZEOServer", blob_dir: Path) -> Iterator[Any]:
-    """The connection of a stock ZEO client; what is changed in the body is committed."""
+    """Open a connection of a stock ZEO client; commit the changes of the body."""
     db = ZEO.DB(server.port, blob_dir=str(blob_dir))
     try:
         with db.transaction() as connection:
@@ -212,11 +212,11 @@ def _client(server: "ZEOServer", blob_dir: Path) -> Iterator[Any]:
         db.close()
 
 
-# The two servers
+# The output
 
 
 def _show_table(files: list[Path], cold: dict[str, Read], warm: dict[str, Read]) -> dict[str, str]:
-    """Print a line for each file; returns the key of each, which is the one that the cold read asked S3 for."""
+    """Print a line for each file; return file name -> key, taken from the requests of the cold read."""
     keys = {name: one.requests[0].key if one.requests else "?" for name, one in cold.items()}
     row = "{:<10} {:>7}  {:<28}  {:<14}  {}".format
     _say(row("", "", "", "cold:", "warm:"))
@@ -265,7 +265,7 @@ S3 requests from now on:"""
 
 
 def _stay_up(s3: S3Server, server: ZEOServer, signals: "Signals") -> None:
-    """Show the S3 requests as they come, until a signal does."""
+    """Print the S3 requests as they arrive, until a signal arrives."""
     s3.take()
     while not signals.received:
         request = s3.wait_for_request(timeout=0.2)
@@ -295,7 +295,7 @@ def _failure(sentence: str) -> int:
 
 @contextlib.contextmanager
 def _own_environment() -> Iterator[None]:
-    """What the user has set up for Amazon S3 must neither get in the way, of moto in this process too, nor be used."""
+    """Hide the user's AWS settings from the demo, and from moto in this process, during the body."""
     before = dict(os.environ)
     for name in before:
         if name.startswith("AWS_"):
@@ -310,7 +310,7 @@ def _own_environment() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _directory(wanted: Path | None) -> Iterator[Path]:
-    """The directory of the demo's files: the ``wanted`` one, or a temporary one that does not outlive the body."""
+    """Yield the directory of the demo's files: the ``wanted`` one, or a temporary one, deleted after the body."""
     if wanted is None:
         directory = Path(tempfile.mkdtemp(prefix="zodb-s3blobs-demo-"))
         try:
@@ -320,15 +320,15 @@ def _directory(wanted: Path | None) -> Iterator[Path]:
     else:
         wanted.mkdir(parents=True, exist_ok=True)
         if any(wanted.iterdir()):
-            # The objects of an earlier demo are gone: a database that needs them is of no use.
+            # The objects of an earlier demo are gone, so a database that needs them would not work.
             raise DemoError(f"{wanted} is not empty: name a new or empty directory")
         yield wanted.absolute()
 
 
 class Signals:
-    """Whether the demo has been asked to end: a context manager, for the main thread.
+    """A recorder of the signals that end the demo: a context manager, for the main thread.
 
-    No exception, which might strike in a library that loses it, or while the servers are being ended.
+    A signal does not raise an exception, which a library could lose, or which could interrupt the end of the servers.
     """
 
     def __init__(self) -> None:
@@ -347,6 +347,6 @@ class Signals:
         self.received = True
 
     def check(self) -> None:
-        """DemoError if the demo is to end before it has shown what it is to show."""
+        """Raise DemoError if a signal has arrived."""
         if self.received:
             raise DemoError("interrupted before every file was compared")

@@ -1,4 +1,4 @@
-"""The servers of the demo: moto in this process, which records what reaches it, and a runzeo."""
+"""The servers of the demo: moto in this process, which records its requests, and a runzeo process."""
 
 import collections
 import contextlib
@@ -22,13 +22,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from ...s3.keys import OWNER
 
 PACKAGE = Path(__file__).parents[2]
-#: What the ZEO server is started with; it takes its values from the environment, see `ZEOServer`.
+#: The configuration of the ZEO server, with values from the environment: see `ZEOServer`.
 CONFIG = PACKAGE / "zeo-configs" / "quickstart.conf"
 
 BUCKET = "zodb-demo"
 ACCESS_KEY, SECRET_KEY = "demo", "demo-secret"  # made up: moto accepts everything
 
-#: What the extra `demo` of pyproject.toml installs.
+#: The requirement in the extra `demo` of pyproject.toml.
 MOTO = "moto[s3,server]>=5"
 
 #: How long, in seconds, the ZEO server may take to start, and to stop.
@@ -38,12 +38,12 @@ _LOG_LINES = 15
 
 
 class DemoError(Exception):
-    """The demo has failed; the message is for the person who runs it."""
+    """A failure of the demo; the message is for the person who runs it."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request as it reached S3; ``operation`` as S3 calls it."""
+    """One request to S3; ``operation``: its name in S3."""
 
     operation: str
     key: str
@@ -65,7 +65,7 @@ class S3Server:
             protocol_version = "HTTP/1.1"  # keeps connections open, as every S3 server does
 
             def log(self, *args: Any) -> None:
-                """The demo shows the requests in its own way."""
+                """Drop werkzeug's log line: the demo prints the requests itself."""
 
         self._app = DomainDispatcherApplication(create_backend_app)
         self._requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
@@ -73,8 +73,8 @@ class S3Server:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def _record(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        # Before the answer: whoever has read a blob finds all its requests in the record. The server's lease of the
-        # prefix is not what is to be shown.
+        # Recorded before the answer: once a blob has been read, all its requests are in the record. The requests of
+        # the owner lease are left out.
         if not environ["PATH_INFO"].endswith(OWNER):
             self._requests.put(_request(environ))
         return self._app(environ, start_response)
@@ -86,7 +86,7 @@ class S3Server:
         status = connection.getresponse().status
         connection.close()
         if status != 200:
-            raise DemoError(f"moto answered HTTP {status} when it was to make the bucket {BUCKET}")
+            raise DemoError(f"moto answered HTTP {status} to the request for a new bucket {BUCKET}")
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -94,7 +94,7 @@ class S3Server:
         self._server.server_close()
 
     def take(self) -> list[Request]:
-        """The requests since the last call."""
+        """Return the requests since the last call."""
         requests = []
         with contextlib.suppress(queue.Empty):
             while True:
@@ -102,7 +102,7 @@ class S3Server:
         return requests
 
     def wait_for_request(self, timeout: float) -> Request | None:
-        """The next request, or None if there is none for ``timeout`` seconds."""
+        """Return the next request, or None if there is none for ``timeout`` seconds."""
         try:
             return self._requests.get(timeout=timeout)
         except queue.Empty:
@@ -136,7 +136,7 @@ class ZEOServer:
 
     def __init__(self, directory: Path, s3_url: str) -> None:
         directory.mkdir()
-        self.cache = directory / "blobcache"  # as in CONFIG
+        self.cache = directory / "blobcache"  # the value of cache-dir in CONFIG
         self._log = directory / "runzeo.log"
         self.port, metrics_port = _free_ports(2)
         self.address = f"127.0.0.1:{self.port}"
@@ -172,7 +172,7 @@ class ZEOServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the demo, which ends the server while S3 is still there
+                start_new_session=True,  # Ctrl-C goes to the demo only, which ends the server before S3
             )
         deadline = time.monotonic() + _START_TIMEOUT
         while not _answers(self.port):
@@ -185,7 +185,7 @@ class ZEOServer:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """End the process, if there is one, and wait until it is gone."""
+        """End the process, if there is one, and wait for its end."""
         if self._process is None:
             return
         self._process.terminate()
@@ -196,7 +196,7 @@ class ZEOServer:
             self._process.wait()
 
     def figures(self, names: Iterable[str]) -> dict[str, float]:
-        """The metrics ``names``, each summed over its labels."""
+        """Return the metrics ``names``, each summed over its labels."""
         with build_opener(ProxyHandler({})).open(self.metrics_url, timeout=_STOP_TIMEOUT) as answer:
             families = text_string_to_metric_families(answer.read().decode())
         sums: collections.Counter[str] = collections.Counter()
@@ -205,11 +205,11 @@ class ZEOServer:
         return {name: sums[name] for name in names}
 
     def has_ended(self) -> bool:
-        """Whether the process is gone."""
+        """Return whether the process has ended."""
         return self._process is not None and self._process.poll() is not None
 
     def last_log_lines(self) -> str:
-        """What the process wrote last, for an error message."""
+        """Return the last lines of the process's log, for an error message."""
         lines = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
         return "The last lines of its log:\n\n" + "\n".join(f"  {line}" for line in lines)
 
@@ -225,9 +225,6 @@ def _free_ports(count: int) -> list[int]:
 def _answers(port: int) -> bool:
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
-            return bool(connection.recv(64))  # ZEO speaks first; not to listen would be an error in its log
+            return bool(connection.recv(64))  # ZEO sends first; closing without reading would log an error there
     except OSError:
         return False
-
-
-# What the person at the terminal sees
