@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -170,7 +171,7 @@ def observed(running_s3, tmp_path_factory):
     program("prometheus")
     running_s3.behave()
     running_s3.forget()
-    bucket = running_s3.bucket("prometheus")
+    bucket = running_s3.bucket(f"prometheus-{uuid.uuid4().hex}")
     blob_dir = FilesystemHelper(str(tmp_path_factory.mktemp("site") / "blobs"), "bushy")
     blob_dir.create()
     options = {"cache_size": "10MB", "s3_max_attempts": 2, "fallback_blob_dir": blob_dir.base_dir}

@@ -130,7 +130,9 @@ def mode(path):
 def server(running_s3, tmp_path_factory):
     """One server for all tests of clients: whatever they do, it goes on."""
     running_s3.behave()
-    with ZEOServer(tmp_path_factory.mktemp("server"), running_s3, running_s3.bucket("security"), metrics=True) as one:
+    bucket = running_s3.bucket(f"security-{os.urandom(8).hex()}")  # a process may start it more than once
+    with ZEOServer(tmp_path_factory.mktemp("server"), running_s3, bucket, metrics=True) as one:
+        one.bucket = bucket
         yield one
 
 
@@ -167,7 +169,7 @@ def test_what_cannot_be_an_oid_or_a_tid_becomes_neither_a_path_nor_a_key(s3, ser
 @pytest.mark.parametrize("odd", [b"", b"\0" * 7, b"\xff" * 9, b"../../x"])
 def test_a_blob_of_no_object_is_refused_and_nothing_of_it_stays(s3, server, odd):
     client = server.client()
-    keys = s3.keys("security")
+    keys = s3.keys(server.bucket)
     txn = TransactionMetaData()
     client._call("tpc_begin", id(txn), b"", b"", {}, None, " ")
     client._async("storeBlobStart")
@@ -177,7 +179,7 @@ def test_a_blob_of_no_object_is_refused_and_nothing_of_it_stays(s3, server, odd)
         client._call("vote", id(txn))
     client._call("tpc_abort", id(txn))
     wait_for(lambda: leftovers(server) == [])
-    assert s3.keys("security") == keys
+    assert s3.keys(server.bucket) == keys
     commit_object(client)
     oid = client.new_oid()
     assert len(oid) == 8
