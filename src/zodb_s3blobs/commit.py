@@ -108,12 +108,12 @@ class Commit:
         the upload of others starts with the vote. In a transaction that is restored it is as `restore`.
         """
         if self.restored is not None:  # whatever is committed at that tid is not written over
-            self._uploads.staging.forget(filename)
+            self._uploads.staging.cancel_for(filename)
             self.restore(oid, self.restored, filename)
             return
         file = self._uploads.cache.adopt(filename)
         if self.tid is not None:
-            self._store(Revision(oid, self.tid), file, self._uploads.staging.take(filename))
+            self._store(Revision(oid, self.tid), file, self._uploads.staging.claim(filename))
             return
         if oid in self._without_tid:
             self._drop(self._without_tid[oid])
@@ -124,7 +124,7 @@ class Commit:
         self._start(_Blob(name, file, staged), self._upload if staged is None else self._publish_staged)
 
     def _drop(self, file: Incoming) -> None:
-        self._uploads.staging.forget(file.path)
+        self._uploads.staging.cancel_for(file.path)
         file.discard()
 
     def restore(self, oid: bytes, tid: bytes, filename: str) -> None:
@@ -157,7 +157,7 @@ class Commit:
         if self._without_tid or self._undone:
             assert self.tid is not None, "the base voted without a tid"
             for oid, file in self._without_tid.items():
-                self._store(Revision(oid, self.tid), file, self._uploads.staging.take(file.path))
+                self._store(Revision(oid, self.tid), file, self._uploads.staging.claim(file.path))
             self._without_tid.clear()
             for oid, sources in self._undone.items():
                 self._start(_Blob(Revision(oid, self.tid), None), self._copy, *sources)
@@ -185,7 +185,7 @@ class Commit:
                     # It is in the bucket, and committed: the next reader fetches it from there.
                     logger.exception("A committed blob could not be put into the cache")
                 blob.file.discard()
-        self._uploads.in_flight.discard(self._latest, self)
+        self._uploads.in_flight.remove(self._latest, self)
         self._ended(self._metrics.transactions_finished)
 
     def abandon(self) -> None:
@@ -196,7 +196,7 @@ class Commit:
         for blob in self._blobs:
             if blob.file is not None:
                 blob.file.discard()
-        self._uploads.in_flight.discard(self._latest, self)
+        self._uploads.in_flight.remove(self._latest, self)
         self._ended(self._metrics.transactions_aborted)
 
     def abort(self) -> None:
@@ -264,7 +264,7 @@ class Commit:
             _raise_timeout(error)
             logger.warning("%s; uploading it again instead", error)
             self._upload(blob)
-        self._uploads.staging.discard(blob.staged)
+        self._uploads.staging.release(blob.staged)
 
     def _upload_if_missing(self, blob: "_Blob") -> None:
         assert blob.file is not None
@@ -300,7 +300,7 @@ class Commit:
             if blob.file is not None:
                 blob.file.discard()
             if blob.staged is not None:
-                self._uploads.staging.discard(blob.staged)
+                self._uploads.staging.release(blob.staged)
         # An upload that failed may have arrived all the same: its answer was lost. Where other processes commit, one
         # of them may have been given the same tid, if a clock was set back: there it is left to a pack.
         uploaded = {blob.name for blob in self._blobs if blob.attempted and not self._shared}
@@ -311,7 +311,7 @@ class Commit:
             self._metrics.cleanup_failures.inc(len(error.keys) if isinstance(error, NotDeleted) else len(uploaded))
             logger.warning("After an aborted transaction: %s. The next pack deletes them", error)
         finally:
-            self._uploads.in_flight.discard(self._latest, self)
+            self._uploads.in_flight.remove(self._latest, self)
 
 
 def _raise_timeout(error: Exception) -> None:

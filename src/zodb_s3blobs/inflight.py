@@ -25,7 +25,7 @@ class InFlight:
         with self._changed:
             self._holders.setdefault(name, []).append(holder)
 
-    def discard(self, names: Iterable[Revision], holder: object) -> None:
+    def remove(self, names: Iterable[Revision], holder: object) -> None:
         """The transaction that wanted ``names`` has ended, and all that was left of it has been cleaned up."""
         with self._changed:
             for name in names:

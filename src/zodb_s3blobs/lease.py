@@ -51,7 +51,7 @@ RENEW_EVERY, STALE_AFTER = 300.0, 900.0
 _TRUSTED_FOR = 600.0
 
 #: Seconds between two attempts of a server without the lease to take it.
-_LOOK_EVERY = 60.0
+_RETRY_INTERVAL = 60.0
 
 #: How long, in seconds, a stopping server waits for the write that marks the lease as stopped.
 _RELEASE_TIMEOUT = 2.0
@@ -174,10 +174,10 @@ class Lease:
 
     def _keep(self) -> None:
         while not self._ending.is_set():
-            pause = _LOOK_EVERY
+            pause = _RETRY_INTERVAL
             try:
                 self._renew()
-                pause = RENEW_EVERY if self.is_held() else _LOOK_EVERY
+                pause = RENEW_EVERY if self.is_held() else _RETRY_INTERVAL
             except BucketError as error:
                 logger.warning("The owner lease could not be renewed: %s", error)
             except Exception:
@@ -381,7 +381,7 @@ class Claim:
 
     @property
     def may_run_elsewhere(self) -> bool:
-        """True if the server may still run: it was not stopped, and claimed the prefix on another boot or machine."""
+        """True if the server may still run, on another machine; or it ended in a crash of this machine."""
         return not self.stopped and self.boot not in ("", boot_id())
 
     @property

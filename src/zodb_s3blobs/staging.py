@@ -102,8 +102,8 @@ class Staging:
             ),
         )
 
-    def take(self, filename: str) -> Staged | None:
-        """What was staged from ``filename``, if anything; the caller is to `discard` it."""
+    def claim(self, filename: str) -> Staged | None:
+        """What was staged from ``filename``, if anything; the caller is to `release` it."""
         with self._lock:
             staged = self._staged.pop(filename, None)
         if staged is not None:
@@ -111,7 +111,7 @@ class Staging:
             self._metrics.staged_bytes.dec(staged.size)
         return staged
 
-    def discard(self, staged: Staged) -> None:
+    def release(self, staged: Staged) -> None:
         """It is no longer needed: stop its upload, and delete it in the background. A second call does nothing."""
         with self._lock:
             if staged.unwanted.is_set():
@@ -120,11 +120,11 @@ class Staging:
         staged.uploaded.cancel()
         staged.uploaded.add_done_callback(lambda uploaded: self._delete_later(staged))
 
-    def forget(self, filename: str) -> None:
-        """The file goes without having been committed: `discard` what was staged from it, if anything."""
-        staged = self.take(filename)
+    def cancel_for(self, filename: str) -> None:
+        """The file goes without having been committed: `release` what was staged from it, if anything."""
+        staged = self.claim(filename)
         if staged is not None:
-            self.discard(staged)
+            self.release(staged)
 
     def is_live(self, name: str | None) -> bool:
         """Whether ``name`` is that of a staged upload of this server which is still needed, or still to be deleted."""

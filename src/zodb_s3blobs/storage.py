@@ -120,9 +120,9 @@ class S3BlobStorage:
 
     def new_instance(self) -> "S3BlobStorage":
         """IMVCCStorage: a storage around a new instance of the base, with the same parts."""
-        return self._around(self.base.new_instance())
+        return self._wrap(self.base.new_instance())
 
-    def _around(self, base: Any) -> "S3BlobStorage":
+    def _wrap(self, base: Any) -> "S3BlobStorage":
         instance = type(self)(base, self._parts)
         instance._owns_parts = False
         instance._untransform = self._untransform
@@ -155,7 +155,7 @@ class S3BlobStorage:
         """Store the record in the base, take the file over, and start its upload. The file is gone afterwards."""
         if version:
             raise ValueError("Versions are not supported")
-        with self._owning(blobfilename), as_storage_error():
+        with self._consuming(blobfilename), as_storage_error():
             self.base.store(oid, oldserial, data, "", transaction)
             try:
                 self._committing(transaction).store(oid, blobfilename)
@@ -169,17 +169,17 @@ class S3BlobStorage:
         self, oid: bytes, serial: bytes, data: bytes, blobfilename: str, prev_txn: bytes | None, transaction: Any
     ) -> None:
         """The same for a blob that was committed at ``serial`` in another database."""
-        with self._owning(blobfilename), as_storage_error():
+        with self._consuming(blobfilename), as_storage_error():
             self.base.restore(oid, serial, data, "", prev_txn, transaction)
             self._committing(transaction).restore(oid, serial, blobfilename)
 
     @contextmanager
-    def _owning(self, filename: str) -> Iterator[None]:
+    def _consuming(self, filename: str) -> Iterator[None]:
         """The file belongs to the body; neither it nor what was staged from it outlives a failure."""
         try:
             yield
         except BaseException:
-            self.staging.forget(filename)
+            self.staging.cancel_for(filename)
             try:
                 ZODB.blob.remove_committed(filename)
             except OSError:
@@ -231,7 +231,7 @@ class S3BlobStorage:
 
     def tpc_finish(self, transaction: Any, func: Callable[[bytes], Any] = lambda tid: None) -> Any:
         """The base's finish and its result. Sends no request and cannot fail because of blobs."""
-        commit = self._take(transaction)
+        commit = self._detach(transaction)
         try:
             result = self.base.tpc_finish(transaction, func)
         except BaseException:
@@ -247,7 +247,7 @@ class S3BlobStorage:
 
         ``transaction`` need not be the one that is being committed; then nothing happens.
         """
-        commit = self._take(transaction)
+        commit = self._detach(transaction)
         try:
             self.base.tpc_abort(transaction)
         finally:
@@ -259,7 +259,7 @@ class S3BlobStorage:
             raise StorageTransactionError("The storage is not committing this transaction")
         return self._commit
 
-    def _take(self, transaction: Any) -> Commit | None:
+    def _detach(self, transaction: Any) -> Commit | None:
         # Before the base lets the next transaction begin, in whatever thread.
         commit = self._commit
         if commit is None or commit.transaction is not transaction:

@@ -173,7 +173,7 @@ def collect(here):
 
 def impatient(here):
     """Wait for other processes no longer than a second."""
-    relstorage._PATIENCE = 1.0
+    relstorage._LOCK_TIMEOUT = 1.0
 
 
 def conflict_metric(here):

@@ -283,7 +283,7 @@ def test_head_of_a_compressed_scrape(open_storage, address):
 
 
 def test_head_tells_that_a_storage_is_not_ready(open_storage, s3, address, monkeypatch):
-    monkeypatch.setattr(health, "_ILL", 0.1)
+    monkeypatch.setattr(health, "_PROBE_AFTER_ERROR", 0.1)
     for operation in ".*", "Owner.*":
         s3.misbehave(operation=operation, status=503, code="SlowDown")
     open_storage()
@@ -356,7 +356,7 @@ def test_it_is_healthy_but_not_ready_while_the_storage_is_being_opened(factory, 
 
 
 def test_it_starts_without_the_bucket_and_is_not_ready_until_it_answers(open_storage, s3, address, monkeypatch):
-    monkeypatch.setattr(health, "_ILL", 0.1)
+    monkeypatch.setattr(health, "_PROBE_AFTER_ERROR", 0.1)
     s3.misbehave(status=503, code="SlowDown")
     s3.misbehave(operation="Owner.*", status=503, code="SlowDown")
     open_storage("main")
@@ -373,8 +373,8 @@ def test_it_starts_without_the_bucket_and_is_not_ready_until_it_answers(open_sto
 @pytest.mark.parametrize("asks", slow_but("/-/ready", of=["/-/ready", "/metrics"]))
 @pytest.mark.parametrize("fault", [{"status": 500, "code": "InternalError"}, {"lose": True}, {"hang": True}])
 def test_it_notices_an_outage_and_its_end_without_any_traffic(open_storage, s3, address, monkeypatch, fault, asks):
-    monkeypatch.setattr(health, "_WELL", 0.1)
-    monkeypatch.setattr(health, "_ILL", 0.1)
+    monkeypatch.setattr(health, "_PROBE_AFTER_OK", 0.1)
+    monkeypatch.setattr(health, "_PROBE_AFTER_ERROR", 0.1)
 
     def ready():
         if asks == "/-/ready":
@@ -391,7 +391,7 @@ def test_it_notices_an_outage_and_its_end_without_any_traffic(open_storage, s3, 
 
 def test_refused_credentials_are_an_answer(open_storage, s3, address, monkeypatch):
     # The bucket is there; that nobody may use it has metrics of its own.
-    monkeypatch.setattr(health, "_WELL", 0)
+    monkeypatch.setattr(health, "_PROBE_AFTER_OK", 0)
     open_storage()
     s3.forget()
     s3.misbehave(status=403, code="AccessDenied")
@@ -402,7 +402,7 @@ def test_refused_credentials_are_an_answer(open_storage, s3, address, monkeypatc
 
 
 def test_a_silent_bucket_holds_up_no_answer_and_is_probed_by_one_request(open_storage, s3, address, monkeypatch):
-    monkeypatch.setattr(health, "_WELL", 0)
+    monkeypatch.setattr(health, "_PROBE_AFTER_OK", 0)
     open_storage()
     s3.forget()
     s3.misbehave(hang=True)
@@ -413,14 +413,14 @@ def test_a_silent_bucket_holds_up_no_answer_and_is_probed_by_one_request(open_st
     assert time.monotonic() - started < SOON
     s3.wait_for("ListObjects")
     assert len(s3.requests()) == 1
-    monkeypatch.setattr(health, "_WELL", 60)
+    monkeypatch.setattr(health, "_PROBE_AFTER_OK", 60)
     s3.behave()
     time.sleep(0.3)  # in which others would follow
     assert len(s3.requests()) == 1
 
 
 def test_to_be_healthy_takes_no_s3(open_storage, s3, address, monkeypatch):
-    monkeypatch.setattr(health, "_WELL", 0)
+    monkeypatch.setattr(health, "_PROBE_AFTER_OK", 0)
     storage = open_storage()
     s3.forget()
     for _ in range(5):

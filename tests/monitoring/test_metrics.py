@@ -511,7 +511,7 @@ def test_what_is_staged_before_the_vote_is_counted_once(s3, open_uploads, metric
     assert uploaded(metrics) == (1, 1, 1000)  # the copy is none
     assert ended(metrics) == (1, 0)
     assert staged(metrics) == (0, 0)
-    uploads.staging.forget(filename)  # as ZEO's handler does at the end of every transaction
+    uploads.staging.cancel_for(filename)  # as ZEO's handler does at the end of every transaction
     cleaned_up(uploads)
     assert nothing_under_way(metrics)
 
@@ -523,7 +523,7 @@ def test_what_is_forgotten_is_no_longer_staged(s3, open_uploads, metrics, new_fi
     stage(uploads, filename)
     s3.wait_for("PutObject")
     for _ in range(2):
-        uploads.staging.forget(filename)
+        uploads.staging.cancel_for(filename)
         assert staged(metrics) == (0, 0)
     s3.misbehave(operation="DeleteObject", status=500, code="InternalError")
     s3.behave()

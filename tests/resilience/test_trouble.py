@@ -421,7 +421,7 @@ def test_a_pack_aborts_an_upload_to_the_key_of_a_blob_once_its_transaction_is_ov
     with adapter_for(MappingStorage()).revisions() as revisions:
         garbage.collect(revisions)
         assert len(list(bucket.list_uploads())) == 1
-        in_flight.discard([name], transaction)
+        in_flight.remove([name], transaction)
         garbage.collect(revisions)
     assert list(bucket.list_uploads()) == []
 

@@ -45,13 +45,13 @@ def test_another_revision_of_what_is_being_committed_may_be_deleted(register):
 def test_what_is_no_longer_being_committed_may_be_deleted(register):
     register.add(ONE, ME)
     register.add(TWO, ME)
-    register.discard([ONE], ME)
+    register.remove([ONE], ME)
     with register.deleting([ONE, TWO]) as names:
         assert names == [ONE]
 
 
 def test_discarding_what_is_not_there_does_nothing(register):
-    register.discard([ONE], ME)
+    register.remove([ONE], ME)
     with register.deleting([ONE]) as names:
         assert names == [ONE]
 
@@ -95,10 +95,10 @@ def test_everybody_who_waits_is_told(register):
 def test_what_two_transactions_want_is_kept_until_both_have_ended(register):
     register.add(ONE, ANOTHER)
     register.add(ONE, ME)
-    register.discard([ONE], ME)
+    register.remove([ONE], ME)
     with register.deleting([ONE]) as names:
         assert names == []
-    register.discard([ONE], ANOTHER)
+    register.remove([ONE], ANOTHER)
     with register.deleting([ONE]) as names:
         assert names == [ONE]
 
@@ -113,7 +113,7 @@ def test_wait_until_judged_waits_for_the_cleanup_after_an_earlier_transaction(re
     register.add(ONE, ME)
     judged = judging(register, ONE)
     assert not judged.wait(0.2)
-    register.discard([ONE], ANOTHER)
+    register.remove([ONE], ANOTHER)
     assert judged.wait(TIMEOUT)
 
 

@@ -111,7 +111,7 @@ def clocks(monkeypatch):
 def hurried(monkeypatch):
     """A lease is renewed, and looked for, all the time."""
     monkeypatch.setattr(lease_module, "RENEW_EVERY", 0.02)
-    monkeypatch.setattr(lease_module, "_LOOK_EVERY", 0.02)
+    monkeypatch.setattr(lease_module, "_RETRY_INTERVAL", 0.02)
 
 
 def holds(lease):

@@ -63,14 +63,14 @@ def test_a_large_file_is_uploaded_to_a_key_beside_the_blobs(s3, bucket_name, sta
     staging.stage(large)
     staging.waiting([large]).wait()
     (key,) = s3.keys(bucket_name)
-    assert key == f"staged/{staging.take(large).name}"
+    assert key == f"staged/{staging.claim(large).name}"
 
 
 def test_a_small_file_is_not_staged(s3, staging, new_file):
     small = new_file(os.urandom(THRESHOLD - 1))
     staging.stage(small)
     assert staging.waiting([small]) is None
-    assert staging.take(small) is None
+    assert staging.claim(small) is None
     assert s3.requests() == []
 
 
@@ -84,9 +84,9 @@ def test_nothing_is_staged_if_the_threshold_is_0_or_the_service_cannot_copy(s3, 
 def test_what_is_discarded_is_deleted_also_twice(s3, bucket_name, staging, large):
     staging.stage(large)
     staging.waiting([large]).wait()
-    staged = staging.take(large)
-    staging.discard(staged)
-    staging.discard(staged)
+    staged = staging.claim(large)
+    staging.release(staged)
+    staging.release(staged)
     until(lambda: not s3.keys(bucket_name))
     assert len(s3.requests("DeleteObject")) == 1
 
@@ -95,8 +95,8 @@ def test_what_is_forgotten_while_it_is_uploaded_is_deleted_afterwards(s3, bucket
     s3.misbehave(operation="PutObject", hang=True)
     staging.stage(large)
     s3.wait_for("PutObject")
-    staging.forget(large)
-    staging.forget(large)
+    staging.cancel_for(large)
+    staging.cancel_for(large)
     assert staging.waiting([large]) is None
     s3.behave()
     s3.wait_for("DeleteObject")
@@ -136,7 +136,7 @@ def test_the_sweep_leaves_alone_what_is_still_needed_however_old(s3, bucket_name
     staging.waiting([large]).wait()
     after(10 * DAY)
     assert staging.sweep() == 0
-    staging.take(large)  # being copied now
+    staging.claim(large)  # being copied now
     assert staging.sweep() == 0
     assert len(s3.keys(bucket_name)) == 1
 

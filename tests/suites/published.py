@@ -104,14 +104,14 @@ def names_of_tests(cls, *modules):
 def parametrize(*, xfail=None, quick=(), **suites):
     """A decorator for a test with the parameter ``case``: it is called with each test of the ``suites``.
 
-    ``xfail``: the ids of those that fail, and why; ``quick``: the names of the suites that are not slow.
+    ``xfail``: the ids of those that fail, and why; ``quick``: how the ids of those begin that are not slow.
     """
     reasons = dict(xfail or {})
     params = []
     for prefix, suite in suites.items():
         for test in _flat(suite):
             name = f"{prefix}-{_name(test)}"
-            marks = [] if prefix in quick else [slow]
+            marks = [] if name.startswith(tuple(quick)) else [slow]
             if name in reasons:
                 marks.append(pytest.mark.xfail(reason=reasons.pop(name), strict=True))
             params.append(pytest.param((suite, test), id=name, marks=marks))

@@ -143,7 +143,7 @@ _NO_OLD_REVISIONS = "expects old blobs to outlive a pack, and there is no histor
 
 # Both fail with plain RelStorage as well.
 @parametrize(
-    quick=["sqlite_history"],
+    quick=["sqlite_history-S3", "sqlite_history-testblob"],
     sqlite_history=_zodb_blobs("sqlite-history"),
     sqlite_free=_zodb_blobs("sqlite-free"),
     sqlite_history_relstorage=_relstorage_blobs("sqlite-history"),

@@ -159,7 +159,7 @@ class ServedForExternalGC(ServedStorage, testZEO.ServerManagingClientStorageForI
 
 
 @parametrize(
-    quick=["file"],
+    quick=["file-"],
     file=testblob.storage_reusable_suite("S3", ServedStorage),
     zlib_outside=testblob.storage_reusable_suite("S3", ServedThroughZlib),
     external_gc=PackableStorage.IExternalGC_suite(lambda: ServedForExternalGC("data", "blobs", "pack-gc false")),

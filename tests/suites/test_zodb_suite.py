@@ -79,7 +79,7 @@ _NO_PACK = "no DemoStorage with a changes storage of its own can be packed witho
 
 # Mapping and demo storages can neither undo nor restore.
 @parametrize(
-    quick=["file", "external_gc"],
+    quick=["file-", "external_gc-"],
     file=_blob_suite(_file_storage),
     mapping=_blob_suite(_mapping_storage, undo=False, recovery=False),
     mvcc=_blob_suite(_mvcc_mapping_storage, undo=False, recovery=False),

@@ -32,7 +32,7 @@ from .adapter import BaseAdapter, DatabaseBusy, DatabaseView, UnsuitableBase, lo
 TESTED = (4, 0), (4, 4)
 
 #: How long, in seconds, to wait for another process that deletes some blobs, or restores one transaction.
-_PATIENCE = 60.0
+_LOCK_TIMEOUT = 60.0
 
 #: The number of our lock in PostgreSQL. RelStorage's locks are in another number space.
 _LOCK = "1395868226, 1"
@@ -208,7 +208,7 @@ class SqlView:
 
 @contextmanager
 def _excluding(try_lock: Callable[[], AbstractContextManager[bool]], refusal: str) -> Iterator[None]:
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _LOCK_TIMEOUT
     with ExitStack() as stack:
         while not stack.enter_context(try_lock()):
             stack.close()

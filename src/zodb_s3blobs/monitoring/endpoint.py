@@ -24,10 +24,10 @@ from .exporter import Exported, Exporter
 logger = logging.getLogger(__name__)
 
 #: How long, in seconds, a client may be silent, or not read its answer.
-_PATIENCE = 10.0
+_SOCKET_TIMEOUT = 10.0
 
 #: The most connections: each takes a file and a thread, which the server needs for its clients.
-_MOST = 64
+_MAX_CONNECTIONS = 64
 
 #: Path -> description of the answer.
 _PATHS = {
@@ -143,11 +143,11 @@ class _Server(socketserver.ThreadingTCPServer):
         super().__init__(*args)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve one connection; close the oldest one if there are more than `_MOST`."""
+        """Serve one connection; close the oldest one if there are more than `_MAX_CONNECTIONS`."""
         with self._changing:
             number = next(self._numbers)
             self._connections[number] = request
-            if len(self._connections) > _MOST:
+            if len(self._connections) > _MAX_CONNECTIONS:
                 oldest = self._connections.pop(next(iter(self._connections)))
                 with contextlib.suppress(OSError):  # the client has closed it
                     oldest.shutdown(socket.SHUT_RDWR)
@@ -162,7 +162,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Handler(MetricsHandler):
-    timeout = _PATIENCE
+    timeout = _SOCKET_TIMEOUT
     storages: Callable[[], list[tuple[str, Exported]]]
 
     def do_GET(self) -> None:

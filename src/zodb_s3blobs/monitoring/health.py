@@ -8,7 +8,7 @@ from ..s3.errors import BucketError
 from ..workers import DaemonPool
 
 #: The age in seconds of the last answer from which a probe is sent: after a success, and after a failure.
-_WELL, _ILL = 60.0, 5.0
+_PROBE_AFTER_OK, _PROBE_AFTER_ERROR = 60.0, 5.0
 
 
 class Health:
@@ -28,7 +28,7 @@ class Health:
         """
         trouble, heard = self._bucket.last_answer
         with self._lock:
-            old = time.monotonic() - heard > (_WELL if trouble is None else _ILL)
+            old = time.monotonic() - heard > (_PROBE_AFTER_OK if trouble is None else _PROBE_AFTER_ERROR)
             if old and not self._probing and not self._closed:
                 self._probing = True
                 self._prober.submit(self._probe)

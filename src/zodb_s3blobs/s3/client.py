@@ -34,7 +34,7 @@ T = TypeVar("T")
 _IDLE = 60
 
 #: Loggers whose debug messages repeat access keys, signatures and the key of SSE-C.
-_TALKATIVE = ("boto3", "botocore", "s3transfer")
+_LOGGERS_THAT_LEAK = ("boto3", "botocore", "s3transfer")
 
 #: HTTP statuses of passing failures. 509 and 520 to 524 come from proxies in front of a service.
 _PASSING_STATUSES = {408, 429, 500, 502, 503, 504, 509, *range(520, 525)}
@@ -86,7 +86,7 @@ class Connection:
         self._settings = settings
         session = botocore.session.get_session()
         session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_timestamp)
-        for name in _TALKATIVE:
+        for name in _LOGGERS_THAT_LEAK:
             talkative = logging.getLogger(name)
             talkative.setLevel(max(talkative.getEffectiveLevel(), logging.INFO))
         self.client = ask(f"set up the connection to bucket {settings.bucket_name}", lambda: _client(session, settings))

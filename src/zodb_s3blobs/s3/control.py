@@ -11,7 +11,7 @@ from .listing import Listing
 from .objects import READ
 from .upload import Uploads
 
-_MOST_MARKS = 1 << 30  # bytes of the object of the marks: ten million of them
+_MAX_MARKS_BYTES = 1 << 30  # bytes of the object of the marks: ten million of them
 
 _CONDITION_NOT_MET = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 _NOT_UNDERSTOOD = {"InvalidArgument", "InvalidRequest", "400"}
@@ -95,7 +95,7 @@ class ControlObjects(Uploads, Listing):
         Waits for S3. Raises BucketError, also if the object is larger than this software writes it.
         """
         try:
-            self._get_verified(self.keys.marks, file, _MOST_MARKS)
+            self._get_verified(self.keys.marks, file, _MAX_MARKS_BYTES)
         except BlobNotFound:
             return False
         return True

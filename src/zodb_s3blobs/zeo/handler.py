@@ -214,10 +214,10 @@ class BlobHandler(_Stock):
     #: When the last message of a blob was written to the connection, a reading of `time.monotonic`.
     blob_written = -math.inf
     #: The call of vote that waits for uploads: staged ones before it has the commit lock, others with it.
-    pending: "_Pending | None" = None
+    pending_vote: "_Pending | None" = None
     #: Why the transaction cannot be committed, found out where ZEO lets nobody tell the client: one of
     #: `metrics.VOTE_FAILURES`, and the sentence.
-    refusal: tuple[str, str] | None = None
+    deferred_error: tuple[str, str] | None = None
     #: The last vote of this client.
     voting: Vote
 
@@ -240,7 +240,7 @@ class BlobHandler(_Stock):
     def notify_disconnected(self) -> None:
         """The client is gone, possibly in the middle of a blob."""
         self._drop_tempfile()
-        pending, self.pending = self.pending, None
+        pending, self.pending_vote = self.pending_vote, None
         if pending is not None:
             pending.timer.cancel()
         for messages, file in self.sending:  # or a deleted file would take its room until Python's garbage collection
@@ -313,20 +313,20 @@ class BlobHandler(_Stock):
         try:
             self.blob_tempfile = self.blobs.new_temporary()
         except StorageError as error:
-            self.refusal = "cache", str(error)
+            self.deferred_error = "cache", str(error)
 
     def storeBlobChunk(self, chunk: bytes) -> None:
         # The stock method does not notice when a nearly full disk takes only part of the chunk.
-        if self.refusal is None:
+        if self.deferred_error is None:
             try:
                 self.blobs.write_temporary(self.blob_tempfile[0], chunk)
             except StorageError as error:
-                self.refusal = "cache", str(error)
+                self.deferred_error = "cache", str(error)
 
     def storeBlobEnd(self, oid: bytes, serial: bytes, data: bytes, id: int) -> None:
-        if self.refusal is None and not _is_id(oid):
-            self.refusal = "client", "The oid of a blob is 8 bytes"
-        if self.refusal is None:
+        if self.deferred_error is None and not _is_id(oid):
+            self.deferred_error = "client", "The oid of a blob is 8 bytes"
+        if self.deferred_error is None:
             super().storeBlobEnd(oid, serial, data, id)
             self.blobs.staging.stage(self.blob_log[-1][-1])
         else:
@@ -336,19 +336,19 @@ class BlobHandler(_Stock):
         try:
             self.blobs.fshelper.getPathForOID(oid)
         except StorageError as error:
-            self.refusal = "client", str(error)
+            self.deferred_error = "client", str(error)
 
     # Committing
 
     def vote(self, tid: int) -> Any:
         """Refuse what cannot be committed; else wait for staged uploads, then queue for the commit lock as in ZEO."""
         self._check_tid(tid, exc=StorageTransactionError)
-        if self.refusal is not None:
-            reason, sentence = self.refusal
+        if self.deferred_error is not None:
+            reason, sentence = self.deferred_error
             self.blobs.metrics.count_vote(None, reason)
             self.blobs.metrics.transactions_aborted.inc()
             raise StorageError(sentence)
-        if self.pending is not None:
+        if self.pending_vote is not None:
             raise StorageTransactionError("Already voting")
         self.voting = self.blobs.new_vote()
         vote = super().vote
@@ -424,9 +424,9 @@ class BlobHandler(_Stock):
         delay = Delay()
 
         def ended() -> None:
-            if self.pending is not pending:
+            if self.pending_vote is not pending:
                 return
-            self.pending = None
+            self.pending_vote = None
             pending.timer.cancel()
             try:
                 result = reply()
@@ -435,13 +435,13 @@ class BlobHandler(_Stock):
             else:
                 delay.reply(result)
 
-        pending = self.pending = _Pending(delay, self.connection.loop.call_later(uploads.seconds_left, ended))
+        pending = self.pending_vote = _Pending(delay, self.connection.loop.call_later(uploads.seconds_left, ended))
         uploads.done.add_done_callback(lambda done: self.call_soon_threadsafe(ended))
         return delay
 
     def tpc_finish(self, id: int) -> Any:
         """Refused until the vote has been answered."""
-        if self.pending is not None:
+        if self.pending_vote is not None:
             raise StorageTransactionError("tpc_finish called before the vote has been answered")
         return super().tpc_finish(id)
 
@@ -452,16 +452,16 @@ class BlobHandler(_Stock):
 
     def _clear_transaction(self) -> None:
         """The common end of finish, abort and disconnect."""
-        pending, self.pending = self.pending, None
+        pending, self.pending_vote = self.pending_vote, None
         if pending is not None:
             pending.timer.cancel()
             if self.connected:
                 error = StorageTransactionError("The transaction was aborted before the vote has been answered")
                 pending.delay.error((type(error), error, None))
-        self.refusal = None
+        self.deferred_error = None
         self._drop_tempfile()
         for _, _, _, filename in self.blob_log:
-            self.blobs.staging.forget(filename)
+            self.blobs.staging.cancel_for(filename)
         super()._clear_transaction()
 
 
