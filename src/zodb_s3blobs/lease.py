@@ -199,7 +199,7 @@ class Lease:
                     return
                 if not self._is_ours(claim):
                     same = claim.database == self._identity or self._database.was(claim.database)
-                    # A clone of a whole virtual machine has the identity as well, and its original may be running.
+                    # A clone of a whole virtual machine has the identity too, and its original may be running.
                     if same and not claim.may_run_elsewhere:
                         self._taken = claim.taken
                     else:
@@ -361,7 +361,7 @@ class Claim:
     renewed: str
     stopped: str
     taken: str
-    boot: str  # the machine, as it ran then
+    boot: str  # the `boot_id` of the server's machine
 
     @classmethod
     def of(cls, note: ControlObject | None) -> "Claim":

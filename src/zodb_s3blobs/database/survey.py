@@ -231,7 +231,10 @@ class Survey:
         self._undo.close()
 
     def list_bucket(self, bucket: Bucket) -> None:
-        """List the bucket into the inventory: after the database was read, so that all its blobs had to be there."""
+        """List the bucket into the inventory. Waits for S3; BucketError.
+
+        The database was read before: a blob that it named must be in this listing.
+        """
         with showing("Listing the bucket", "objects") as progress:
             self.inventory.add_held(progress.over(bucket.list_blobs()))
 

@@ -97,9 +97,9 @@ class Collector:
         """Remove the marks of blobs that ``base`` can load. Call this before ``base`` is packed; waits for S3.
 
         After a restore of the database, dead blobs may be live again. If the pack kills them once more, their old marks
-        would shorten their retention. If this method raises, ``base`` must not be packed. It raises BucketError if this
-        server has never read owner.json, or if dead blobs are marked before they are deleted; in the latter case also
-        cache.CacheError, and for a database of several processes lease.NotOwner.
+        would shorten their retention. If this method raises, ``base`` must not be packed. A failure of S3 raises
+        BucketError if this server has never read owner.json, or if dead blobs are marked before they are deleted; in
+        the latter case there may also be a cache.CacheError, and for a database of several processes lease.NotOwner.
         """
         marking = self._retention or self._lease.is_on_probation
         try:

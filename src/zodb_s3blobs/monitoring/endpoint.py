@@ -181,7 +181,7 @@ class _Handler(MetricsHandler):
     do_HEAD = do_GET
 
     def do_OPTIONS(self) -> None:
-        """Return the allowed methods, like prometheus_client's own server."""
+        """Send the allowed methods, like prometheus_client's own server."""
         self.send_response(200)
         self.send_header("Allow", "OPTIONS,GET,HEAD")
         self.send_header("Content-Length", "0")

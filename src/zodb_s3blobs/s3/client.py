@@ -256,7 +256,7 @@ def _is_passing(error: Exception, operation: str) -> bool:
 
 _REDIRECTIONS = {301, 302, 303, 307, 308}
 
-#: The marks of S3's successful answers: an ETag among the headers, or an element in the body.
+#: Operation -> the sign of a successful answer of S3: an ETag among the headers, or an element in the body.
 _WITH_ETAG = {"PutObject", "UploadPart"}
 _ALWAYS_IN_THE_BODY = {
     "CopyObject": re.compile(rb"<(\w+:)?ETag>"),

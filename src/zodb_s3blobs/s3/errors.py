@@ -356,8 +356,8 @@ _WORDS = {NOT_S3: ForeignAnswer.fmt, "NoCredentials": "no credentials"}
 #: Code of S3, or name of boto3's exception -> advice. `{}` is replaced by the missing permission.
 _ADVICE = {
     NOT_S3: (
-        " (it sent a web page, or an answer without what S3 always sends): a maintenance page, a proxy or another web "
-        "server may be there; check s3-endpoint-url"
+        " (it sent a web page, or an answer without S3's headers or elements): a maintenance page, a proxy or another "
+        "web server may be there; check s3-endpoint-url"
     ),
     _EMFILE: f"; {RAISE_THEIR_NUMBER}",
     "NoSuchBucket": "; check bucket-name and s3-endpoint-url",
