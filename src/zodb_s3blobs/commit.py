@@ -1,8 +1,8 @@
-"""The blobs of one transaction on their way: staged, uploaded, published or rolled back.
+"""The blobs of one transaction: staged, uploaded, published or rolled back.
 
 A blob that ZODB hands over becomes a staged file, and its upload to the final key starts at once in a worker. The
 vote waits for the uploads; the finish renames the staged files into the cache; the abort leaves it to a worker to
-delete what was uploaded. Until the finish nobody but the transaction's owner can know the tid that the key ends with.
+delete what was uploaded. Until the finish, only the transaction's owner can know the tid that the key ends with.
 """
 
 import logging
@@ -33,7 +33,7 @@ _CLOSE_TIMEOUT = 2.0
 
 
 class Uploads:
-    """What the transactions of one bucket share: the worker threads, and the register of keys in flight.
+    """The worker threads and the register of keys in flight that all transactions of one bucket share.
 
     ``fetch`` reads a blob through the cache; ``concurrency`` uploads go on at once; those of one transaction may
     take ``timeout`` seconds; blobs of at least ``stage_threshold`` bytes can be staged, none if it is 0.
@@ -61,7 +61,7 @@ class Uploads:
         self.in_flight = InFlight()
 
     def begin(self, transaction: Any, tid: bytes | None, shared: bool = False) -> "Commit":
-        """The commit of ``transaction`` at ``tid``; `Commit.finish` or `Commit.abort` must end it.
+        """Return the commit of ``transaction`` at ``tid``; `Commit.finish` or `Commit.abort` must end it.
 
         Without a ``tid``, it is `Commit.vote` that is told. ``shared``: other processes commit to the same database.
         """
@@ -97,7 +97,7 @@ class Commit:
         self._aborted = threading.Event()
 
     def begin_restoring(self, tid: bytes, restoring: AbstractContextManager[None]) -> None:
-        """The transaction is one that was committed at ``tid`` elsewhere; ``restoring`` lasts until its end."""
+        """Restore a transaction that another database committed at ``tid``; ``restoring`` is left at its end."""
         self._until_end.enter_context(restoring)
         self.restored = tid
 
@@ -128,7 +128,7 @@ class Commit:
         file.discard()
 
     def restore(self, oid: bytes, tid: bytes, filename: str) -> None:
-        """The same for a blob that another database committed at ``tid``.
+        """Take over and upload the file of a blob that another database committed at ``tid``.
 
         What the bucket has already is neither uploaded again nor deleted by an abort.
         """
@@ -143,7 +143,7 @@ class Commit:
         self._undone[oid] = tid, repeated
 
     def staged(self) -> Completion | None:
-        """What to wait for until all blobs that were staged without a tid are in the bucket; None if none was."""
+        """Return the completion of all blobs that were staged without a tid; None if there are none."""
         return self._uploads.staging.waiting(file.path for file in self._without_tid.values())
 
     def vote(self, tid: bytes | None = None) -> Completion | None:

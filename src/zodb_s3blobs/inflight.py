@@ -21,12 +21,12 @@ class InFlight:
         self._deleting: frozenset[Revision] = frozenset()
 
     def add(self, name: Revision, holder: object) -> None:
-        """The transaction ``holder``, which has not ended, wants ``name``."""
+        """Register that the transaction ``holder``, which has not ended, wants ``name``."""
         with self._changed:
             self._holders.setdefault(name, []).append(holder)
 
     def remove(self, names: Iterable[Revision], holder: object) -> None:
-        """The transaction that wanted ``names`` has ended, and all that was left of it has been cleaned up."""
+        """Remove ``names`` of the transaction ``holder``, which has ended and left nothing to clean up."""
         with self._changed:
             for name in names:
                 holders = self._holders.get(name, [])
@@ -37,12 +37,12 @@ class InFlight:
             self._changed.notify_all()
 
     def is_wanted(self, name: Revision) -> bool:
-        """Whether a transaction wants ``name``."""
+        """Return whether a transaction wants ``name``."""
         with self._changed:
             return name in self._holders
 
     def wait_until_judged(self, name: Revision, holder: object) -> None:
-        """Wait, in a worker, until nobody else is about to delete ``name``: only then can it be told if it exists.
+        """Wait, in a worker, until no other thread is about to delete ``name``: only then is its existence certain.
 
         For a transaction that wants it: one that came earlier has been aborted and is still being cleaned up after.
         """
@@ -53,7 +53,7 @@ class InFlight:
 
     @contextmanager
     def deleting(self, names: Iterable[Revision]) -> Iterator[list[Revision]]:
-        """The ``names`` that no transaction wants, to be deleted in the body; for one thread at a time."""
+        """Yield those of ``names`` that no transaction wants; the body deletes them. For one thread at a time."""
         with self._changed:
             free = [name for name in names if name not in self._holders]
             self._deleting = frozenset(free)

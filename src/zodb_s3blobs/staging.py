@@ -87,7 +87,7 @@ class Staging:
             staged.uploaded = self._workers.submit(self._upload, staged)
 
     def waiting(self, filenames: Iterable[str]) -> Completion | None:
-        """What to wait for until those of ``filenames`` that have been staged are in the bucket; None if none has."""
+        """Return the completion of those of ``filenames`` that have been staged; None if none has."""
         with self._lock:
             staged = [self._staged[filename] for filename in filenames if filename in self._staged]
         if not staged:
@@ -103,7 +103,7 @@ class Staging:
         )
 
     def claim(self, filename: str) -> Staged | None:
-        """What was staged from ``filename``, if anything; the caller is to `release` it."""
+        """Return the upload that was staged from ``filename``, if there is one; the caller must `release` it."""
         with self._lock:
             staged = self._staged.pop(filename, None)
         if staged is not None:
@@ -112,7 +112,7 @@ class Staging:
         return staged
 
     def release(self, staged: Staged) -> None:
-        """It is no longer needed: stop its upload, and delete it in the background. A second call does nothing."""
+        """Stop the upload, and delete its object in the background. A second call does nothing."""
         with self._lock:
             if staged.unwanted.is_set():
                 return
@@ -121,13 +121,13 @@ class Staging:
         staged.uploaded.add_done_callback(lambda uploaded: self._delete_later(staged))
 
     def cancel_for(self, filename: str) -> None:
-        """The file goes without having been committed: `release` what was staged from it, if anything."""
+        """Release the upload that was staged from ``filename``, if there is one: the file is not committed."""
         staged = self.claim(filename)
         if staged is not None:
             self.release(staged)
 
     def is_live(self, name: str | None) -> bool:
-        """Whether ``name`` is that of a staged upload of this server which is still needed, or still to be deleted."""
+        """Return whether this server still needs the staged upload ``name``, or has yet to delete it."""
         with self._lock:
             return name in self._live
 
@@ -172,11 +172,11 @@ class Staging:
 
 
 def abandoned(bucket: Bucket, age: float) -> Iterator[ListedStaged]:
-    """The staged objects that were completed more than ``age`` seconds ago. Waits for S3; BucketError."""
+    """Yield the staged objects that were completed more than ``age`` seconds ago. Waits for S3; BucketError."""
     before = time.time() - age
     return (found for found in bucket.list_staged() if found.modified.timestamp() < before)
 
 
 def abandoned_after(timeout: float) -> float:
-    """After how many seconds an upload, of which those of a transaction may take ``timeout``, is nobody's any more."""
+    """Return the age in seconds at which an upload is abandoned; those of a transaction may take ``timeout``."""
     return max(_ABANDONED, 2 * timeout)

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Components:
-    """What a storage, and all its MVCC instances, work with."""
+    """The parts that a storage and all its MVCC instances share."""
 
     bucket: Bucket
     cache: Cache
@@ -115,7 +115,7 @@ class S3BlobStorage:
 
     @property
     def not_for_zeo(self) -> str | None:
-        """Why a ZEO server cannot serve the base; None if it can."""
+        """The reason why a ZEO server cannot serve the base; None if it can."""
         return self._kind.not_for_zeo
 
     def new_instance(self) -> "S3BlobStorage":
@@ -135,7 +135,7 @@ class S3BlobStorage:
     # Two-phase commit
 
     def tpc_begin(self, transaction: Any, *args: Any, **kwargs: Any) -> None:
-        """As the base's; with a tid, as in IStorageRestoreable, a transaction is restored. Raises StorageError."""
+        """Begin a transaction; restore one if a tid is given, as in IStorageRestoreable. Raises StorageError."""
         self.base.tpc_begin(transaction, *args, **kwargs)
         if self._commit is not None:  # RelStorage gives a transaction up by itself when something fails
             self._commit.abort()
@@ -168,14 +168,14 @@ class S3BlobStorage:
     def restoreBlob(
         self, oid: bytes, serial: bytes, data: bytes, blobfilename: str, prev_txn: bytes | None, transaction: Any
     ) -> None:
-        """The same for a blob that was committed at ``serial`` in another database."""
+        """Store a blob that another database committed at ``serial``, with its record; see `storeBlob`."""
         with self._consuming(blobfilename), as_storage_error():
             self.base.restore(oid, serial, data, "", prev_txn, transaction)
             self._committing(transaction).restore(oid, serial, blobfilename)
 
     @contextmanager
     def _consuming(self, filename: str) -> Iterator[None]:
-        """The file belongs to the body; neither it nor what was staged from it outlives a failure."""
+        """Delete the file, and the upload that was staged from it, if the body, which owns it, fails."""
         try:
             yield
         except BaseException:
@@ -187,7 +187,7 @@ class S3BlobStorage:
             raise
 
     def _undo(self, transaction_id: bytes, transaction: Any) -> Any:
-        """The base's undo; blobs go back together with their records."""
+        """Undo a transaction in the base; blobs go back together with their records."""
         if self._commit is not None and self._commit.restored is not None:  # what is at its tid would be written over
             raise StorageTransactionError("A transaction that is restored cannot undo another one")
         result, revisions = self._kind.undo(transaction_id, transaction)
@@ -197,7 +197,7 @@ class S3BlobStorage:
         return result
 
     def tpc_vote(self, transaction: Any) -> Any:
-        """The base's vote and its result; all blobs are in the bucket when it returns. Waits for S3.
+        """Vote in the base and return its result when all blobs are in the bucket. Waits for S3.
 
         Raises StorageError if they are not: the transaction is then to be aborted, as after any failed vote.
         """
@@ -230,7 +230,7 @@ class S3BlobStorage:
             self._vote = None
 
     def tpc_finish(self, transaction: Any, func: Callable[[bytes], Any] = lambda tid: None) -> Any:
-        """The base's finish and its result. Sends no request and cannot fail because of blobs."""
+        """Finish in the base and return its result. Sends no request and cannot fail because of blobs."""
         commit = self._detach(transaction)
         try:
             result = self.base.tpc_finish(transaction, func)
@@ -243,7 +243,7 @@ class S3BlobStorage:
         return result
 
     def tpc_abort(self, transaction: Any) -> None:
-        """The base's abort; what was uploaded is deleted in the background.
+        """Abort in the base; delete what was uploaded in the background.
 
         ``transaction`` need not be the one that is being committed; then nothing happens.
         """
@@ -279,14 +279,14 @@ class S3BlobStorage:
     # Reading
 
     def loadBlob(self, oid: bytes, serial: bytes) -> str:
-        """The path of the blob's file, which stays for some seconds. Waits for S3 unless it is cached.
+        """Return the path of the blob's file, which stays for some seconds. Waits for S3 unless the blob is cached.
 
         Raises POSKeyError if there is no such blob, StorageError if S3 does not answer.
         """
         return self._fetch(oid, serial).release_later()
 
     def openCommittedBlobFile(self, oid: bytes, serial: bytes, blob: Any = None) -> BinaryIO:
-        """The blob's file, opened for reading, as a BlobFile of ``blob`` if that is given. As `loadBlob` otherwise."""
+        """Return the blob's file, opened for reading, as a BlobFile of ``blob`` if that is given; see `loadBlob`."""
         with self._fetch(oid, serial) as path:
             return open(path, "rb") if blob is None else ZODB.blob.BlobFile(path, "r", blob)
 
@@ -315,7 +315,7 @@ class S3BlobStorage:
         return self._parts.fetcher.request(oid, serial, source)
 
     def pinned(self, requested: "Future[Pin]", oid: bytes, serial: bytes) -> Pin:
-        """The file that `request_blob` asked for; the errors are those of `loadBlob`."""
+        """Return the file that `request_blob` asked for; the errors are those of `loadBlob`."""
         with as_storage_error():
             try:
                 return requested.result()
@@ -326,7 +326,7 @@ class S3BlobStorage:
                     lost = is_live(revisions, oid, serial)
                 if lost:
                     self.metrics.missing_blobs.inc()
-                    logger.error("A record names a blob that the bucket has not. %s", error)
+                    logger.error("A record names a blob that the bucket does not have. %s", error)
                 raise POSKeyError(str(error), oid, serial) from None
 
     def _fetch(self, oid: bytes, serial: bytes) -> Pin:
@@ -334,7 +334,7 @@ class S3BlobStorage:
         return self.pinned(self.request_repeated(requested, oid, serial) or requested, oid, serial)
 
     def is_blob_record(self, record: bytes | None) -> bool:
-        """Whether ``record``, as the base stores it, is that of a blob."""
+        """Return whether ``record``, as the base stores it, is that of a blob."""
         return bool(record) and ZODB.blob.is_blob_record(self._untransform(record or b""))
 
     @property
@@ -343,11 +343,11 @@ class S3BlobStorage:
         return self
 
     def temporaryDirectory(self) -> str:
-        """Where blobs that are being written are to be put: on the cache's file system, so that none is copied."""
+        """Return the directory for blobs that are being written: on the cache's file system, so that none is copied."""
         return self.fshelper.temp_dir
 
     def new_temporary(self) -> tuple[int, str]:
-        """An empty file in `temporaryDirectory`, and its open descriptor. The errors are those of `write_temporary`."""
+        """Return an empty file in `temporaryDirectory`, and its open descriptor; see `write_temporary` for errors."""
         with as_storage_error():
             return self._parts.cache.new_temporary()
 
@@ -371,12 +371,12 @@ class S3BlobStorage:
 
     @property
     def staging(self) -> Staging:
-        """Where large blobs can be uploaded to before they are stored."""
+        """The staging area, to which large blobs are uploaded before they are stored."""
         return self._parts.uploads.staging
 
     @property
     def upload_timeout(self) -> float:
-        """How long, in seconds, the uploads of one transaction may take."""
+        """The time limit, in seconds, for the uploads of one transaction."""
         return self._parts.uploads.timeout
 
     # Pack
@@ -405,9 +405,9 @@ class S3BlobStorage:
         return result
 
     def collect_garbage(self) -> int:
-        """Delete the blobs that the base does not know any more; return how many. Waits for S3.
+        """Delete the blobs that the base does not know any more; return their number. Waits for S3.
 
-        For a process that serves nobody else meanwhile. The errors are those of `garbage.Collector.collect`.
+        For a process that serves no clients meanwhile. The errors are those of `garbage.Collector.collect`.
         """
         with self._kind.revisions() as revisions:
             return self._parts.collector.collect(revisions)
@@ -423,7 +423,7 @@ class CacheFiles:
         self.getBlobFilename = cache.path
 
     def getPathForOID(self, oid: bytes, create: bool = False) -> str:
-        """There is none: ZEO asks on behalf of clients that believe the server's blob directory to be theirs."""
+        """Raise StorageError: ZEO asks on behalf of clients that take the server's blob directory for their own."""
         raise StorageError(
             "A ZEO client with shared-blob-dir true cannot use blobs that are in S3: "
             "set shared-blob-dir false (and a blob-dir of its own) at the client"

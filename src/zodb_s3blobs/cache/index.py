@@ -1,4 +1,4 @@
-"""The index of the cache: which files are in it, how large they are, and which is to be evicted next."""
+"""The index of the cache: its files, their sizes, and the next one to evict."""
 
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -44,7 +44,7 @@ class LruIndex:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the files of earlier runs are known."""
+        """True if the files of earlier runs are known."""
         return self._removed is None
 
     @property
@@ -109,7 +109,7 @@ class LruIndex:
         return next(iter(self._unused.items()), None)
 
     def is_over_limit(self) -> bool:
-        """Return whether a file is to be evicted, and there is one that can be."""
+        """Return whether the cache must evict a file, and can."""
         # Before all are known, the least recently used ones are not.
         return self.is_complete and bool(self._unused) and self.size - self._oversized > self.limit
 

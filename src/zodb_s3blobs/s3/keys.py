@@ -40,25 +40,25 @@ class Keys:
         self.marks = self.root + "gc-marks.jsonl"
 
     def key(self, oid: bytes, tid: bytes) -> str:
-        """The object key of the blob of object ``oid`` (8 bytes) at revision ``tid`` (8 bytes)."""
+        """Return the object key of the blob of object ``oid`` (8 bytes) at revision ``tid`` (8 bytes)."""
         return f"{self.of_object(oid)}{u64(tid):x}.blob"
 
     def of_object(self, oid: bytes) -> str:
-        """The beginning of the keys of all blobs of object ``oid`` (8 bytes)."""
+        """Return the beginning of the keys of all blobs of object ``oid`` (8 bytes)."""
         return f"{self.blobs}{u64(oid):x}/"
 
     def parse(self, key: str) -> Revision | None:
-        """The ``(oid, tid)`` that ``key`` names, or None: then the key is not ours and must be left alone."""
+        """Return the revision that ``key`` names, or None: then the key is not ours and must be left alone."""
         if not key.startswith(self.blobs):
             return None
         match = _BLOB.fullmatch(key, len(self.blobs))
         return Revision(p64(int(match[1], 16)), p64(int(match[2], 16))) if match else None
 
     def staged_key(self, name: str) -> str:
-        """The object key of the staged upload ``name`` (32 hex digits)."""
+        """Return the object key of the staged upload ``name`` (32 hex digits)."""
         return self.staged + name
 
     def parse_staged(self, key: str) -> str | None:
-        """The name of the staged upload at ``key``, or None: then the key is not ours and must be left alone."""
+        """Return the name of the staged upload at ``key``, or None: then the key is not ours and must be left alone."""
         name = key.removeprefix(self.staged)
         return name if key.startswith(self.staged) and re.fullmatch("[0-9a-f]{32}", name) else None

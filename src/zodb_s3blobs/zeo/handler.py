@@ -53,7 +53,7 @@ def install() -> None:
 
 
 def _serving(event: Any) -> None:
-    """A server has opened its storages, and has no client yet."""
+    """Hook into a server that has opened its storages and has no client yet."""
     if not isinstance(event, Serving):
         return
     server = event.server
@@ -101,7 +101,7 @@ def _find(name: str, storage: Any) -> "tuple[S3BlobStorage, type] | None":
 
 
 def _hides_ours(storage: Any) -> bool:
-    """Whether one of our storages is ``storage``, or in one of its attributes, or in theirs."""
+    """Return whether ``storage`` is one of our storages, or has one in its attributes, or in theirs."""
     if isinstance(storage, S3BlobStorage):
         return True
     inside = [value for value in getattr(storage, "__dict__", {}).values() if IStorage.providedBy(value)]
@@ -161,7 +161,7 @@ def _when_found(handler: Any, requested: Future, oid: bytes, serial: bytes, send
 
 
 class DemoHandler(_Stock):
-    """What is different in the handler of a client of a demostorage that reads the blobs of one of our storages.
+    """The handler of a client of a demostorage that reads the blobs of one of our storages, in place of the stock one.
 
     It stores into its changes, which are none of our business.
     """
@@ -173,7 +173,7 @@ class DemoHandler(_Stock):
     blob_written = -math.inf
 
     def bind_storage(self, blobs: S3BlobStorage) -> None:
-        """The client has chosen a demostorage around ``blobs``."""
+        """Serve a client that has chosen a demostorage around ``blobs``."""
         self.blobs = blobs
 
     def sendBlob(self, oid: bytes, serial: bytes) -> Any:
@@ -205,7 +205,7 @@ class DemoHandler(_Stock):
 
 
 class BlobHandler(_Stock):
-    """What is different in the handler of a client of one of our storages. Mixed into the server's own class."""
+    """The handler of a client of one of our storages; a mixin of the server's own handler class."""
 
     blob_tempfile: Any
     blobs: S3BlobStorage
@@ -222,7 +222,7 @@ class BlobHandler(_Stock):
     voting: Vote
 
     def bind_storage(self, blobs: S3BlobStorage) -> None:
-        """The client has chosen the storage ``blobs``, which the server may know in wrappings."""
+        """Serve a client that has chosen the storage ``blobs``, which the server may have in wrappers."""
         self.blobs = blobs
         self.sending = []
         stock_close = self.connection.close
@@ -238,7 +238,7 @@ class BlobHandler(_Stock):
         self.connection.close = close
 
     def notify_disconnected(self) -> None:
-        """The client is gone, possibly in the middle of a blob."""
+        """Clean up after a client that is gone, possibly in the middle of a blob."""
         self._drop_tempfile()
         pending, self.pending_vote = self.pending_vote, None
         if pending is not None:
@@ -288,7 +288,7 @@ class BlobHandler(_Stock):
             file.close()
 
     def _messages(self, oid: bytes, serial: bytes, file: BinaryIO) -> Generator[tuple[str, tuple], None, None]:
-        """What ZEO sends a client that has asked for a blob."""
+        """Yield the messages that ZEO sends a client that has asked for a blob."""
         with file:
             yield "receiveBlobStart", (oid, serial)
             while chunk := self._read(file):
@@ -411,7 +411,7 @@ class BlobHandler(_Stock):
         self.voting.require(uploads)
 
     def _abort_vote(self) -> None:
-        """As the stock vote does when it fails."""
+        """Abort the transaction, as the stock vote does when it fails."""
         logger.error("(%s) The blobs of a transaction could not be stored: it is aborted", self.log_label)
         self.storage.tpc_abort(self.transaction)
         self._clear_transaction()
@@ -446,12 +446,12 @@ class BlobHandler(_Stock):
         return super().tpc_finish(id)
 
     def _pack_impl(self, time: float) -> None:
-        """As ZEO's, in a thread; the client hears of its end whatever it is."""
+        """Pack in a thread, as ZEO does; the client is told of every end."""
         with errors.exceptions_only():
             super()._pack_impl(time)
 
     def _clear_transaction(self) -> None:
-        """The common end of finish, abort and disconnect."""
+        """Forget the transaction, at a finish, an abort or a disconnect."""
         pending, self.pending_vote = self.pending_vote, None
         if pending is not None:
             pending.timer.cancel()
@@ -473,7 +473,7 @@ class _Pending(NamedTuple):
 
 
 def _is_id(value: Any) -> bool:
-    """Whether what a client has sent for an oid or a tid can be one."""
+    """Return whether the value that a client has sent can be an oid or a tid."""
     return type(value) is bytes and len(value) == 8
 
 
