@@ -15,7 +15,6 @@ import ZODB.config
 
 from tests.support.s3_server import S3Server
 from tests.support.speed import slow
-from zodb_s3blobs.garbage import scan
 
 BUCKET = "published-suites"
 
@@ -151,12 +150,6 @@ def run(case):
 
 _DAC_OVERRIDE, _DAC_READ_SEARCH = 1, 2  # linux/capability.h
 _CAPABILITY_VERSION_3 = 0x20080522
-
-
-@pytest.fixture(autouse=True)
-def the_last_blob_goes(monkeypatch):
-    """Let a pack delete dead blobs where nothing lives, as ZODB's tests expect: they store one, and remove it."""
-    monkeypatch.setattr(scan, "_DELETED_WITHOUT_A_LIVE_ONE", 1000)
 
 
 @pytest.fixture(autouse=True)

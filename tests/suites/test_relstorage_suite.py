@@ -22,7 +22,7 @@ from relstorage.tests import hftestbase, hptestbase, packundo, reltestbase
 from ZODB.tests import testblob as zodb_testblob
 from zope.interface import implementer
 
-from tests.suites.published import file_permissions_hold, parametrize, run, s3_storage, section, the_last_blob_goes  # noqa: F401
+from tests.suites.published import file_permissions_hold, parametrize, run, s3_storage, section  # noqa: F401
 from tests.support.relstorage_databases import KINDS, Database, needs, postgresql
 
 # Only the tests of RelStorage's own blob cache, which are not run, use it: the random numbers of Python 2.

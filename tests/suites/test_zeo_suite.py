@@ -21,7 +21,6 @@ from tests.suites.published import (  # noqa: F401
     run,
     s3_server,
     section,
-    the_last_blob_goes,
 )
 from tests.support.speed import slow
 from zodb_s3blobs import commit, fetch, workers

@@ -18,7 +18,7 @@ from ZODB.tests import (
 )
 from ZODB.tests.StorageTestBase import StorageTestBase
 
-from tests.suites.published import Published, file_permissions_hold, parametrize, run, s3_storage, the_last_blob_goes  # noqa: F401
+from tests.suites.published import Published, file_permissions_hold, parametrize, run, s3_storage  # noqa: F401
 from tests.support.speed import slow
 
 

@@ -10,10 +10,11 @@ A blob is dead if the packed base cannot load its revision. Five safeguards prot
 - The lease. Nothing is deleted while another server may hold the prefix.
 - The retention. A dead blob is marked, and deleted when it has been dead for gc-retention; while the lease is on
   probation, dead blobs are only marked.
-- The deletion limit. If no blob is live, or many blobs are of objects that the database does not have, it is more
-  likely that this is the wrong database.
+- The deletion limit. If no blob is live and none was before the pack, or many blobs are of objects that the database
+  does not have, it is more likely that this is the wrong database.
 """
 
+import itertools
 import logging
 import math
 import os
@@ -51,6 +52,9 @@ _RESTS = 3.0, 39.0
 _PROGRESS_EVERY = 100_000
 
 _DELETE_BATCH = 1000
+
+#: The number of blobs in the bucket of which a database must be able to load one before a pack. Not more than a page.
+_WITNESSES = 200
 
 #: A blob in the file of dead blobs: oid, tid and size.
 _RECORD = struct.Struct(">8s8sQ")
@@ -90,6 +94,7 @@ class Collector:
         self._max_delete_percent = max_delete_percent
         self._identity = identity
         self._running = threading.Lock()
+        self._is_recognised = False  # whether the database could load a blob of the bucket right before its last pack
         #: The valid marks, while the bucket is too full to store them.
         self._unwritten: dict[bytes, int] | None = None
 
@@ -106,6 +111,7 @@ class Collector:
             self._lease.renew_now()
             # The pack may remove the transaction that owner.json names; the database must still recognise its tid.
             self._identity.packed_away = self._lease.claimed
+            self._is_recognised = self._recognises(base)
             marking = self._retention or self._lease.is_on_probation
             if marking:
                 with low_interpreter_priority():
@@ -121,6 +127,15 @@ class Collector:
         # The marks are another database's, which may hold the prefix for some time only; or those of an earlier
         # gc-retention, which are deleted at the end of the collection if the collection gets there.
         self._doubt_marks()
+
+    def _recognises(self, base: DatabaseView) -> bool:
+        """Return whether ``base`` can load one of the first blobs in the bucket: then it is not a wrong database."""
+        first = itertools.islice(self._bucket.list_blobs(), _WITNESSES)
+        names = (Revision(blob.oid, blob.tid) for blob in first)
+        try:
+            return next(live_names(base, names, lambda: None), None) is not None
+        except BucketError:
+            return False
 
     def _unmark_live(self, base: DatabaseView) -> None:
         since, pace = self._marks(), Pace(*_RESTS)
@@ -188,6 +203,7 @@ class Collector:
         self._lease.renew_now()
         started = time.monotonic()
         on_probation = self._lease.is_on_probation
+        recognised, self._is_recognised = self._is_recognised, False
         retention = math.inf if on_probation else self._retention
         # Doubtful marks are not read, but the bucket has them.
         replacing = self._identity.marks_are_doubtful
@@ -201,11 +217,11 @@ class Collector:
             self._scan(scan, dead, new_marks)
             replacing = replacing or bool(scan.marks)
             written = not retention or self._put_marks(new_marks, replacing)
-            refusal = scan.refusal(self._max_delete_percent)
+            refusal = scan.refusal(self._max_delete_percent, recognised)
             if on_probation or not self._max_delete_percent:
                 self._log_nothing_deleted(scan, on_probation)
                 return 0
-            if refusal is not None and not scan.has_live:
+            if refusal is not None and not scan.has_live and not recognised:
                 # No error: perhaps the last blob of the database was removed on purpose, and the base has been packed.
                 logger.warning("%s", refusal)
                 return 0

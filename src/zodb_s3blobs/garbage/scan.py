@@ -32,9 +32,6 @@ _GROUP = 10_000
 #: The number of blobs of lost objects that may always be deleted, whatever their share of the prefix.
 _ALWAYS_DELETED = 100
 
-#: The number of blobs that may be deleted if no blob is live. ZODB's own tests delete all blobs, and raise it.
-_DELETED_WITHOUT_A_LIVE_ONE = 0
-
 #: The first byte of a pickle in a record: its protocol, or in old ones a tuple or a class.
 _PICKLE_STARTS = (b"\x80", b"(", b"c")
 
@@ -100,8 +97,11 @@ class Scan:
         """True if the bucket has blobs that the database can load; valid after the scan."""
         return self.found["live"].objects > self.only_copies.objects
 
-    def refusal(self, max_delete_percent: int) -> str | None:
-        """Return the reason why the dead blobs must not be deleted, or None; valid after the scan."""
+    def refusal(self, max_delete_percent: int, recognised: bool = False) -> str | None:
+        """Return the reason why the dead blobs must not be deleted, or None; valid after the scan.
+
+        ``recognised``: whether the database could load blobs of the bucket right before it was packed.
+        """
         dead, orphans = self.found["dead"], self.orphans
         ours = sum(found.objects for state, found in self.found.items() if state != "unknown")
         name, prefix = self.bucket.name, self.bucket.keys.prefix
@@ -112,7 +112,7 @@ class Scan:
                 f"gc-max-delete-percent is 0, so none of the {dead.objects} dead blobs in bucket {name} is deleted, "
                 f"{dead.bytes} bytes"
             )
-        if not self.has_live and dead.objects > _DELETED_WITHOUT_A_LIVE_ONE:
+        if not self.has_live and not recognised:
             return (
                 f"{dead.objects} of {ours} blobs in bucket {name} are dead, {dead.bytes} bytes, and not one is live: "
                 f"none was deleted. Is this the database that belongs to s3-prefix {prefix!r}: the right Data.fs, and "
