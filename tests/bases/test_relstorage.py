@@ -645,6 +645,7 @@ def test_a_read_only_database_serves_blobs_and_changes_nothing(db, application, 
     assert s3.requests("OwnerPutObject") == []
 
 
+@slow
 @with_history
 def test_where_an_undo_stored_no_object_a_pack_keeps_what_it_may_go_back_to(written, open_db, s3, blobs, application):
     """As in a bucket of 1.2.1. RelStorage does not note what an undo goes back to."""
@@ -812,6 +813,7 @@ def script(module, *arguments, status=0):
     return done.stdout
 
 
+@slow
 @the_others
 def test_zodbpack_deletes_dead_blobs_beside_a_process_that_serves(db, application, blobs, tmp_path):
     config = tmp_path / "pack.conf"

@@ -102,6 +102,7 @@ def umlauts(tmp_path, s3, bucket_name):
     return site.configure(s3, bucket_name)
 
 
+@slow
 def test_a_path_with_umlauts_on_a_terminal_that_knows_only_ascii(umlauts, tool):
     out, _ = tool.end(tool.begin("verify", umlauts, env=ASCII), status=3)
     assert " at /B\\xfccher/h\\xf6he\\u2192: " in out

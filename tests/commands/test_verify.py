@@ -335,6 +335,7 @@ def test_a_missing_blob_that_nothing_leads_to_has_no_path(site, verify):
     assert " UTC: " in line
 
 
+@slow
 def test_all_missing_blobs_of_many_are_listed(site, verify):
     blobs = site.write(**{f"n{number:03}": b"x" * number for number in range(250)})
     site.close()

@@ -21,7 +21,7 @@ from ZODB.POSException import ReadConflictError, StorageError
 from ZODB.utils import p64, u64, z64
 
 from tests.support.fake_base import Base
-from tests.support.speed import slow
+from tests.support.speed import slow, slow_after, slow_but
 from zodb_s3blobs.bases import adapter_for
 from zodb_s3blobs.cache.directory import CacheError
 from zodb_s3blobs.commit import Uploads
@@ -273,6 +273,7 @@ def test_an_error_of_the_base_stops_the_collection_before_anything_is_deleted(s3
     assert s3.keys(bucket_name) == keys
 
 
+@slow
 def test_a_thousand_dead_blobs_are_deleted_with_one_request(s3, bucket_name, put, collect_garbage):
     dead = [(p64(number), p64(1)) for number in range(1, 2002)]
     live = [(p64(number), p64(2)) for number in range(1, 2002, 100)]
@@ -288,7 +289,7 @@ def test_a_thousand_dead_blobs_are_deleted_with_one_request(s3, bucket_name, put
     assert s3.keys(bucket_name) == sorted(kept)
 
 
-@pytest.mark.parametrize("operation", ["ListObjects", "DeleteObjects"])
+@pytest.mark.parametrize("operation", slow_but("DeleteObjects", of=["ListObjects", "DeleteObjects"]))
 def test_when_s3_fails_half_way_what_is_live_stays_and_the_next_run_does_the_rest(
     s3, bucket_name, put, collect_garbage, operation
 ):
@@ -697,18 +698,22 @@ def test_a_transaction_that_finishes_meanwhile_is_no_reason_to_warn(s3, bucket_n
 
 @pytest.mark.parametrize(
     ("dead", "live", "foreign", "percent", "refused"),
-    [
-        (100, 1, 0, 1, False),  # so few always go
-        (101, 1, 0, 1, True),
-        (101, 101, 0, 50, False),  # exactly
-        (102, 101, 0, 50, True),
-        (101, 100, 0, 50, True),
-        (101, 100, 50, 50, True),  # foreign keys make it no smaller a part
-        (101, 1, 0, 99, True),
-        (101, 1, 0, 100, False),
-        (101, 909, 0, 10, False),
-        (102, 909, 0, 10, True),
-    ],
+    slow_after(
+        3,
+        of=[
+            (100, 1, 0, 1, False),  # so few always go
+            (101, 101, 0, 50, False),  # exactly
+            (102, 101, 0, 50, True),
+            (101, 1, 0, 1, True),
+            (101, 100, 0, 50, True),
+            (101, 100, 50, 50, True),  # foreign keys make it no smaller a part
+            (101, 1, 0, 99, True),
+            (101, 1, 0, 100, False),
+            (101, 909, 0, 10, False),
+            (102, 909, 0, 10, True),
+        ],
+        unpack=True,
+    ),
 )
 def test_the_valve(s3, bucket_name, put, collector, dead, live, foreign, percent, refused, metrics):
     goes = [(p64(number), p64(1)) for number in range(dead)]

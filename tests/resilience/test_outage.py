@@ -56,7 +56,7 @@ def soon(work, *args):
     return result
 
 
-@pytest.mark.parametrize("outage", OUTAGES)
+@pytest.mark.parametrize("outage", slow_but("silent to a SYN", "refused", of=OUTAGES))
 def test_every_client_gets_its_answer_and_all_is_well_when_the_outage_is_over(live, link, outage):
     link.break_down(outage)
     assert "Could not store 1/blobs/" in soon(live.commit_fails)

@@ -19,7 +19,7 @@ from ZODB.utils import p64
 
 from tests.support.fake_base import Base
 from tests.support.fake_database import FakeDatabase
-from tests.support.speed import slow_after, slow_but
+from tests.support.speed import slow_but
 from tests.support.zeo_server import FILESTORAGE, ZEOServer
 from zodb_s3blobs import lease as lease_module
 from zodb_s3blobs.garbage import collector as garbage
@@ -695,7 +695,7 @@ def test_a_lease_that_was_never_asked_for_is_closed_without_a_request(s3, new_le
     assert s3.requests("OwnerGetObject") == []
 
 
-@pytest.mark.parametrize("when", slow_after(1, of=["at the start", "later"]))
+@pytest.mark.parametrize("when", slow_but("later", of=["at the start", "later"]))
 def test_close_does_not_wait_for_a_silent_s3(s3, new_lease, when):
     lease = new_lease()
     if when == "at the start":

@@ -32,6 +32,7 @@ from ZODB.utils import p64, z64
 
 from tests.support.fake_base import Base
 from tests.support.fake_database import FakeDatabase
+from tests.support.speed import slow
 from tests.support.zeo_clients import RECORD, blob, commit_blob, commit_object, leftovers, wait_for
 from tests.support.zeo_server import ZEOServer, free_address
 from zodb_s3blobs.blobdir import BlobDirectory
@@ -653,6 +654,7 @@ def test_the_name_of_a_class_in_the_database_is_shown_in_one_line():
     assert path.isprintable() and len(path) < 300
 
 
+@slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="127.0.0.2 is an address of every Linux alone")
 def test_the_demo_listens_on_the_loopback_address_alone(tmp_path):
     with demo._own_environment(), demo.S3Server() as s3, demo.ZEOServer(tmp_path / "server", s3.url) as server:

@@ -22,6 +22,7 @@ from ZODB.utils import p64, u64
 
 from tests.support.fake_base import Base
 from tests.support.sites import run
+from tests.support.speed import slow
 from tests.support.zeo_server import CONFIG, SECTION
 from zodb_s3blobs.garbage import scan as scan_module
 from zodb_s3blobs.s3.keys import Keys
@@ -405,6 +406,7 @@ def test_verify_tells_it_and_repairs_it_and_then_all_is_ordinary(undone, s3):
     assert undone.value() == b"one"
 
 
+@slow
 def test_all_undone_revisions_are_repaired_beside_the_open_database(old):
     for data in b"one", b"two":
         old.write(data)
@@ -418,6 +420,7 @@ def test_all_undone_revisions_are_repaired_beside_the_open_database(old):
     assert old.verify()[0] == {"good": 5}
 
 
+@slow
 def test_after_a_pack_verify_calls_it_missing_and_names_the_keys_that_may_have_its_bytes(undone):
     undone.pack()
     for arguments in (), ("--repair",):
@@ -427,6 +430,7 @@ def test_after_a_pack_verify_calls_it_missing_and_names_the_keys_that_may_have_i
     assert undone.held() == [0, 1]
 
 
+@slow
 def test_a_copy_that_is_refused_is_a_failure_and_the_next_repair_makes_it(undone, s3):
     s3.misbehave(operation="CopyObject", status=403, code="AccessDenied")
     found, (reason,) = undone.verify("--repair", status=FAILED)
@@ -436,6 +440,7 @@ def test_a_copy_that_is_refused_is_a_failure_and_the_next_repair_makes_it(undone
     assert undone.verify("--repair")[0] == {"good": 3, "repaired": 1}
 
 
+@slow
 def test_nothing_is_written_without_repair_and_no_more_than_the_copies_with_it(undone, s3):
     s3.forget()
     undone.verify(status=FALLBACK)

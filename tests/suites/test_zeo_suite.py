@@ -73,7 +73,8 @@ class TestFileStorage(Published, testZEO.FileStorageTests, testZEO.CommonBlobTes
     #: The races, and what a FileStorage without ZEO shows by default.
     slow_tests = names_of_tests(
         testZEO.FileStorageTests,
-        *("IteratorStorage", "MTStorage", "PackableStorage", "RevisionStorage", "TransactionalUndoStorage", "racetest"),
+        *("ConflictResolution", "IteratorStorage", "MTStorage", "PackableStorage", "RevisionStorage"),
+        *("Synchronization", "TransactionalUndoStorage", "racetest"),
     )
     _expected_interfaces = (
         ("ZODB.interfaces", "IBlobStorageRestoreable"),
