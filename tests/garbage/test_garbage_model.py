@@ -409,8 +409,14 @@ class Model(RuleBasedStateMachine):
         """Pack, and do something meanwhile: once before a list request, once with a blob that was found dead."""
         self.may_delete = True
         self.last_before = self.owner.storage.lastTransaction()
-        base, done = self.owner.storage.base, []
-        load = base.loadSerial
+        base, packed, done = self.owner.storage.base, [], []
+        load, pack = base.loadSerial, base.pack
+
+        def pack_and_note(*args, **kwargs):
+            try:
+                return pack(*args, **kwargs)
+            finally:
+                packed.append(True)
 
         def load_and_act(oid, tid):
             try:
@@ -421,11 +427,11 @@ class Model(RuleBasedStateMachine):
                 raise
 
         def on_request(request):
-            if before_listing and not done and "list-type=2" in request.url:
+            if before_listing and packed and not done and "list-type=2" in request.url:
                 done.append(True)
                 before_listing()
 
-        base.loadSerial, self.owner.on_request = load_and_act, on_request
+        base.loadSerial, base.pack, self.owner.on_request = load_and_act, pack_and_note, on_request
         try:
             self.owner.db.pack(time.time() - age)
         except POSError as error:
@@ -433,7 +439,7 @@ class Model(RuleBasedStateMachine):
             if not re.search("not one is live|older state", str(error)):
                 raise
         finally:
-            del base.loadSerial, self.owner.on_request
+            del base.loadSerial, base.pack, self.owner.on_request
             if done:
                 self.finish()
 
