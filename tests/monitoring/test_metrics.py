@@ -22,6 +22,7 @@ from ZODB.utils import p64
 from tests.support.counts import figures, nonzero, value
 from tests.support.fake_base import Base
 from tests.support.speed import slow_after
+from tests.support.zeo_clients import wait_for
 from zodb_s3blobs.cache.directory import CacheError, path_in
 from zodb_s3blobs.commit import Uploads
 from zodb_s3blobs.fetch import Fetcher
@@ -36,13 +37,6 @@ MB = 1 << 20
 
 #: The gauges of what is under way: 0 as soon as nothing is.
 UNDER_WAY = ("s3blobs_staged_blobs", "s3blobs_staged_bytes", "s3blobs_gc_running", "s3blobs_s3_inflight_operations")
-
-
-def wait_for(condition, timeout=60):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.02)
 
 
 def nothing_under_way(source):

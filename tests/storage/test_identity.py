@@ -16,6 +16,7 @@ from ZODB.serialize import referencesf
 from ZODB.tests.StorageTestBase import zodb_pickle
 from ZODB.utils import p64, z64
 
+from tests.support.sites import leave_unfinished
 from zodb_s3blobs.bases import adapter_for
 from zodb_s3blobs.identity import Identity
 
@@ -123,21 +124,6 @@ def test_a_base_knows_which_transactions_it_has(tmp_path, make):
     db.close()
 
 
-def unfinished(path):
-    """What a FileStorage leaves behind that is killed between vote and finish."""
-    storage = FileStorage(str(path))
-    before = adapter_for(storage).last_transaction()
-    txn = TransactionMetaData()
-    storage.tpc_begin(txn)
-    storage.store(p64(100), z64, b"data", "", txn)
-    storage.tpc_vote(txn)
-    left = path.read_bytes()
-    storage.tpc_abort(txn)
-    storage.close()
-    path.write_bytes(left)
-    return before
-
-
 def commit(storage, oid, data, serial=z64):
     txn = TransactionMetaData()
     storage.tpc_begin(txn)
@@ -150,8 +136,9 @@ def test_the_last_transaction_is_one_that_the_database_still_has_after_a_crash(t
     path = tmp_path / "Data.fs"
     storage = FileStorage(str(path))
     last = commit(storage, z64, b"data")
+    assert adapter_for(storage).last_transaction() == last
     storage.close()
-    assert unfinished(path) == last
+    leave_unfinished(path)
     storage = FileStorage(str(path))
     assert storage.lastTransaction() > last  # ZODB names what it has just cut off
     assert adapter_for(storage).last_transaction() == last

@@ -7,12 +7,9 @@ import time
 import pytest
 import transaction
 from ZODB.blob import Blob
-from ZODB.Connection import TransactionMetaData
-from ZODB.FileStorage import FileStorage
 from ZODB.POSException import StorageError
-from ZODB.utils import p64, z64
 
-from tests.support.sites import Site, Tool
+from tests.support.sites import Site, Tool, leave_unfinished
 from tests.support.speed import slow_but
 from tests.support.zeo_server import SECTION, ZEOServer
 
@@ -242,16 +239,7 @@ def test_a_crash_in_the_middle_of_a_commit_does_not_cost_the_prefix(place, claim
     grow(db, "a")
     wait_until(lambda: claim()["owner"])
     production.server.kill()
-    path = production.directory / "Data.fs"
-    storage = FileStorage(str(path))
-    txn = TransactionMetaData()
-    storage.tpc_begin(txn)
-    storage.store(p64(1000), z64, b"data", "", txn)
-    storage.tpc_vote(txn)
-    left = path.read_bytes()
-    storage.tpc_abort(txn)
-    storage.close()
-    path.write_bytes(left)
+    leave_unfinished(production.directory / "Data.fs")
     owner = claim()["owner"]
     production.start()
     wait_until(lambda: claim()["owner"] != owner)

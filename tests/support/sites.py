@@ -10,7 +10,9 @@ from pathlib import Path
 import transaction
 import ZODB
 from ZODB.blob import Blob, is_blob_record
+from ZODB.Connection import TransactionMetaData
 from ZODB.FileStorage import FileStorage
+from ZODB.utils import p64, z64
 
 from tests.support.forked import Forked, command
 from tests.support.zeo_server import CONFIG, FILESTORAGE, SECTION
@@ -18,6 +20,19 @@ from zodb_s3blobs.s3.keys import Keys
 
 KEYS = Keys("1")  # s3-prefix is the name of the storage
 SECRET = "test-secret"
+
+
+def leave_unfinished(path):
+    """Leave in the FileStorage's file ``path`` what a kill between vote and finish leaves there."""
+    storage = FileStorage(str(path))
+    txn = TransactionMetaData()
+    storage.tpc_begin(txn)
+    storage.store(p64(1000), z64, b"data", "", txn)
+    storage.tpc_vote(txn)
+    left = path.read_bytes()
+    storage.tpc_abort(txn)
+    storage.close()
+    path.write_bytes(left)
 
 
 def put(db, name, data):
