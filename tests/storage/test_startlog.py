@@ -9,6 +9,7 @@ import ZEO.StorageServer
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 
+from tests.support.zeo_clients import wait_for
 from zodb_s3blobs.zeo import startlog
 
 
@@ -70,7 +71,9 @@ def test_nothing_is_said_where_zeo_does_not_tell(caplog):
     [({}, "without transaction-timeout"), ({"transaction_timeout": 60}, "with transaction-timeout 60"), (None, "")],
 )
 def test_runzeo_says_it_once_at_the_start(start, zeo, said):
-    log = start(zeo={"transaction_timeout": 61} if zeo is None else zeo, options={"upload_timeout": "1m"}).output()
+    server = start(zeo={"transaction_timeout": 61} if zeo is None else zeo, options={"upload_timeout": "1m"})
+    wait_for(lambda: said in server.output())  # it listens a moment before it says so
+    log = server.output()
     assert log.count("transaction-timeout") == (2 if said else 0)  # twice in one sentence
     assert f"WARNING zodb_s3blobs.zeo.startlog Storage 1: {said}" in log or not said
 
