@@ -6,10 +6,8 @@ delete what was uploaded. Until the finish, only the transaction's owner can kno
 """
 
 import logging
-import math
 import os
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, ExitStack
@@ -24,7 +22,7 @@ from .revision import Revision
 from .s3.bucket import Bucket
 from .s3.errors import BlobNotFound, BucketError, NotDeleted, TransferCancelled
 from .staging import TOO_LATE, Staged, Staging
-from .workers import Completion, DaemonPool
+from .workers import Completion, DaemonPool, Deadline
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +84,7 @@ class Commit:
         self._shared = shared
         self._uploads = uploads
         self._metrics = uploads.metrics
-        self._deadline = math.inf
+        self._deadline = Deadline(uploads.timeout)
         self._blobs: list[_Blob] = []
         self._latest: dict[Revision, _Blob] = {}
         self._undone: dict[bytes, tuple[bytes, bytes | None]] = {}  # oid -> arguments of `undo`
@@ -224,10 +222,11 @@ class Commit:
 
     def _start(self, blob: "_Blob", work: Callable[..., None], *args: Any) -> None:
         if not self._blobs:
-            self._deadline = time.monotonic() + self._uploads.timeout
+            self._deadline = Deadline(self._uploads.timeout)
+            self._deadline.start()
         before = self._latest.get(blob.name)
         if before is None:
-            self._uploads.in_flight.add(blob.name, self)
+            self._uploads.in_flight.add_all([blob.name], self)
         blob.future = self._uploads.workers.submit(self._run, blob, before, work, *args)
         self._latest[blob.name] = blob
         self._blobs.append(blob)

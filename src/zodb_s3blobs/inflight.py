@@ -20,10 +20,11 @@ class InFlight:
         self._holders: dict[Revision, list[object]] = {}  # in the order in which they came
         self._deleting: frozenset[Revision] = frozenset()
 
-    def add(self, name: Revision, holder: object) -> None:
-        """Register that the transaction ``holder``, which has not ended, wants ``name``."""
+    def add_all(self, names: Iterable[Revision], holder: object) -> None:
+        """Register that the transaction ``holder``, which has not ended, wants each of ``names``."""
         with self._changed:
-            self._holders.setdefault(name, []).append(holder)
+            for name in names:
+                self._holders.setdefault(name, []).append(holder)
 
     def remove(self, names: Iterable[Revision], holder: object) -> None:
         """Remove ``names`` of the transaction ``holder``, which has ended and left nothing to clean up."""

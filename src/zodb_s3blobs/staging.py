@@ -18,7 +18,7 @@ from .metrics import Metrics
 from .s3.bucket import Bucket
 from .s3.errors import BucketError, TransferCancelled
 from .s3.listing import ListedStaged
-from .workers import Completion, DaemonPool
+from .workers import Completion, DaemonPool, Deadline
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ class Staged:
         self.filename = filename
         self.size = size
         self.name = uuid.uuid4().hex
-        self.deadline = time.monotonic() + timeout
+        self.deadline = Deadline(timeout)
+        self.deadline.start()
         self.unwanted = threading.Event()
 
 
@@ -94,7 +95,7 @@ class Staging:
             return None
         return Completion(
             [one.uploaded for one in staged],
-            min(one.deadline for one in staged),
+            min((one.deadline for one in staged), key=lambda deadline: deadline.seconds_left),
             BucketError(
                 f"Not all of {len(staged)} large blobs were stored in bucket {self._bucket.name} within "
                 f"upload-timeout ({self._timeout:g} s)",

@@ -6,17 +6,22 @@ black-holed bucket keeps a server from stopping. These threads are daemons: they
 
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, as_completed, wait
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+_Task: TypeAlias = tuple[Future, Callable[[], Any]]
+
 
 class DaemonPool(Executor):
-    """A pool of at most ``max_workers`` daemon threads, started when needed, which run tasks in order.
+    """A pool of at most ``max_workers`` daemon threads, started when needed, which owners of tasks share in turns.
+
+    The tasks of one owner start in order. An owner that comes anew has its turn before the one that had the last turn,
+    so that it waits for no more than the tasks under way, however many another one has queued.
 
     Any thread may call. The pool is an `Executor`, so that s3transfer and `concurrent.futures.wait` can use it.
     """
@@ -25,64 +30,110 @@ class DaemonPool(Executor):
         self._max_workers = max_workers
         self._name = name
         self._changed = threading.Condition()
-        self._tasks: deque[tuple[Future, Callable[[], Any]]] = deque()
+        self._queues: OrderedDict[object, deque[_Task]] = OrderedDict()  # by owner, the next one to have its turn first
+        self._latest: object = None  # the owner that had the last turn, if it has more tasks: the last of the queues
+        self._queued = 0
         self._threads = 0
         self._idle = 0
         self._closed = False
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-        """Run ``fn(*args, **kwargs)`` in a worker; return its future. Raises RuntimeError after `shutdown`."""
-        future: Future = Future()
+        """Run ``fn(*args, **kwargs)`` in a worker; return its future. Raises RuntimeError after `shutdown`.
+
+        All such tasks have one owner, the pool itself.
+        """
+        return self.submit_all(self, [lambda: fn(*args, **kwargs)])[0]
+
+    def submit_all(self, owner: object, calls: Iterable[Callable[[], Any]]) -> list[Future]:
+        """Run each of ``calls`` in a worker, for the hashable ``owner``; return their futures. All or none is taken.
+
+        No thread wakes up before all are queued: many threads that start one by one would keep the interpreter from
+        the thread that calls. Raises RuntimeError after `shutdown`.
+        """
+        tasks: list[_Task] = [(Future(), call) for call in calls]
+        if not tasks:
+            return []
         with self._changed:
             if self._closed:
                 raise RuntimeError(f"the {self._name} threads have been shut down")
-            if self._idle <= len(self._tasks) and self._threads < self._max_workers:
+            wanted = min(len(tasks), len(tasks) + self._queued - self._idle, self._max_workers - self._threads)
+            for _ in range(wanted):
                 threading.Thread(target=self._work, name=self._name, daemon=True).start()
                 self._threads += 1
-            self._tasks.append((future, lambda: fn(*args, **kwargs)))
-            self._changed.notify()
-        return future
+            if owner not in self._queues:
+                self._queues[owner] = deque()
+                if self._latest in self._queues:
+                    self._queues.move_to_end(self._latest)
+            self._queues[owner].extend(tasks)
+            self._queued += len(tasks)
+            self._changed.notify(len(tasks))
+        return [future for future, _ in tasks]
 
     @property
     def has_free_thread(self) -> bool:
         """True if a task submitted now would start at once."""
         with self._changed:
-            return self._idle > len(self._tasks) or self._threads < self._max_workers
+            return self._idle > self._queued or self._threads < self._max_workers
+
+    def _take(self) -> "_Task | None":
+        """Return the task whose turn it is, now running; None if there is none. The caller holds the lock."""
+        while self._queues:
+            owner, queue = next(iter(self._queues.items()))
+            task = None
+            while queue and task is None:
+                self._queued -= 1
+                future, call = queue.popleft()
+                if future.set_running_or_notify_cancel():
+                    task = future, call
+            if queue:
+                self._queues.move_to_end(owner)
+                self._latest = owner
+            else:
+                del self._queues[owner]
+                self._latest = None
+            if task is not None:
+                return task
+        return None
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 self._idle += 1
-                while not self._tasks and not self._closed:
+                task = self._take()
+                while task is None and not self._closed:
                     self._changed.wait()
+                    task = self._take()
                 self._idle -= 1
-                if not self._tasks:
+                if task is None:
                     self._threads -= 1
                     self._changed.notify_all()
                     return
-                future, call = self._tasks.popleft()
-            if future.set_running_or_notify_cancel():
-                try:
-                    result = call()
-                except BaseException as error:  # raised by the future, in the thread that waits for its result
-                    future.set_exception(error)
-                else:
-                    future.set_result(result)
-                    del result
+            future, call = task
+            try:
+                result = call()
+            except BaseException as error:  # raised by the future, in the thread that waits for its result
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+                del result
             # A worker that waits for its next task must not keep the last one's data alive.
-            del future, call
+            del task, future, call
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None) -> None:
         """Refuse new tasks; if ``wait``, wait for the present ones, at most ``timeout`` seconds (None: no limit)."""
+        cancelled: list[_Task] = []
         with self._changed:
             self._closed = True
             if cancel_futures:
-                for future, _ in self._tasks:
-                    future.cancel()
-                    future.set_running_or_notify_cancel()  # or `concurrent.futures.wait` never returns
-                self._tasks.clear()
+                cancelled = [task for queue in self._queues.values() for task in queue]
+                self._queues.clear()
+                self._queued = 0
             self._changed.notify_all()
-            if wait:
+        for future, _ in cancelled:  # without the lock, since it calls back
+            future.cancel()
+            future.set_running_or_notify_cancel()  # or `concurrent.futures.wait` never returns
+        if wait:
+            with self._changed:
                 self._changed.wait_for(lambda: not self._threads, timeout)
 
 
@@ -110,14 +161,46 @@ def in_parallel(work: Callable[[T], R], items: Iterable[T], threads: int) -> Gen
         pool.shutdown(wait=patient, cancel_futures=True)
 
 
-class Completion:
-    """A group of ``futures`` with a common ``deadline``, a time by `time.monotonic`. Any thread may call.
+class Deadline:
+    """The end of ``timeout`` seconds of work, which count from its start and not while it queues. Any thread may call.
 
-    ``done`` completes when all ``futures`` have succeeded, or the first of them has failed; ``timeout_error`` is raised
-    after the deadline.
+    Work that does not start is over after twice the timeout, so that nobody waits for ever. What is over stays so.
     """
 
-    def __init__(self, futures: list[Future], deadline: float, timeout_error: Exception) -> None:
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self._lock = threading.Lock()
+        self._latest_start = time.monotonic() + timeout
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Start to count, in the first task when it begins; only the first call counts."""
+        with self._lock:
+            if self._started is None and not self.is_over:
+                self._started = time.monotonic()
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the end, at most; never negative. Before the start, there may be more when they are over."""
+        now = time.monotonic()
+        if self._started is not None:
+            return max(0.0, self._started + self.timeout - now)
+        return max(0.0, min(self.timeout, self._latest_start + self.timeout - now))
+
+    @property
+    def is_over(self) -> bool:
+        """True after the end."""
+        return not self.seconds_left
+
+
+class Completion:
+    """A group of ``futures`` with a common ``deadline``. Any thread may call.
+
+    ``done`` completes when all ``futures`` have succeeded, or the first of them has failed; ``timeout_error`` is raised
+    after the deadline. The deadline is started by the tasks.
+    """
+
+    def __init__(self, futures: list[Future], deadline: Deadline, timeout_error: Exception) -> None:
         self.done: Future[None] = Future()
         self._deadline = deadline
         self._timeout_error = timeout_error
@@ -141,8 +224,13 @@ class Completion:
 
     @property
     def seconds_left(self) -> float:
-        """Seconds until the deadline; never negative."""
-        return max(0.0, self._deadline - time.monotonic())
+        """The `Deadline.seconds_left`."""
+        return self._deadline.seconds_left
+
+    @property
+    def is_over(self) -> bool:
+        """True if there is nothing more to wait for: ``done`` is complete, or the deadline is over."""
+        return self.done.done() or self._deadline.is_over
 
     def succeeded(self) -> bool:
         """Return whether all futures have succeeded."""
@@ -156,5 +244,6 @@ class Completion:
 
     def wait(self) -> None:
         """Wait for ``done`` until the deadline, then `check`."""
-        wait([self.done], self.seconds_left)
+        while not self.is_over:  # the deadline may have started meanwhile
+            wait([self.done], self.seconds_left)
         self.check()

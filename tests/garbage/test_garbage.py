@@ -218,7 +218,7 @@ def test_foreign_keys_are_left_alone(s3, bucket_name, put, collect_garbage):
 def test_what_a_transaction_wants_is_left_alone(s3, bucket_name, put, in_flight, collect_garbage):
     (wanted, live) = put((p64(1), p64(1)), LIVE)
     put((p64(2), p64(1)))
-    in_flight.add((p64(1), p64(1)), "a transaction")
+    in_flight.add_all([(p64(1), p64(1))], "a transaction")
     assert collect_garbage(Base(LIVE)) == 1
     assert s3.keys(bucket_name) == sorted([wanted, live])
     in_flight.remove([(p64(1), p64(1))], "a transaction")
@@ -668,7 +668,7 @@ def test_newer_blobs_are_counted_and_one_warning_says_what_they_mean(s3, bucket_
 def test_a_transaction_under_way_is_no_reason_to_warn(s3, bucket_name, put, in_flight, collector, caplog, metrics):
     newer = (p64(1), p64(101))
     keys = put(newer)
-    in_flight.add(newer, "a transaction")
+    in_flight.add_all([newer], "a transaction")
     assert collector().collect(Base()) == 0
     assert found(metrics) == ({"newer": 1}, {"newer": 1})
     assert s3.keys(bucket_name) == keys

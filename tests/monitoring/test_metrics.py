@@ -647,7 +647,7 @@ def test_what_a_refused_batch_named_is_not_deleted(s3, metrics, put, collect_gar
 
 def test_what_a_transaction_wants_is_dead_but_not_deleted(metrics, put, in_flight, collect_garbage):
     put(LIVE, (p64(1), p64(1)), (p64(2), p64(1)))
-    in_flight.add((p64(1), p64(1)), "a transaction")
+    in_flight.add_all([(p64(1), p64(1))], "a transaction")
     collect_garbage(Base(LIVE))
     assert collected(metrics) == (1, 0, 3, 1, 1, 0)
 

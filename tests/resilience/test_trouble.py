@@ -416,7 +416,7 @@ def test_a_pack_aborts_an_upload_to_the_key_of_a_blob_once_its_transaction_is_ov
     name = p64(1), p64(1)
     s3.client.create_multipart_upload(Bucket=bucket_name, Key=bucket.keys.key(*name))
     transaction = object()
-    in_flight.add(name, transaction)
+    in_flight.add_all([name], transaction)
     garbage = collector()
     with adapter_for(MappingStorage()).revisions() as revisions:
         garbage.collect(revisions)

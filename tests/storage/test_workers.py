@@ -1,4 +1,4 @@
-"""The pool of daemon threads, and waiting for futures until a deadline."""
+"""The pool of daemon threads, whose owners take turns, and waiting for futures until a deadline."""
 
 import subprocess
 import sys
@@ -6,10 +6,11 @@ import threading
 import time
 import weakref
 from concurrent.futures import CancelledError, Future, wait
+from types import SimpleNamespace
 
 import pytest
 
-from zodb_s3blobs.workers import Completion, DaemonPool
+from zodb_s3blobs.workers import Completion, DaemonPool, Deadline
 
 TIMEOUT = 30
 
@@ -215,11 +216,230 @@ print("the end")
     assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")
 
 
+# Turns
+
+
+def tasks(order, owner, count):
+    return [lambda number=number: order.append((owner, number)) for number in range(count)]
+
+
+def test_owners_take_turns_and_the_tasks_of_one_start_in_order(pool, hanging):
+    order = []
+    futures = [future for owner in "abc" for future in pool.submit_all(owner, tasks(order, owner, 3))]
+    hanging.set()
+    assert not wait(futures, TIMEOUT).not_done
+    assert order == [(owner, number) for number in range(3) for owner in "abc"]
+
+
+def test_what_an_owner_adds_comes_after_what_it_has(pool, hanging):
+    order = []
+    first = pool.submit_all("a", tasks(order, "first", 2))
+    other = pool.submit_all("b", tasks(order, "other", 3))
+    second = pool.submit_all("a", tasks(order, "second", 1))
+    hanging.set()
+    wait([*first, *other, *second], TIMEOUT)
+    assert order == [("first", 0), ("other", 0), ("first", 1), ("other", 1), ("second", 0), ("other", 2)]
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_an_owner_of_many_tasks_delays_anothers_by_no_more_than_those_under_way(threads):
+    started, go_on = threading.Semaphore(0), threading.Semaphore(0)
+    pool = DaemonPool(threads)
+
+    def task():
+        started.release()
+        assert go_on.acquire(timeout=TIMEOUT)
+
+    many = pool.submit_all("import", [task] * 1000)
+    for _ in range(threads):
+        assert started.acquire(timeout=TIMEOUT)
+    (single,) = pool.submit_all("other", [lambda: sum(future.done() for future in many)])
+    go_on.release(threads)
+    assert single.result(TIMEOUT) <= threads
+    go_on.release(1000)
+    assert not wait(many, TIMEOUT).not_done
+    pool.shutdown()
+
+
+def test_an_owner_with_many_tasks_has_its_turn_though_others_come_all_the_time(pool, hanging):
+    order = []
+    done = threading.Event()
+
+    def come(number):
+        order.append("new")
+        if number < 20:
+            pool.submit_all(object(), [lambda: come(number + 1)])
+        else:
+            done.set()
+
+    many = pool.submit_all("import", [lambda: order.append("import")] * 10)
+    pool.submit_all("first", [lambda: come(0)])
+    hanging.set()
+    assert done.wait(TIMEOUT)
+    wait(many, TIMEOUT)
+    assert order[:20] == ["import", "new"] * 10
+
+
+def test_tasks_without_an_owner_share_with_those_that_have_one(pool, hanging):
+    order = []
+    futures = [pool.submit(order.append, number) for number in range(3)]
+    futures += pool.submit_all("a", [lambda: order.append("a")])
+    hanging.set()
+    wait(futures, TIMEOUT)
+    assert order == [0, "a", 1, 2]
+
+
+def test_no_thread_starts_on_many_tasks_before_all_are_queued():
+    pool = DaemonPool(4)
+    ran = []
+
+    def calls():
+        for number in range(100):
+            yield lambda number=number: ran.append(number)
+            assert not ran
+
+    futures = pool.submit_all("a", calls())
+    assert len(futures) == 100
+    assert not wait(futures, TIMEOUT).not_done
+    assert sorted(ran) == list(range(100))
+    pool.shutdown()
+
+
+def test_many_tasks_use_all_threads():
+    together = threading.Barrier(3)
+    pool = DaemonPool(3)
+    for _ in range(2):  # with threads that are started, and with idle ones
+        for future in pool.submit_all("a", [lambda: together.wait(TIMEOUT)] * 3):
+            future.result(TIMEOUT)
+    pool.shutdown()
+
+
+def test_of_many_tasks_none_is_taken_when_no_thread_can_be_started(pool, monkeypatch):
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    ran = []
+    with monkeypatch.context() as broken:
+        broken.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start"):
+            pool.submit_all("a", [lambda: ran.append(1)] * 2)
+    assert pool.submit(int, "5").result(TIMEOUT) == 5
+    assert ran == []
+
+
+def test_no_tasks_start_no_thread():
+    pool = DaemonPool(1, "never started")
+    assert pool.submit_all("a", []) == []
+    assert "never started" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_cancelled_tasks_take_no_turn(pool, hanging):
+    order = []
+    cancelled = pool.submit_all("a", tasks(order, "a", 100))
+    futures = pool.submit_all("b", tasks(order, "b", 2))
+    futures += pool.submit_all("c", tasks(order, "c", 2))
+    assert all(future.cancel() for future in cancelled[:-1])
+    hanging.set()
+    assert not wait([*cancelled, *futures], TIMEOUT).not_done
+    assert order == [("a", 99), ("b", 0), ("c", 0), ("b", 1), ("c", 1)]
+
+
+def test_the_tasks_of_an_owner_may_all_be_cancelled(pool, hanging):
+    cancelled = pool.submit_all("a", [int] * 3)
+    assert all(future.cancel() for future in cancelled)
+    future = pool.submit(int, "5")
+    hanging.set()
+    assert future.result(TIMEOUT) == 5
+    assert not wait(cancelled, TIMEOUT).not_done
+
+
+def test_shutdown_runs_or_cancels_the_tasks_of_all_owners(pool, hanging):
+    futures = [future for owner in "ab" for future in pool.submit_all(owner, [int] * 3)]
+    pool.shutdown(wait=False)
+    with pytest.raises(RuntimeError, match="test pool threads have been shut down"):
+        pool.submit_all("a", [int])
+    assert not any(future.done() for future in futures)
+    pool.shutdown(wait=False, cancel_futures=True)
+    assert not wait(futures, TIMEOUT).not_done
+    assert all(future.cancelled() for future in futures)
+
+
+def test_what_is_called_when_shutdown_cancels_a_task_may_use_another_thread_and_the_pool(pool, hanging):
+    refused = []
+
+    def ask_elsewhere(future):
+        asking = threading.Thread(target=lambda: refused.append(pool.has_free_thread))
+        asking.start()
+        asking.join(TIMEOUT)
+
+    pool.submit(int).add_done_callback(ask_elsewhere)
+    pool.shutdown(wait=False, cancel_futures=True)
+    assert refused == [False]
+
+
+# Deadlines
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time by `time.monotonic`, which the test sets."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr("zodb_s3blobs.workers.time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_a_deadline_counts_from_its_start(clock):
+    deadline = Deadline(10)
+    clock.now += 5
+    assert deadline.seconds_left == 10
+    deadline.start()
+    clock.now += 4
+    assert deadline.seconds_left == 6 and not deadline.is_over
+    clock.now += 6
+    assert deadline.seconds_left == 0 and deadline.is_over
+    clock.now += 1
+    assert deadline.seconds_left == 0 and deadline.is_over
+
+
+def test_only_the_first_start_of_a_deadline_counts(clock):
+    deadline = Deadline(10)
+    deadline.start()
+    clock.now += 4
+    deadline.start()
+    assert deadline.seconds_left == 6
+
+
+def test_a_deadline_that_is_not_started_ends_after_twice_its_time(clock):
+    deadline = Deadline(10)
+    clock.now += 10
+    assert deadline.seconds_left == 10
+    clock.now += 7
+    assert deadline.seconds_left == 3 and not deadline.is_over
+    clock.now += 3
+    assert deadline.seconds_left == 0 and deadline.is_over
+
+
+def test_a_deadline_that_starts_late_has_its_whole_time(clock):
+    deadline = Deadline(10)
+    clock.now += 19
+    deadline.start()
+    assert deadline.seconds_left == 10
+
+
+def test_a_deadline_that_is_over_does_not_start_again(clock):
+    deadline = Deadline(10)
+    clock.now += 20
+    deadline.start()
+    assert deadline.is_over
+
+
 # Completions
 
 
 def waiting(futures, seconds=TIMEOUT):
-    return Completion(futures, time.monotonic() + seconds, TimeoutError("too late"))
+    deadline = Deadline(seconds)
+    deadline.start()
+    return Completion(futures, deadline, TimeoutError("too late"))
 
 
 def test_waiting_is_done_when_all_futures_are():
@@ -235,13 +455,13 @@ def test_waiting_is_done_when_all_futures_are():
 
 def test_waiting_for_nothing_is_done():
     waiting([]).check()
-    waiting([], seconds=-1).wait()
+    waiting([], seconds=0).wait()
 
 
 def test_waiting_for_what_is_done_already_is_done_even_after_the_deadline():
     future = Future()
     future.set_result("any")
-    waiting([future], seconds=-1).wait()
+    waiting([future], seconds=0).wait()
 
 
 def test_waiting_ends_with_the_first_failure_whatever_becomes_of_the_others():
@@ -280,7 +500,26 @@ def test_waiting_is_over_at_the_deadline():
 
 
 def test_after_the_deadline_no_seconds_are_left():
-    assert waiting([Future()], seconds=-1).seconds_left == 0
+    assert waiting([Future()], seconds=0).seconds_left == 0
+
+
+def test_waiting_counts_from_when_the_first_task_starts_and_not_while_it_queues(pool, hanging, clock):
+    deadline = Deadline(10)
+    end = Completion(pool.submit_all("me", [deadline.start, int]), deadline, TimeoutError("too late"))
+    clock.now += 15
+    assert not end.is_over and end.seconds_left == 5
+    hanging.set()
+    end.wait()
+    assert end.seconds_left == 10 and end.is_over
+
+
+def test_waiting_for_what_never_starts_ends_after_twice_the_time(pool, hanging):
+    begin = time.monotonic()
+    end = Completion(pool.submit_all("me", [int]), Deadline(0.1), TimeoutError("too late"))
+    with pytest.raises(TimeoutError, match="too late"):
+        end.wait()
+    assert end.is_over
+    assert 0.19 < time.monotonic() - begin < TIMEOUT
 
 
 def test_waiting_ends_in_the_thread_that_waits_when_another_one_is_done(pool, hanging):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from concurrent.futures import Future
 from contextlib import contextmanager
 
@@ -40,7 +39,7 @@ from tests.support.slow_client import LARGE, SlowClient
 from tests.support.speed import slow
 from tests.support.zeo_clients import blob, commit_blob, load
 from zodb_s3blobs.blobdir import BlobDirectoryError
-from zodb_s3blobs.workers import Completion
+from zodb_s3blobs.workers import Completion, Deadline
 from zodb_s3blobs.zeo import errors as zeoerrors
 
 OID, TID = p64(1), p64(2)
@@ -384,7 +383,7 @@ def fail(storage, errors):
     def vote_without_waiting(vote, call):
         result = stock_vote(vote, call)
         number = number_of(voting.pop(), "late-vote")
-        vote.uploads = Completion([late(errors[number])], time.monotonic() + 60, StorageError("too late"))
+        vote.uploads = Completion([late(errors[number])], Deadline(60), StorageError("too late"))
         return result
 
     def pack(pack_time, referencesf):
