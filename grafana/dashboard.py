@@ -128,6 +128,7 @@ HEALTHY = [("green", None)]
 ANY = [("green", None), ("red", 1e-9)]
 HITS = below(0.8, 0.5)
 WRITE_TIME, READ_TIME, BLOCKED_TIME, LOCKED_TIME = above(10, 60), above(5, 30), above(1, 5), above(60, 300)
+HELD_TIME = above(1, 10)
 FAILED = above(0.05, 0.25)
 GC_AGE = above(8 * 86400, 10 * 86400)
 #: Texts and colours instead of numbers.
@@ -299,7 +300,8 @@ OVERVIEW = row(
         ),
         panel("Commit lock held for", "s", "state", thresholds=LOCKED_TIME)(
             "How long the transaction that commits now has had the commit lock; nobody else can commit meanwhile. "
-            "Above a minute: see Upload time, and Operation time in row S3. ZEO's transaction-timeout ends it at last.",
+            "Above a minute: its client does not finish, or an undo waits for S3; see Commit lock and S3 under the "
+            "commit lock. ZEO's transaction-timeout ends it at last.",
             overall(f"max({lasting('zeo_commit_lock_held_since_timestamp_seconds')})"),
         ),
         panel("Failed votes", "short", "worst", thresholds=ANY)(
@@ -410,8 +412,8 @@ CLIENTS = row(
         ),
         panel("Commit lock", "s", thresholds=LOCKED_TIME)(
             "How long the transaction that commits had held the lock when it was scraped; 0 when it was free. A line "
-            "that climbs is one transaction: large blobs below s3-stage-threshold, a slow service, or a client that "
-            "hangs, which transaction-timeout ends.",
+            "that climbs is one transaction: its client hangs, which transaction-timeout ends, or it is very large, or "
+            "it waits for S3. Only an undo, and who was overtaken, does: see S3 under the commit lock.",
             query(lasting("zeo_commit_lock_held_since_timestamp_seconds"), "held for"),
         ),
     ],
@@ -421,17 +423,21 @@ COMMITS = row(
     "Commits and uploads",
     [
         panel("Vote time", "s", thresholds=WRITE_TIME)(
-            "From vote to reply, for transactions with blobs: waiting for the commit lock and for uploads. High: if "
-            "Upload time is high, too, S3 or the line is slow; if it is not, transactions queue for the lock.",
+            "From vote to reply, for transactions with blobs: first the uploads, then the commit lock. High: if Upload "
+            "time is high, too, S3 or the line is slow; if it is not, transactions queue: see Commit queue and "
+            "Reserved tids.",
             *p50_p99("s3blobs_vote_duration_seconds"),
         ),
         panel("Transactions with blobs", "ops")(
-            "Transactions with blobs, and the blobs that were uploaded. Finished well below voted: votes fail, see the "
-            "next panel; or clients give up. No uploads although people commit files: clients do not reach the server.",
+            "Transactions with blobs, the blobs that were uploaded, and those that a retry after a conflict did not "
+            "have to send again. Finished well below voted: votes fail, see the next panel; or clients give up. No "
+            "uploads although people commit files: clients do not reach the server. Many reused: many conflicts; see "
+            "Transactions.",
             query(rate("s3blobs_transactions_voted_total"), "voted"),
             query(rate("s3blobs_transactions_finished_total"), "finished"),
             query(rate("s3blobs_transactions_aborted_total"), "aborted"),
             query(rate("s3blobs_upload_duration_seconds_count"), "blobs uploaded"),
+            query(rate("s3blobs_uploads_reused_total"), "blobs reused"),
         ),
         panel("Failures", "short")(
             "Failed votes of all chosen storages by reason, and uploads that an abort could not delete; in one "
@@ -445,7 +451,8 @@ COMMITS = row(
     [
         panel("Upload time", "s", thresholds=WRITE_TIME)(
             "How long the upload of one blob takes. High for blobs of the usual size: the service or the line is slow; "
-            "see row S3. High for large ones: they go before the commit lock is taken, and hold up nobody else.",
+            "see row S3. High for large ones: under ZEO, uploads end before the commit lock is taken, and hold up "
+            "nobody else.",
             *p50_p99("s3blobs_upload_duration_seconds"),
         ),
         panel("Sizes of blobs", "bytes")(
@@ -458,6 +465,27 @@ COMMITS = row(
             "Blobs that wait on the disk of the cache for the end of their transaction; they must fit there besides "
             "the cache. If it stays up: transactions hang, see Commit queue.",
             query(gauge("s3blobs_staged_bytes")),
+        ),
+    ],
+    [
+        panel("Commit lock held", "s", thresholds=HELD_TIME)(
+            "How long transactions, with or without blobs, hold the commit lock of the ZEO server; milliseconds are "
+            "normal. High: if the next panel is not 0, they wait for S3; if it is, look at the disk of the base "
+            "storage, and for clients that are slow between vote and finish.",
+            *p50_p99("s3blobs_commit_lock_held_duration_seconds"),
+        ),
+        panel("S3 under the commit lock", "ops")(
+            "Transactions of all chosen storages that waited for S3 while they held the commit lock, by reason. undo, "
+            "restore: normal while somebody does it. base: normal with RelStorage and without ZEO. overtaken: 0 is "
+            "normal. If it is not, S3 is too slow for what is committed at once: see Reserved tids and Operation time.",
+            query(rate("s3blobs_commit_lock_waits_total", "reason"), by="{{reason}}"),
+        ),
+        panel("Reserved tids", "ops")(
+            "Tids reserved for transactions with blobs, and those lost because others did not wait. Who lost its tid "
+            "copies its blobs inside the bucket to a new one. A few overtaken: large blobs, which is normal. Nearly as "
+            "many as reserved: uploads are slow, see Upload time.",
+            query(rate("s3blobs_reservations_total"), "reserved"),
+            query(rate("s3blobs_reservations_overtaken_total"), "overtaken"),
         ),
     ],
 )

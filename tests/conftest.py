@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import botocore.endpoint
 import botocore.session
 import pytest
+from ZODB.utils import z64
 
 from tests.support.fake_database import FakeDatabase
 from tests.support.relstorage_databases import KINDS, Application, Database, kinds, needs
@@ -20,6 +21,9 @@ from tests.support.sites import Site, Tool
 from tests.support.speed import slow
 from tests.support.zeo_server import ZEOServer
 from zodb_s3blobs.cache.files import Cache
+from zodb_s3blobs.commit.services import CommitServices
+from zodb_s3blobs.commit.tids import Tids
+from zodb_s3blobs.fetch import Fetcher
 from zodb_s3blobs.garbage.collector import Collector
 from zodb_s3blobs.identity import Identity
 from zodb_s3blobs.inflight import InFlight
@@ -27,8 +31,8 @@ from zodb_s3blobs.lease import Lease
 from zodb_s3blobs.metrics import Metrics
 from zodb_s3blobs.s3.bucket import Bucket
 from zodb_s3blobs.s3.client import BucketSettings
-from zodb_s3blobs.staging import Staging
-from zodb_s3blobs.workers import DaemonPool
+
+DAY = 24 * 3600
 
 _numbers = itertools.count()
 
@@ -148,6 +152,30 @@ def cache(open_cache):
 
 
 @pytest.fixture
+def open_commits(open_bucket, cache, metrics):
+    """Makes `CommitServices`; keywords replace single settings, of the bucket as well."""
+    opened = []
+
+    def make(timeout=60, stage_threshold=1 << 30, concurrency=16, **changes):
+        bucket = open_bucket(**changes)
+        fetcher = Fetcher(bucket, cache, metrics)
+        # Each look at the clock is a minute later, so that a test can overtake without a wait.
+        tids = Tids(lambda: z64, metrics, clock=itertools.count(step=60).__next__)
+        commits = CommitServices(bucket, cache, fetcher.fetch, tids, metrics, concurrency, timeout, stage_threshold)
+        opened.extend((fetcher, commits))
+        return commits
+
+    yield make
+    for part in opened:
+        part.close()
+
+
+@pytest.fixture
+def commits(open_commits):
+    return open_commits()
+
+
+@pytest.fixture
 def put(s3, bucket, bucket_name):
     """Puts the blobs (oid, tid), of one byte each; returns their keys."""
 
@@ -169,13 +197,15 @@ def collector(open_bucket, cache, in_flight, metrics):
     """Makes a `Collector` that can have the lease; keywords replace single settings, of the bucket as well."""
     leases, identity = [], Identity(None)
 
-    def make(uploads=None, retention=0, max_delete_percent=100, **changes):
+    def make(commits=None, retention=0, max_delete_percent=100, **changes):
         bucket = open_bucket(**changes)
-        registry = uploads.in_flight if uploads is not None else in_flight
-        staging = uploads.staging if uploads is not None else Staging(bucket, DaemonPool(1), metrics, 1, 60, 0)
+        registry = commits.in_flight if commits is not None else in_flight
+        is_staged = commits.staging.is_live if commits is not None else lambda name: False
         lease = Lease(bucket, FakeDatabase(), metrics, "1")
         leases.append(lease)
-        return Collector(bucket, cache, registry, staging, lease, metrics, retention, max_delete_percent, identity)
+        return Collector(
+            bucket, cache, registry, is_staged, lease, metrics, retention, max_delete_percent, identity, DAY
+        )
 
     yield make
     for lease in leases:

@@ -26,9 +26,11 @@ from .bases.adapter import UnsuitableBase
 from .blobdir import BlobDirectory, BlobDirectoryError
 from .cache.directory import CacheDirectoryError
 from .cache.files import Cache
-from .commit import Uploads
+from .commit.services import CommitServices
+from .commit.tids import Tids
 from .fetch import Fetcher
 from .garbage.collector import Collector
+from .garbage.leftovers import abandoned_after
 from .lease import Lease
 from .metrics import Metrics
 from .monitoring import endpoint
@@ -439,10 +441,11 @@ def _assemble(
     cache = Cache(config.cache_dir, config.cache_size, metrics)
     try:
         fetcher = Fetcher(bucket, cache, metrics, config.s3_concurrency, fallback)
-        uploads = Uploads(
+        commits = CommitServices(
             bucket,
             cache,
             fetcher.fetch,
+            Tids(base.lastTransaction, metrics),
             metrics,
             config.s3_concurrency,
             config.upload_timeout,
@@ -453,13 +456,14 @@ def _assemble(
         collector = Collector(
             bucket,
             cache,
-            uploads.in_flight,
-            uploads.staging,
+            commits.in_flight,
+            commits.staging.is_live,
             lease,
             metrics,
             config.gc_retention,
             config.gc_max_delete_percent,
             kind.own_identity,
+            abandoned_after(config.upload_timeout),
         )
         health = Health(bucket)
 
@@ -469,7 +473,7 @@ def _assemble(
             health.close()
 
         storage = S3BlobStorage(
-            base, Components(bucket, cache, fetcher, uploads, lease, collector, exported, close_watch)
+            base, Components(bucket, cache, fetcher, commits, lease, collector, exported, close_watch)
         )
     except BaseException:
         cache.close()

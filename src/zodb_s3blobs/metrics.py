@@ -26,6 +26,7 @@ S3_FAILURES = (
 S3_CODES = ("403", "429", "500", "503", "timeout", "connection", "damaged")
 CACHE_OPERATIONS = ("read", "write", "delete")
 LOAD_RESULTS = ("hit", "miss", "error")
+COMMIT_LOCK_WAITS = ("undo", "overtaken", "restore", "base")
 VOTE_FAILURES = ("bucket", "missing", "timeout", "cache", "client")
 GC_STATES = ("live", "dead", "retained", "newer", "unknown")
 
@@ -186,6 +187,32 @@ class Metrics:
         self.transactions_aborted = self._counter(
             "s3blobs_transactions_aborted_total",
             "Transactions with blobs that were aborted, after a vote that failed or otherwise.",
+        )
+        self.reservations = self._counter(
+            "s3blobs_reservations_total",
+            "Tids that were reserved for transactions with blobs before they asked for the commit lock.",
+        )
+        self.reservations_overtaken = self._counter(
+            "s3blobs_reservations_overtaken_total",
+            "Reserved tids that were lost because other transactions did not wait.",
+        )
+        self.commit_lock_held = self._histogram(
+            "s3blobs_commit_lock_held_duration_seconds",
+            "How long transactions, with or without blobs, held the commit lock of the ZEO server.",
+            LATENCIES,
+        )
+        self.commit_lock_waits = self._counter(
+            "s3blobs_commit_lock_waits_total",
+            "Transactions that waited for S3 while they held the commit lock, by reason.",
+            reason=COMMIT_LOCK_WAITS,
+        )
+        self.uploads_reused = self._counter(
+            "s3blobs_uploads_reused_total",
+            "Blobs that a retry after a conflict copied inside the bucket instead of sending them again.",
+        )
+        self.uploads_reused_bytes = self._counter(
+            "s3blobs_uploads_reused_bytes_total",
+            "Bytes of the blobs that a retry after a conflict copied inside the bucket.",
         )
         self.cleanup_failures = self._counter(
             "s3blobs_cleanup_failures_total",

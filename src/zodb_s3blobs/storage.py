@@ -21,7 +21,9 @@ from .bases import adapter_for
 from .bases.adapter import is_live, repeated
 from .cache.directory import CacheError
 from .cache.files import Cache, Pin
-from .commit import Commit, Uploads
+from .commit.pending import Pending
+from .commit.services import CommitServices
+from .commit.tids import Tids
 from .fetch import Fetcher
 from .garbage.collector import Collector
 from .lease import Lease
@@ -29,7 +31,6 @@ from .metrics import Metrics
 from .monitoring.exporter import Exported
 from .s3.bucket import Bucket
 from .s3.errors import BlobNotFound
-from .staging import Staging
 from .vote import Vote, as_storage_error
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Components:
     bucket: Bucket
     cache: Cache
     fetcher: Fetcher
-    uploads: Uploads
+    commits: CommitServices
     lease: Lease
     collector: Collector
     exported: Exported
@@ -53,7 +54,7 @@ class Components:
         """Give up threads, connections and the cache directory."""
         self.close_watch()
         self.fetcher.close()
-        self.uploads.close()
+        self.commits.close()
         self.bucket.close()
         self.cache.close()
 
@@ -61,19 +62,19 @@ class Components:
 class S3BlobStorage:
     """A storage around ``base`` that keeps blobs in S3.
 
-    ``parts``: made by config.py; the storage closes them with itself. Raises `bases.UnsuitableBase`.
+    ``components``: made by config.py; the storage closes them with itself. Raises `bases.UnsuitableBase`.
 
     Locking and threads are the base's: what ZODB may call from any thread may be called from any thread. Methods
     that say "waits for S3" belong on a worker thread where other clients must not wait.
     """
 
-    def __init__(self, base: Any, parts: Components) -> None:
+    def __init__(self, base: Any, components: Components) -> None:
         self.base = base
-        self.fshelper = CacheFiles(parts.cache)
-        self._kind = adapter_for(base)
-        self._parts = parts
-        self._owns_parts = True
-        self._commit: Commit | None = None
+        self.fshelper = CacheFiles(components.cache)
+        self._adapter = adapter_for(base)
+        self._components = components
+        self._owns_components = True
+        self._pending: Pending | None = None  # the blobs of the transaction that the base is committing
         self._vote: Vote | None = None  # the one that is being made, and does not wait for the uploads
         self._untransform: Callable[[bytes], bytes] = lambda data: data
         self._has_read_repeated = False
@@ -92,16 +93,16 @@ class S3BlobStorage:
         return len(self.base)
 
     def __repr__(self) -> str:
-        return f"<S3BlobStorage {self._parts.bucket.name!r} around {self.base!r}>"
+        return f"<S3BlobStorage {self._components.bucket.name!r} around {self.base!r}>"
 
     def close(self) -> None:
         """Close the base, and the parts unless they are another instance's. Waits at most seconds for S3."""
         with ExitStack() as last_to_first:
-            if self._owns_parts:
-                last_to_first.callback(self._parts.close)
+            if self._owns_components:
+                last_to_first.callback(self._components.close)
             last_to_first.callback(self.base.close)
-            if self._owns_parts:
-                last_to_first.callback(self._parts.lease.close)  # it asks the base for its last transaction
+            if self._owns_components:
+                last_to_first.callback(self._components.lease.close)  # it asks the base for its last transaction
 
     # Set up
 
@@ -116,15 +117,15 @@ class S3BlobStorage:
     @property
     def not_for_zeo(self) -> str | None:
         """The reason why a ZEO server cannot serve the base; None if it can."""
-        return self._kind.not_for_zeo
+        return self._adapter.not_for_zeo
 
     def new_instance(self) -> "S3BlobStorage":
         """IMVCCStorage: a storage around a new instance of the base, with the same parts."""
         return self._wrap(self.base.new_instance())
 
     def _wrap(self, base: Any) -> "S3BlobStorage":
-        instance = type(self)(base, self._parts)
-        instance._owns_parts = False
+        instance = type(self)(base, self._components)
+        instance._owns_components = False
         instance._untransform = self._untransform
         return instance
 
@@ -136,15 +137,21 @@ class S3BlobStorage:
 
     def tpc_begin(self, transaction: Any, *args: Any, **kwargs: Any) -> None:
         """Begin a transaction; restore one if a tid is given, as in IStorageRestoreable. Raises StorageError."""
-        self.base.tpc_begin(transaction, *args, **kwargs)
-        if self._commit is not None:  # RelStorage gives a transaction up by itself when something fails
-            self._commit.abort()
-        self._commit = self._parts.uploads.begin(transaction, self._kind.committing_tid(), self._kind.shared)
+        arrived = self._vote.pending if self._vote is not None else None
+        if arrived is not None and self.reserves_tids and not args and not kwargs:
+            # Without a status: MappingStorage takes none.
+            self.base.tpc_begin(transaction, self.tids.begin(arrived.reservation))
+        else:
+            self.base.tpc_begin(transaction, *args, **kwargs)
+        if self._pending is not None:  # RelStorage gives a transaction up by itself when something fails
+            self._end_aborted(self._pending)
+        self._pending = arrived or Pending(self._components.commits, self._adapter.shared)
+        self._pending.begin(transaction)
         restored = args[0] if args else kwargs.get("tid")
         if restored is not None:
             try:
                 with as_storage_error():
-                    self._commit.begin_restoring(restored, self._kind.restoring())
+                    self._pending.begin_restoring(restored, self._adapter.restoring())
             except BaseException:
                 self.tpc_abort(transaction)
                 raise
@@ -152,7 +159,7 @@ class S3BlobStorage:
     def storeBlob(
         self, oid: bytes, oldserial: bytes, data: bytes, blobfilename: str, version: str, transaction: Any
     ) -> None:
-        """Store the record in the base, take the file over, and start its upload. The file is gone afterwards."""
+        """Store the record in the base, and take the file over. The file is gone afterwards."""
         if version:
             raise ValueError("Versions are not supported")
         with self._consuming(blobfilename), as_storage_error():
@@ -163,7 +170,7 @@ class S3BlobStorage:
                 if self._vote is not None:  # ZEO stores the blobs that it has received when it votes
                     self._vote.fail(error)
                 raise
-            self._kind.mark_has_blobs()
+            self._adapter.mark_has_blobs()
 
     def restoreBlob(
         self, oid: bytes, serial: bytes, data: bytes, blobfilename: str, prev_txn: bytes | None, transaction: Any
@@ -175,11 +182,12 @@ class S3BlobStorage:
 
     @contextmanager
     def _consuming(self, filename: str) -> Iterator[None]:
-        """Delete the file, and the upload that was staged from it, if the body, which owns it, fails."""
+        """Delete the file if the body, which owns it, fails. A file that arrived before belongs to its `Pending`."""
         try:
             yield
         except BaseException:
-            self.staging.cancel_for(filename)
+            if self._pending is not None and self._pending.has(filename):
+                raise
             try:
                 ZODB.blob.remove_committed(filename)
             except OSError:
@@ -188,9 +196,9 @@ class S3BlobStorage:
 
     def _undo(self, transaction_id: bytes, transaction: Any) -> Any:
         """Undo a transaction in the base; blobs go back together with their records."""
-        if self._commit is not None and self._commit.restored is not None:  # what is at its tid would be written over
+        if self._pending is not None and self._pending.restored is not None:  # what is at its tid would be written over
             raise StorageTransactionError("A transaction that is restored cannot undo another one")
-        result, revisions = self._kind.undo(transaction_id, transaction)
+        result, revisions = self._adapter.undo(transaction_id, transaction)
         for oid, tid, record in revisions:
             if self.is_blob_record(record):
                 self._committing(transaction).undo(oid, tid, repeated(self.base, oid, tid))
@@ -201,27 +209,39 @@ class S3BlobStorage:
 
         Raises StorageError if they are not: the transaction is then to be aborted, as after any failed vote.
         """
-        vote = self._vote or self.new_vote()
-        commit = self._committing(transaction)
-        staged = commit.staged()
+        vote = self._vote or Vote(self.metrics)
+        pending = self._committing(transaction)
+        staged = pending.staged() if self._vote is None else None
         if staged is not None:  # large blobs, so that the base locks its database for no more than a copy of them
             vote.wait(staged)
         result = self.base.tpc_vote(transaction)
-        vote.uploads = commit.vote(self._kind.committing_tid())
-        if vote.uploads is not None and self._vote is None:
-            vote.wait(vote.uploads)
-            vote.succeed()
+        vote.uploads = pending.vote(self._adapter.committing_tid())
+        if vote.uploads is not None:
+            self.metrics.commit_lock_waits.labels(pending.waits_for()).inc()
+            if self._vote is None:
+                vote.wait(vote.uploads)
+                vote.succeed()
         return result
 
-    def new_vote(self) -> Vote:
-        """Begin a vote that `vote_without_waiting` is to make."""
-        return Vote(self.metrics)
+    def new_pending(self) -> Pending:
+        """Return what takes the blobs of a transaction before it begins in the base; `Pending.abort` must end it."""
+        return Pending(self._components.commits, self._adapter.shared)
+
+    @property
+    def reserves_tids(self) -> bool:
+        """True if the base takes the tid of a transaction, so that its blobs need not wait for the commit lock."""
+        return self._adapter.takes_tid
+
+    @property
+    def tids(self) -> Tids:
+        """The order of tids."""
+        return self._components.commits.tids
 
     def vote_without_waiting(self, vote: Vote, call: Callable[[], Any]) -> Any:
-        """Return what ``call`` returns; its `tpc_vote` does not wait for the uploads, which become those of ``vote``.
+        """Return what ``call`` returns: it begins and votes with the blobs of ``vote``, and does not wait for uploads.
 
         For the ZEO server, all of whose votes are on one thread. The caller waits for ``vote.uploads`` if there are
-        any, and ends the vote.
+        any, and ends the vote and its blobs.
         """
         self._vote = vote
         try:
@@ -231,15 +251,15 @@ class S3BlobStorage:
 
     def tpc_finish(self, transaction: Any, func: Callable[[bytes], Any] = lambda tid: None) -> Any:
         """Finish in the base and return its result. Sends no request and cannot fail because of blobs."""
-        commit = self._detach(transaction)
+        pending = self._detach(transaction)
         try:
             result = self.base.tpc_finish(transaction, func)
         except BaseException:
-            if commit is not None:
-                commit.abandon()
+            if pending is not None:
+                pending.abandon()
             raise
-        if commit is not None:
-            commit.finish()
+        if pending is not None:
+            pending.finish()
         return result
 
     def tpc_abort(self, transaction: Any) -> None:
@@ -247,33 +267,39 @@ class S3BlobStorage:
 
         ``transaction`` need not be the one that is being committed; then nothing happens.
         """
-        commit = self._detach(transaction)
+        pending = self._detach(transaction)
         try:
             self.base.tpc_abort(transaction)
         finally:
-            if commit is not None:
-                commit.abort()
+            if pending is not None:
+                self._end_aborted(pending)
 
-    def _committing(self, transaction: Any) -> Commit:
-        if self._commit is None or self._commit.transaction is not transaction:
+    def _end_aborted(self, pending: Pending) -> None:
+        if self._vote is not None and pending is self._vote.pending:
+            pending.roll_back()  # the caller ends it, or votes again
+        else:
+            pending.abort()
+
+    def _committing(self, transaction: Any) -> Pending:
+        if self._pending is None or self._pending.transaction is not transaction:
             raise StorageTransactionError("The storage is not committing this transaction")
-        return self._commit
+        return self._pending
 
-    def _detach(self, transaction: Any) -> Commit | None:
+    def _detach(self, transaction: Any) -> Pending | None:
         # Before the base lets the next transaction begin, in whatever thread.
-        commit = self._commit
-        if commit is None or commit.transaction is not transaction:
+        pending = self._pending
+        if pending is None or pending.transaction is not transaction:
             return None
-        self._commit = None
-        return commit
+        self._pending = None
+        return pending
 
     def copyTransactionsFrom(self, other: Any) -> None:
         """Copy all transactions of the storage ``other``, with their blobs. Waits for S3."""
         try:
-            self._kind.copy(other, self)
+            self._adapter.copy(other, self)
         except BaseException:
-            if self._commit is not None:
-                self.tpc_abort(self._commit.transaction)
+            if self._pending is not None:
+                self.tpc_abort(self._pending.transaction)
             raise
 
     # Reading
@@ -292,7 +318,7 @@ class S3BlobStorage:
 
     def request_blob(self, oid: bytes, serial: bytes) -> "Future[Pin]":
         """Ask for the blob's file without waiting; done at once if it is cached. `pinned` takes the answer."""
-        return self._parts.fetcher.request(oid, serial)
+        return self._components.fetcher.request(oid, serial)
 
     def request_repeated(self, requested: "Future[Pin]", oid: bytes, serial: bytes) -> "Future[Pin] | None":
         """Ask again for the blob that `request_blob` has not found, if its revision repeats an earlier one.
@@ -312,7 +338,7 @@ class S3BlobStorage:
                 "tells any more which revision that is",
                 requested.exception(),
             )
-        return self._parts.fetcher.request(oid, serial, source)
+        return self._components.fetcher.request(oid, serial, source)
 
     def pinned(self, requested: "Future[Pin]", oid: bytes, serial: bytes) -> Pin:
         """Return the file that `request_blob` asked for; the errors are those of `loadBlob`."""
@@ -322,7 +348,7 @@ class S3BlobStorage:
             except BlobNotFound as error:
                 # A client may have kept the record of a revision that has been packed away since.
                 # So may a connection that is older than the pack have: what it sees is not what there is now.
-                with self._kind.revisions() as revisions:
+                with self._adapter.revisions() as revisions:
                     lost = is_live(revisions, oid, serial)
                 if lost:
                     self.metrics.missing_blobs.inc()
@@ -349,7 +375,7 @@ class S3BlobStorage:
     def new_temporary(self) -> tuple[int, str]:
         """Return an empty file in `temporaryDirectory`, and its open descriptor; see `write_temporary` for errors."""
         with as_storage_error():
-            return self._parts.cache.new_temporary()
+            return self._components.cache.new_temporary()
 
     def write_temporary(self, fd: int, data: bytes) -> None:
         """Write all of ``data`` to a file of `temporaryDirectory`; on a full disk cached blobs make room for it.
@@ -357,27 +383,17 @@ class S3BlobStorage:
         Raises StorageError when there is none.
         """
         with as_storage_error():
-            self._parts.cache.write(fd, data)
+            self._components.cache.write(fd, data)
 
     @property
     def metrics(self) -> Metrics:
         """The instruments of this storage."""
-        return self._parts.exported.metrics
+        return self._components.exported.metrics
 
     @property
     def exported(self) -> Exported:
         """This storage, as scrapes and probes see it."""
-        return self._parts.exported
-
-    @property
-    def staging(self) -> Staging:
-        """The staging area, to which large blobs are uploaded before they are stored."""
-        return self._parts.uploads.staging
-
-    @property
-    def upload_timeout(self) -> float:
-        """The time limit, in seconds, for the uploads of one transaction."""
-        return self._parts.uploads.timeout
+        return self._components.exported
 
     # Pack
 
@@ -394,14 +410,14 @@ class S3BlobStorage:
             raise ReadOnlyError()  # RelStorage would pack all the same
         if gc is not None:
             options["gc"] = gc
-        with as_storage_error("The database was not packed. "), self._kind.revisions() as revisions:
-            self._parts.collector.before_pack(revisions)
+        with as_storage_error("The database was not packed. "), self._adapter.revisions() as revisions:
+            self._components.collector.before_pack(revisions)
         result = self.base.pack(pack_time, referencesf, **options)
         with (
             as_storage_error("The database was packed, but not all dead blobs were deleted. "),
-            self._kind.revisions() as revisions,
+            self._adapter.revisions() as revisions,
         ):
-            self._parts.collector.collect(revisions, gently=True)
+            self._components.collector.collect(revisions, gently=True)
         return result
 
     def collect_garbage(self) -> int:
@@ -409,8 +425,8 @@ class S3BlobStorage:
 
         For a process that serves no clients meanwhile. The errors are those of `garbage.Collector.collect`.
         """
-        with self._kind.revisions() as revisions:
-            return self._parts.collector.collect(revisions)
+        with self._adapter.revisions() as revisions:
+            return self._components.collector.collect(revisions)
 
 
 class CacheFiles:

@@ -7,17 +7,21 @@ from contextlib import contextmanager
 from ZODB.POSException import StorageError
 
 from .cache.directory import CacheError
+from .commit.pending import TOO_LATE, Pending
 from .errors import S3BlobsError
 from .metrics import Metrics
 from .s3.errors import BlobNotFound, BucketError
-from .staging import TOO_LATE
 from .workers import Completion
 
 
 class Vote:
-    """A vote that begins now; ``metrics``: those of the storage. Belongs to the thread that votes."""
+    """A vote that begins now; ``metrics``: those of the storage. Belongs to the thread that votes.
 
-    def __init__(self, metrics: Metrics) -> None:
+    ``pending``: the blobs of the transaction, if they have arrived before it begins in the base.
+    """
+
+    def __init__(self, metrics: Metrics, pending: Pending | None = None) -> None:
+        self.pending = pending
         #: The uploads of the transaction; None before the base has voted, and if the transaction has no blobs.
         self.uploads: Completion | None = None
         self._metrics = metrics

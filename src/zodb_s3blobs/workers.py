@@ -164,7 +164,7 @@ def in_parallel(work: Callable[[T], R], items: Iterable[T], threads: int) -> Gen
 class Deadline:
     """The end of ``timeout`` seconds of work, which count from its start and not while it queues. Any thread may call.
 
-    Work that does not start is over after twice the timeout, so that nobody waits for ever. What is over stays so.
+    Work that does not start is over after twice the timeout, so that every wait ends. What is over stays so.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -181,7 +181,7 @@ class Deadline:
 
     @property
     def seconds_left(self) -> float:
-        """Seconds until the end, at most; never negative. Before the start, there may be more when they are over."""
+        """Seconds until the end, at most; never negative. Before the start, look again when they are over."""
         now = time.monotonic()
         if self._started is not None:
             return max(0.0, self._started + self.timeout - now)

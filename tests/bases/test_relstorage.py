@@ -1015,7 +1015,7 @@ def test_a_restore_whose_upload_fails_fails_and_can_be_repeated(open_storage, re
     s3.misbehave(operation="PutObject", status=500, code="InternalError")
     with pytest.raises(StorageError, match="InternalError"):
         restore(storage, OLD, {oid: b"data"})
-    storage.tpc_abort(storage._commit.transaction)
+    storage.tpc_abort(storage._pending.transaction)
     assert tidy()
     s3.behave()
     restore(storage, OLD, {oid: b"data"})

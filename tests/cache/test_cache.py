@@ -21,6 +21,7 @@ from zodb_s3blobs.cache import files as cache_module
 from zodb_s3blobs.cache.directory import CacheDirectory, CacheDirectoryError, CacheError
 from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.metrics import Metrics
+from zodb_s3blobs.revision import Revision
 
 TIMEOUT = 30
 TID = p64(0x1234)
@@ -199,6 +200,37 @@ def test_adopt_of_a_file_that_is_not_there_leaves_nothing(cache, tmp_path):
     with pytest.raises(CacheError):
         cache.adopt(str(tmp_path / "source"))
     assert files(cache.directory / "incoming") == {}
+
+
+def temporary(cache, name="upload", data=b"data"):
+    """A complete file in the cache's directory for temporary files."""
+    path = cache.temporary / name
+    path.write_bytes(data)
+    return str(path)
+
+
+def test_a_file_is_taken_over_where_it_lies(cache):
+    source = temporary(cache)
+    file = cache.take(source)
+    assert file.path == source and os.path.exists(source)
+    with file.publish(p64(1), TID) as published:
+        assert Path(published).read_bytes() == b"data"
+    assert files(cache.temporary) == files(cache.directory / "incoming") == {}
+
+
+def test_a_file_that_was_taken_over_can_be_discarded(cache):
+    cache.take(temporary(cache)).discard()
+    assert files(cache.temporary) == {}
+
+
+@pytest.mark.parametrize("folder", ["elsewhere", "cache/tmp/folder", "cache/blobs", "cache"])
+def test_a_file_elsewhere_is_not_taken_over(cache, tmp_path, folder):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    source = tmp_path / folder / "upload"
+    source.write_bytes(b"data")
+    with pytest.raises(ValueError, match=r"upload is not in .*tmp"):
+        cache.take(str(source))
+    assert source.read_bytes() == b"data"
 
 
 # Publication
@@ -904,6 +936,312 @@ def test_a_cache_that_is_closed_while_its_directory_is_being_read_evicts_nothing
     assert on_disk(cache) == {1, 2, 3, 4}
 
 
+# Publication in the background
+
+
+@pytest.fixture
+def go_on(monkeypatch):
+    """Lets the background publish more than one file when it is set."""
+    go_on = threading.Event()
+    clock = SimpleNamespace(sleep=lambda _: go_on.wait(TIMEOUT), time_ns=time.time_ns, monotonic=time.monotonic)
+    monkeypatch.setattr(cache_module, "time", clock)
+    yield go_on
+    go_on.set()
+
+
+def committed(cache, *numbers, size=100):
+    """Complete files for `publish_later`."""
+    return {
+        Revision(p64(number), TID): cache.take(temporary(cache, f"upload{number}", content(number, size)))
+        for number in numbers
+    }
+
+
+def leftovers(cache):
+    return {**files(cache.temporary), **files(cache.directory / "incoming")}
+
+
+def test_what_is_published_later_ends_in_the_cache(cache):
+    cache.publish_later(committed(cache, 1, 2, 3))
+    until(lambda: len(cache) == 3)
+    assert on_disk(cache) == {1, 2, 3}
+    assert path(cache, 2).read_bytes() == content(2)
+    assert leftovers(cache) == {}
+    check_accounting(cache)
+
+
+def test_what_is_published_later_is_found_at_once(cache, go_on):
+    cache.publish_later(committed(cache, *range(8)))
+    until(lambda: len(cache) == 1)
+    assert on_disk(cache) == {0}, "the rest waits for the background"
+    check_accounting(cache)
+    with cache.get(p64(5), TID) as found:
+        assert found == str(path(cache, 5))
+        assert Path(found).read_bytes() == content(5)
+    assert on_disk(cache) == {0, 5}
+    check_accounting(cache)
+    go_on.set()
+    until(lambda: len(cache) == 8)
+    assert leftovers(cache) == {}
+    check_accounting(cache)
+
+
+def test_nothing_is_published_that_nobody_published(cache):
+    cache.publish_later({})
+    cache.publish_later(committed(cache, 1))
+    until(lambda: len(cache) == 1)
+    assert cache.get(p64(2), TID) is None
+
+
+def test_several_transactions_publish_later(cache, go_on):
+    for number in range(0, 9, 3):
+        cache.publish_later(committed(cache, number, number + 1, number + 2))
+    go_on.set()
+    until(lambda: len(cache) == 9)
+    cache.publish_later(committed(cache, 10))
+    until(lambda: len(cache) == 10)
+    check_accounting(cache)
+
+
+def test_what_is_published_later_is_evicted_in_the_order_of_publication(start_cache):
+    cache = start_cache(limit=300)
+    cache.publish_later(committed(cache, 1, 2, 3, 4, 5))
+    until(lambda: leftovers(cache) == {} and len(cache) == 3)
+    assert evicted_in_order(cache) == [3, 4, 5]
+
+
+def test_what_is_read_before_its_publication_is_used_at_that_time(start_cache, go_on):
+    cache = start_cache(limit=400)
+    cache.publish_later(committed(cache, 1, 2, 3, 4))
+    until(lambda: len(cache) == 1)
+    use(cache, 4)
+    go_on.set()
+    until(lambda: len(cache) == 4)
+    assert evicted_in_order(cache) == [1, 4, 2, 3]
+
+
+def test_a_blob_larger_than_the_cache_can_be_read_until_it_is_published(start_cache, go_on):
+    cache = start_cache(limit=100)
+    cache.publish_later(committed(cache, 1) | committed(cache, 2, size=1000))
+    until(lambda: len(cache) == 1)
+    with cache.get(p64(2), TID) as found:
+        assert Path(found).read_bytes() == content(2, 1000)
+    assert on_disk(cache) == {1}
+    go_on.set()
+    assert leftovers(cache) == {}
+    check_accounting(cache)
+
+
+def test_what_is_removed_before_its_publication_is_not_published(cache, go_on):
+    cache.publish_later(committed(cache, 1, 2, 3))
+    until(lambda: len(cache) == 1)
+    cache.remove(p64(2), TID)
+    assert cache.get(p64(2), TID) is None
+    go_on.set()
+    until(lambda: len(cache) == 2)
+    assert on_disk(cache) == {1, 3}
+    assert leftovers(cache) == {}
+
+
+def test_publishing_the_same_files_twice_is_harmless(cache, go_on, caplog):
+    files = committed(cache, 1, 2, 3)
+    cache.publish_later(files)
+    cache.publish_later(files)
+    until(lambda: len(cache) == 1)
+    files[Revision(p64(3), TID)].publish(p64(3), TID).release()
+    go_on.set()
+    until(lambda: len(cache) == 3)
+    cache.publish_later(files)
+    cache.publish_later(committed(cache, 4))
+    until(lambda: len(cache) == 4)
+    assert on_disk(cache) == {1, 2, 3, 4}
+    assert caplog.messages == []
+    check_accounting(cache)
+
+
+def test_of_two_files_of_a_blob_one_is_published_and_the_other_discarded(cache, go_on):
+    cache.publish_later(committed(cache, 1, 2))
+    until(lambda: len(cache) == 1)
+    second = cache.new_file()
+    second.write_at(content(2), 0)
+    cache.publish_later({Revision(p64(2), TID): second})
+    go_on.set()
+    until(lambda: len(cache) == 2)
+    assert path(cache, 2).read_bytes() == content(2)
+    assert leftovers(cache) == {}
+
+
+def test_a_publication_that_fails_is_logged_once_and_its_files_are_discarded(cache, go_on, monkeypatch, caplog):
+    cache.publish_later(committed(cache, *range(6)))
+    until(lambda: len(cache) == 1)
+    with monkeypatch.context() as broken:
+        break_moving(broken, errno.EROFS, lambda: True)
+        assert cache.get(p64(5), TID) is None
+        go_on.set()
+        until(lambda: leftovers(cache) == {})
+    assert on_disk(cache) == {0}
+    (message,) = [record.message for record in caplog.records if record.name == cache_module.__name__]
+    assert message.startswith("A committed blob could not be put into the cache, and is read from the bucket: Cannot")
+    assert "mount it for writing" in message
+    cache.publish_later(committed(cache, 7))
+    until(lambda: len(cache) == 2)
+    check_accounting(cache)
+
+
+def test_when_no_thread_can_be_started_files_are_published_when_they_are_read(cache, monkeypatch, caplog):
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(threading.Thread, "start", fail)
+        cache.publish_later(committed(cache, 1, 2))
+        use(cache, 1)
+    assert "can't start new thread" in caplog.text
+    assert on_disk(cache) == {1}
+    cache.publish_later(committed(cache, 3))
+    until(lambda: len(cache) == 3)
+
+
+def test_close_publishes_nothing_more_and_leaves_nothing(cache, go_on):
+    cache.publish_later(committed(cache, *range(100)))
+    until(lambda: len(cache) == 1)
+    threading.Timer(0.1, go_on.set).start()
+    cache.close()
+    assert on_disk(cache) == {0}
+    assert leftovers(cache) == {}
+    assert cache.get(p64(50), TID) is None
+
+
+def test_what_is_handed_over_after_close_is_discarded(cache):
+    files = committed(cache, 1, 2)
+    cache.close()
+    cache.publish_later(files)
+    assert on_disk(cache) == set()
+    assert leftovers(cache) == {}
+
+
+@pytest.mark.timeout(TIMEOUT)
+def test_close_does_not_wait_for_ever_and_the_next_start_sweeps_what_it_leaves(start_cache, go_on, monkeypatch):
+    monkeypatch.setattr(cache_module, "_CLOSE_TIMEOUT", 0.1)
+    cache = start_cache()
+    cache.publish_later(committed(cache, 1, 2, 3))
+    until(lambda: len(cache) == 1)
+    cache.close()
+    assert len(leftovers(cache)) == 2
+    again = start_cache()
+    assert leftovers(again) == {}
+    go_on.set()
+    assert on_disk(again) == {1}
+    check_accounting(again)
+
+
+# Large files
+
+
+@pytest.fixture
+def deleting(monkeypatch):
+    """Lets the deletion of large files end when it is set."""
+    go_on = threading.Event()
+    unlink = os.unlink
+
+    def slow_unlink(path, *args, **kwargs):
+        if os.path.exists(path) and os.stat(path).st_size >= LARGE:
+            assert go_on.wait(TIMEOUT)
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", slow_unlink)
+    yield go_on
+    go_on.set()
+
+
+LARGE = 64 << 20
+
+
+def put_large(cache, number):
+    file = cache.new_file()
+    os.truncate(file.path, LARGE)
+    return file.publish(p64(number), TID)
+
+
+@pytest.mark.timeout(TIMEOUT)
+def test_nobody_waits_for_the_deletion_of_a_large_file_that_is_evicted(start_cache, deleting):
+    cache = start_cache(limit=LARGE + 100)
+    put_large(cache, 1).release()
+    fill(cache, 2, 3)
+    assert on_disk(cache) == {2, 3}
+    assert cache.get(p64(1), TID) is None
+    check_accounting(cache)
+    put_large(cache, 1).release()
+    cache.remove(p64(1), TID)
+    assert cache.get(p64(1), TID) is None
+    put_large(cache, 1).release()
+    deleting.set()
+    until(lambda: leftovers(cache) == {})
+    with cache.get(p64(1), TID) as found:
+        assert os.path.getsize(found) == LARGE
+    check_accounting(cache)
+
+
+@pytest.mark.timeout(TIMEOUT)
+def test_nobody_waits_for_the_deletion_of_a_large_file_that_is_discarded(cache, deleting):
+    file = cache.new_file()
+    os.truncate(file.path, LARGE)
+    file.discard()
+    file.discard()
+    deleting.set()
+    until(lambda: leftovers(cache) == {})
+
+
+@pytest.mark.timeout(TIMEOUT)
+def test_a_large_file_is_read_to_its_end_though_it_is_deleted_meanwhile(start_cache):
+    cache = start_cache(limit=LARGE)
+    pin = put_large(cache, 1)
+    with open(pin.path, "rb") as file:
+        pin.release()
+        fill(cache, 2)
+        until(lambda: leftovers(cache) == {})
+        assert sum(len(data) for data in iter(lambda: file.read(1 << 20), b"")) == LARGE
+
+
+def test_a_large_file_that_cannot_be_put_aside_is_deleted_at_once(start_cache, monkeypatch):
+    cache = start_cache(limit=LARGE)
+    put_large(cache, 1).release()
+    monkeypatch.setattr(os, "rename", failing(errno.ENOSPC))
+    fill(cache, 2)
+    assert on_disk(cache) == {2}
+    assert leftovers(cache) == {}
+    check_accounting(cache)
+
+
+def test_on_a_full_disk_a_large_file_makes_room_at_once(start_cache, monkeypatch):
+    cache = start_cache(limit=2 * LARGE)
+    put_large(cache, 1).release()
+    fill(cache, 2)
+    file = cache.new_file()
+    break_writing(
+        monkeypatch, errno.ENOSPC, lambda: any(len(data) >= LARGE for data in files(cache.directory).values())
+    )
+    file.write_at(content(3), 0)
+    assert on_disk(cache) == {2}
+
+
+def test_close_waits_for_the_deletion_of_large_files(start_cache, deleting):
+    cache = start_cache(limit=LARGE)
+    put_large(cache, 1).release()
+    fill(cache, 2)
+    threading.Timer(0.1, deleting.set).start()
+    cache.close()
+    assert leftovers(cache) == {}
+
+
+def test_a_large_file_is_discarded_after_close_too(cache):
+    file = cache.new_file()
+    os.truncate(file.path, LARGE)
+    cache.close()
+    file.discard()
+    assert leftovers(cache) == {}
+
+
 # Full disks
 
 
@@ -1079,8 +1417,12 @@ def test_many_threads_leave_the_accounting_exact(start_cache):
         pins = []
         for _ in range(300):
             number = chance.randrange(16)
-            action = chance.choice(("publish", "get", "get", "get", "remove"))
-            if action == "publish":
+            action = chance.choice(("publish", "publish later", "get", "get", "get", "remove"))
+            if action == "publish later":
+                file = cache.new_file()
+                file.write_at(content(number, chance.choice((0, 10, 40, 100, 400))), 0)
+                cache.publish_later({Revision(p64(number), TID): file})
+            elif action == "publish":
                 pins.append(put(cache, number, chance.choice((0, 10, 40, 100, 400))))
             elif action == "get":
                 pin = cache.get(p64(number), TID)
@@ -1102,8 +1444,9 @@ def test_many_threads_leave_the_accounting_exact(start_cache):
     with ThreadPoolExecutor(8) as threads:
         for done in [threads.submit(work, seed) for seed in range(8)]:
             done.result()
+    until(lambda: leftovers(cache) == {})
+    until(lambda: cache.size <= 300)  # the last pin in the background is released
     check_accounting(cache)
-    assert cache.size <= 300
     assert files(cache.directory / "incoming") == {}
 
 

@@ -20,11 +20,11 @@ from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ReadConflictError, StorageError
 from ZODB.utils import p64, u64, z64
 
+from tests.support.commits import begin
 from tests.support.fake_base import Base
 from tests.support.speed import slow, slow_after, slow_but
 from zodb_s3blobs.bases import adapter_for
 from zodb_s3blobs.cache.directory import CacheError
-from zodb_s3blobs.commit import Uploads
 from zodb_s3blobs.fetch import Fetcher
 from zodb_s3blobs.garbage import pace as pace_module
 from zodb_s3blobs.garbage import scan as scan_module
@@ -35,8 +35,6 @@ from zodb_s3blobs.lease import NotOwner
 from zodb_s3blobs.metrics import Metrics
 from zodb_s3blobs.s3.bucket import Bucket
 from zodb_s3blobs.s3.errors import BucketError
-from zodb_s3blobs.staging import Staging
-from zodb_s3blobs.workers import DaemonPool
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -241,22 +239,21 @@ def test_what_is_committed_after_it_was_found_dead_is_left_alone(s3, bucket_name
 
 
 def test_a_restore_of_what_is_being_deleted_waits_and_uploads_it_again(
-    s3, bucket_name, bucket, cache, collector, put, new_file
+    s3, bucket_name, commits, collector, put, new_file
 ):
     key, live = put((p64(1), p64(1)), LIVE)
-    uploads = Uploads(bucket, cache, Fetcher(bucket, cache, Metrics()).fetch, Metrics(), 4, 60)
     s3.misbehave(operation="DeleteObject", hang=True)
     with ThreadPoolExecutor() as pool:
-        collecting = pool.submit(collector(uploads).collect, Base(LIVE))
+        collecting = pool.submit(collector(commits).collect, Base(LIVE))
         s3.wait_for("DeleteObject")
-        restoring = uploads.begin(None, p64(101))
+        restoring = begin(commits)
         restoring.restore(p64(1), p64(1), new_file(b"x"))
+        uploads = restoring.vote(p64(101))
         s3.behave()
-        restoring.vote().wait()
+        uploads.wait()
         restoring.finish()
         assert collecting.result() == 1
     assert s3.keys(bucket_name) == sorted([key, live])
-    uploads.close()
 
 
 def test_an_error_of_the_base_stops_the_collection_before_anything_is_deleted(s3, bucket_name, put, collect_garbage):
@@ -423,8 +420,9 @@ def packing(bucket, cache, in_flight, metrics, identity):
 
     def packing(retention=0, percent=100, **state):
         lease = FakeLease(**state)
-        staging = Staging(bucket, DaemonPool(1), metrics, 1, 60, 0)
-        return Collector(bucket, cache, in_flight, staging, lease, metrics, retention, percent, identity)
+        return Collector(
+            bucket, cache, in_flight, lambda name: False, lease, metrics, retention, percent, identity, 86400
+        )
 
     return packing
 
@@ -981,7 +979,7 @@ def test_when_staged_objects_cannot_be_deleted_the_collection_says_so(
     live, _ = put(LIVE, (p64(1), p64(1)))
     s3.put(bucket_name, [f"staged/{'a' * 32}", f"staged/{'b' * 32}"])
     later = SimpleNamespace(time=lambda: time.time() + 2 * 86400, monotonic=time.monotonic)
-    monkeypatch.setattr("zodb_s3blobs.staging.time", later)
+    monkeypatch.setattr("zodb_s3blobs.garbage.leftovers.time", later)
     s3.misbehave(operation="DeleteObjects", status=500, code="InternalError")
     with pytest.raises(BucketError, match="InternalError"):
         collector().collect(Base(LIVE))

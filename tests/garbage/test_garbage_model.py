@@ -99,7 +99,7 @@ class Server:
             self.storage = ZODB.config.storageFromString(self._text)
         self.process = places
         self.db = ZODB.DB(self.storage)
-        client = self.storage._parts.bucket._client
+        client = self.storage._components.bucket._client
         client.meta.events.register_first("before-send.s3", self._sending)
         self._killed_after = None  # how many more requests
 
@@ -109,7 +109,7 @@ class Server:
     def kill(self):
         """Send no request more, write no byte more, give up the locks."""
         self._killed_after = 0
-        base, parts = self.storage.base, self.storage._parts
+        base, parts = self.storage.base, self.storage._components
         with open(os.devnull, "r+b") as null:
             for file in (base._file, base._tfile):
                 os.dup2(null.fileno(), file.fileno())
@@ -117,7 +117,7 @@ class Server:
         parts.lease._ending.set()
         parts.close_watch()
         parts.fetcher.close()
-        parts.uploads.close()
+        parts.commits.close()
         parts.bucket.close()
         parts.cache.close()
 
@@ -344,9 +344,9 @@ class Model(RuleBasedStateMachine):
 
     def adopt(self):
         """Give the prefix to the owner's database, as the command does, if it has it not."""
-        bucket, kind = self.owner.storage._parts.bucket, self.owner.storage._kind
+        bucket, kind = self.owner.storage._components.bucket, self.owner.storage._adapter
         note = bucket.read_owner()
-        if note is not None and why_not(note, kind.identity(), kind, self.owner.storage._parts.lease._owner):
+        if note is not None and why_not(note, kind.identity(), kind, self.owner.storage._components.lease._owner):
             take_prefix(kind, bucket, note, "1")
 
     @rule(age=st.sampled_from([0, DAY]))
@@ -464,7 +464,7 @@ class Model(RuleBasedStateMachine):
         txn = TransactionMetaData()
         storage.tpc_begin(txn)
         storage.storeBlob(oid, serial, RECORD, self.owner.blob_file(data), "", txn)
-        self.end(storage, txn, (oid, storage._kind.committing_tid()), data, finishes)
+        self.end(storage, txn, (oid, storage._adapter.committing_tid()), data, finishes)
 
     def restore(self, oid, tid, finishes):
         """A transaction that brings back a dead revision, as copyTransactionsFrom would."""

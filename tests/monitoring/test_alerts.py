@@ -26,6 +26,7 @@ NAMES = {
     "S3BlobsEventLoopBlocked",
     "S3BlobsCommitLockHeld",
     "S3BlobsCommitQueue",
+    "S3BlobsS3UnderCommitLock",
     "S3BlobsCacheThrashing",
     "S3BlobsCacheOverLimit",
     "S3BlobsCacheDiskFull",

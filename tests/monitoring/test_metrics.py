@@ -19,12 +19,13 @@ from ZODB.tests.MinPO import MinPO
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import p64
 
+from tests.support.commits import Sending, begin, cleaned_up, commit_reserved, overtake, reserve
 from tests.support.counts import figures, nonzero, value
 from tests.support.fake_base import Base
 from tests.support.speed import slow_after
-from tests.support.zeo_clients import wait_for
-from zodb_s3blobs.cache.directory import CacheError, path_in
-from zodb_s3blobs.commit import Uploads
+from tests.support.zeo_clients import uncache, wait_for
+from zodb_s3blobs.cache.directory import CacheError
+from zodb_s3blobs.commit.pending import Pending
 from zodb_s3blobs.fetch import Fetcher
 from zodb_s3blobs.s3.errors import BlobNotFound, BucketError
 from zodb_s3blobs.s3.keys import Keys
@@ -288,32 +289,6 @@ def test_a_download_that_cannot_be_written_is_an_error(fetcher, cache, metrics, 
 # Commits
 
 
-@pytest.fixture
-def open_uploads(open_bucket, cache, metrics):
-    """Makes an `Uploads`; keywords replace single settings of the bucket."""
-    opened = []
-
-    def make(timeout=60, stage_threshold=0, **changes):
-        bucket = open_bucket(**changes)
-        fetcher = Fetcher(bucket, cache, metrics)
-        opened.extend((fetcher, Uploads(bucket, cache, fetcher.fetch, metrics, 16, timeout, stage_threshold)))
-        return opened[-1]
-
-    yield make
-    for part in opened:
-        part.close()
-
-
-@pytest.fixture
-def uploads(open_uploads):
-    return open_uploads()
-
-
-def cleaned_up(uploads):
-    """Wait until all is done that aborts have left to do."""
-    uploads.cleaners.shutdown()
-
-
 def staged(source):
     return value(source, "s3blobs_staged_blobs"), value(source, "s3blobs_staged_bytes")
 
@@ -327,33 +302,33 @@ def uploaded(metrics):
     return tuple(value(metrics, f"s3blobs_upload_{name}") for name in names)
 
 
-def test_uploads_are_counted_when_they_succeed(s3, open_uploads, metrics, new_file):
-    uploads = open_uploads(s3_max_attempts=1)
+def test_uploads_are_counted_when_they_succeed(s3, open_commits, metrics, new_file):
+    commits = open_commits(s3_max_attempts=1)
     assert value(metrics, "s3blobs_upload_last_success_timestamp_seconds") == 0
-    commit = uploads.begin(None, TID)
+    commit = begin(commits)
     commit.store(OID, new_file(b"x" * 1000))
     commit.store(p64(2), new_file(b"x" * 10))
-    commit.vote().wait()
+    commit.vote(TID).wait()
     assert uploaded(metrics) == (2, 2, 1010)
     assert about_now(value(metrics, "s3blobs_upload_last_success_timestamp_seconds"))
     commit.finish()
     s3.misbehave(operation="PutObject", status=500, code="InternalError")
-    commit = uploads.begin(None, p64(9))
+    commit = begin(commits)
     commit.store(OID, new_file(b"data"))
     with pytest.raises(BucketError):
-        commit.vote().wait()
+        commit.vote(TID).wait()
     commit.abort()
     assert uploaded(metrics) == (2, 2, 1010)
 
 
-def test_what_is_stored_is_staged_until_the_finish(s3, uploads, metrics, new_file):
+def test_what_is_stored_is_staged_until_the_finish(s3, commits, metrics, new_file):
     s3.misbehave(operation="PutObject", hang=True)
-    commit = uploads.begin(None, TID)
+    commit = begin(commits)
     commit.store(OID, new_file(b"x" * 1000))
     commit.store(p64(2), new_file(b"x" * 10))
     assert staged(metrics) == (2, 1010)
     s3.behave()
-    commit.vote().wait()
+    commit.vote(TID).wait()
     assert staged(metrics) == (2, 1010)
     assert ended(metrics) == (0, 0)
     commit.finish()
@@ -362,94 +337,94 @@ def test_what_is_stored_is_staged_until_the_finish(s3, uploads, metrics, new_fil
 
 
 @pytest.mark.parametrize("fault", [{}, {"hang": True}, {"status": 403, "code": "AccessDenied"}, {"lose": True}])
-def test_nothing_stays_staged_after_an_abort(s3, open_uploads, metrics, new_file, fault):
-    uploads = open_uploads(s3_max_attempts=1)
+def test_nothing_stays_staged_after_an_abort(s3, open_commits, metrics, new_file, fault):
+    commits = open_commits(s3_max_attempts=1)
     s3.misbehave(operation="PutObject", **fault)
-    commit = uploads.begin(None, TID)
+    commit = begin(commits)
     for number in range(20):
         commit.store(p64(number), new_file(b"data"))
-    commit.vote()
+    commit.vote(TID)
     s3.wait_for("PutObject")
     commit.abort()
     assert staged(metrics) == (0, 0)
     assert ended(metrics) == (0, 1)
     s3.behave()
-    cleaned_up(uploads)
+    cleaned_up(commits)
     assert nothing_under_way(metrics)
     assert value(metrics, "s3blobs_cleanup_failures_total") == 0
 
 
-def test_what_is_left_as_it_is_has_been_aborted(uploads, metrics, new_file):
-    commit = uploads.begin(None, TID)
+def test_what_is_left_as_it_is_has_been_aborted(commits, metrics, new_file):
+    commit = begin(commits)
     commit.store(OID, new_file(b"data"))
-    commit.vote().wait()
+    commit.vote(TID).wait()
     commit.abandon()
     assert ended(metrics) == (0, 1)
     assert nothing_under_way(metrics)
 
 
-def test_a_finish_that_cannot_publish_is_a_finish(uploads, metrics, new_file, cache):
-    commit = uploads.begin(None, TID)
+def test_a_finish_that_cannot_publish_is_a_finish(commits, metrics, new_file, cache):
+    commit = begin(commits)
     commit.store(OID, new_file(b"data"))
-    commit.vote().wait()
+    commit.vote(TID).wait()
     shutil.rmtree(cache.directory / "incoming")
     commit.finish()
     assert ended(metrics) == (1, 0)
-    assert nonzero(metrics, "s3blobs_cache_errors_total") == {"write": 1}
+    wait_for(lambda: nonzero(metrics, "s3blobs_cache_errors_total") == {"write": 1})
     assert nothing_under_way(metrics)
 
 
-def test_a_blob_that_is_stored_twice_is_staged_twice_and_gone_at_once(uploads, metrics, new_file):
-    commit = uploads.begin(None, TID)
+def test_a_blob_that_is_stored_twice_is_staged_twice_and_gone_at_once(commits, metrics, new_file):
+    commit = begin(commits)
     for data in b"earlier", b"later":
         commit.store(OID, new_file(data))
     assert staged(metrics) == (2, len(b"earlierlater"))
-    commit.vote().wait()
+    commit.vote(TID).wait()
     commit.finish()
     assert nothing_under_way(metrics)
 
 
 @pytest.mark.parametrize("end", ["finish", "abort", "abandon"])
-def test_transactions_without_blobs_are_not_counted(uploads, metrics, end):
+def test_transactions_without_blobs_are_not_counted(commits, metrics, end):
     before = figures(metrics)
-    commit = uploads.begin(None, TID)
-    assert commit.vote() is None
+    commit = begin(commits)
+    assert commit.vote(TID) is None
     getattr(commit, end)()
     after = figures(metrics)
     changing = "s3blobs_cache_filesystem_free_bytes"
     assert {k: v for k, v in after.items() if k[0] != changing} == {k: v for k, v in before.items() if k[0] != changing}
 
 
-def test_what_an_undo_goes_back_to_and_is_not_there_is_missing(uploads, metrics):
-    commit = uploads.begin(None, TID)
+def test_what_an_undo_goes_back_to_and_is_not_there_is_missing(commits, metrics):
+    commit = begin(commits)
     commit.undo(OID, OLD_TID)
     with pytest.raises(BlobNotFound):
-        commit.vote().wait()
+        commit.vote(TID).wait()
     commit.abort()
-    cleaned_up(uploads)
+    cleaned_up(commits)
     assert value(metrics, "s3blobs_missing_blobs_total") == 1
     assert ended(metrics) == (0, 1)
     assert nothing_under_way(metrics)
 
 
-def test_what_is_missing_is_counted_once_where_copying_fails_too(s3, uploads, metrics, bucket_name, new_file):
-    uploads.bucket.put(OID, OLD_TID, new_file(b"data"))
+def test_what_is_missing_is_counted_once_where_copying_fails_too(s3, commits, metrics, bucket_name, new_file):
+    commits.bucket.put(OID, OLD_TID, new_file(b"data"))
     s3.misbehave(operation="CopyObject", status=501, code="NotImplemented")
     s3.misbehave(operation="GetObject", status=404, code="NoSuchKey")
-    commit = uploads.begin(None, TID)
+    commit = begin(commits)
     commit.undo(OID, OLD_TID)
     with pytest.raises(BlobNotFound):
-        commit.vote().wait()
+        commit.vote(TID).wait()
     commit.abort()
     assert value(metrics, "s3blobs_missing_blobs_total") == 1
 
 
-def test_a_blob_that_a_restore_finds_in_the_bucket_is_neither_missing_nor_an_upload(uploads, metrics, new_file):
+def test_a_blob_that_a_restore_finds_in_the_bucket_is_neither_missing_nor_an_upload(commits, metrics, new_file):
     for turn in range(2):
-        commit = uploads.begin(None, TID)
+        commit = begin(commits)
         commit.restore(OID, OLD_TID, new_file(b"data"))
         assert staged(metrics) == (1, 4)
-        commit.vote().wait()
+        commit.vote(TID).wait()
         commit.finish()
         assert uploaded(metrics) == (1, 1, 4), turn
     assert value(metrics, "s3blobs_missing_blobs_total") == 0
@@ -457,92 +432,92 @@ def test_a_blob_that_a_restore_finds_in_the_bucket_is_neither_missing_nor_an_upl
 
 
 @pytest.mark.parametrize("blobs", [1, 3])
-def test_cleanup_failures_count_each_object(s3, open_uploads, metrics, new_file, blobs):
-    uploads = open_uploads(s3_max_attempts=1)
-    commit = uploads.begin(None, TID)
+def test_cleanup_failures_count_each_object(s3, open_commits, metrics, new_file, blobs):
+    commits = open_commits(s3_max_attempts=1)
+    commit = begin(commits)
     for number in range(blobs):
         commit.store(p64(number), new_file(b"data"))
-    commit.vote().wait()
+    commit.vote(TID).wait()
     s3.misbehave(operation="DeleteObjects?", status=500, code="InternalError")
     commit.abort()
-    cleaned_up(uploads)
+    cleaned_up(commits)
     assert value(metrics, "s3blobs_cleanup_failures_total") == blobs
 
 
-def test_cleanup_failures_count_only_those_objects_that_are_left(s3, open_uploads, metrics, new_file):
-    uploads = open_uploads(s3_max_attempts=1)
-    commit = uploads.begin(None, TID)
+def test_cleanup_failures_count_only_those_objects_that_are_left(s3, open_commits, metrics, new_file):
+    commits = open_commits(s3_max_attempts=1)
+    commit = begin(commits)
     for number in range(3):
         commit.store(p64(number), new_file(b"data"))
-    commit.vote().wait()
+    commit.vote(TID).wait()
     s3.misbehave(operation="DeleteObjects", status=501, code="NotImplemented")
     s3.misbehave(operation="DeleteObject", status=403, code="AccessDenied", times=2)
     commit.abort()
-    cleaned_up(uploads)
+    cleaned_up(commits)
     assert value(metrics, "s3blobs_cleanup_failures_total") == 2
 
 
 # Staged uploads
 
 
-def stage(uploads, filename):
-    uploads.staging.stage(filename)
-    return uploads.staging.waiting([filename])
-
-
-def test_what_is_staged_before_the_vote_is_counted_once(s3, open_uploads, metrics, new_file):
-    uploads = open_uploads(stage_threshold=1)
-    filename = new_file(b"x" * 1000)
-    waiting = stage(uploads, filename)
+def test_what_is_staged_before_the_vote_is_counted_once(open_commits, metrics, new_file):
+    commits = open_commits(stage_threshold=1)
+    commit = begin(commits)
+    commit.store(OID, new_file(b"x" * 1000))
     assert staged(metrics) == (1, 1000)
-    waiting.wait()
+    commit.staged().wait()
     assert uploaded(metrics) == (1, 1, 1000)
-    commit = uploads.begin(None, TID)
-    commit.store(OID, filename)
     assert staged(metrics) == (1, 1000)
-    commit.vote().wait()
+    commit.vote(TID).wait()
     commit.finish()
     assert uploaded(metrics) == (1, 1, 1000)  # the copy is none
     assert ended(metrics) == (1, 0)
     assert staged(metrics) == (0, 0)
-    uploads.staging.cancel_for(filename)  # as ZEO's handler does at the end of every transaction
-    cleaned_up(uploads)
+    cleaned_up(commits)
     assert nothing_under_way(metrics)
 
 
-def test_what_is_forgotten_is_no_longer_staged(s3, open_uploads, metrics, new_file):
-    uploads = open_uploads(stage_threshold=1, s3_max_attempts=1)
-    filename = new_file(b"data")
+def test_what_arrives_before_its_transaction_begins_is_counted_once(commits, metrics, cache):
+    pending = Pending(commits)
+    path = Sending(pending, cache).send(b"x" * 1000).end(OID)
+    assert staged(metrics) == (1, 1000)
+    reserve(pending)
+    overtake(commits, pending)
+    reserve(pending)
+    assert uploaded(metrics) == (1, 1, 1000)
+    assert staged(metrics) == (1, 1000)
+    commit_reserved(commits, pending, {OID: path})
+    assert ended(metrics) == (1, 0)
+    assert value(metrics, "s3blobs_reservations_total") == 3  # with that of who overtakes
+    assert value(metrics, "s3blobs_reservations_overtaken_total") == 1
+    cleaned_up(commits)
+    assert nothing_under_way(metrics)
+
+
+def test_what_is_dropped_before_the_vote_is_no_longer_staged(s3, open_commits, metrics, new_file):
+    commits = open_commits(stage_threshold=1, s3_max_attempts=1)
     s3.misbehave(operation="PutObject", hang=True)
-    stage(uploads, filename)
+    commit = begin(commits)
+    commit.store(OID, new_file(b"data"))
     s3.wait_for("PutObject")
     for _ in range(2):
-        uploads.staging.cancel_for(filename)
+        commit.abort()
         assert staged(metrics) == (0, 0)
-    s3.misbehave(operation="DeleteObject", status=500, code="InternalError")
+        assert ended(metrics) == (0, 1)
     s3.behave()
     wait_for(lambda: nothing_under_way(metrics))
-    assert ended(metrics) == (0, 0)
 
 
-def test_a_staged_object_that_cannot_be_deleted_is_a_cleanup_failure(s3, open_uploads, metrics, new_file):
-    uploads = open_uploads(stage_threshold=1, s3_max_attempts=1)
-    filename = new_file(b"data")
-    stage(uploads, filename).wait()
+def test_a_staged_object_that_cannot_be_deleted_is_a_cleanup_failure(s3, open_commits, metrics, new_file):
+    commits = open_commits(stage_threshold=1, s3_max_attempts=1)
     s3.misbehave(operation="DeleteObject", status=403, code="AccessDenied")
-    commit = uploads.begin(None, TID)
-    commit.store(OID, filename)
-    commit.vote().wait()
+    commit = begin(commits)
+    commit.store(OID, new_file(b"data"))
+    commit.staged().wait()
+    commit.vote(TID).wait()
     commit.abort()
-    wait_for(lambda: value(metrics, "s3blobs_cleanup_failures_total") == 2)  # at its own key, and where it was staged
-    cleaned_up(uploads)
-    assert value(metrics, "s3blobs_cleanup_failures_total") == 2
-
-
-def test_small_files_are_not_staged(open_uploads, metrics, new_file):
-    uploads = open_uploads(stage_threshold=5)
-    assert stage(uploads, new_file(b"data")) is None
-    assert staged(metrics) == (0, 0)
+    cleaned_up(commits)
+    assert value(metrics, "s3blobs_cleanup_failures_total") == 2  # at its own key, and where it was staged
 
 
 # Garbage collection
@@ -789,7 +764,7 @@ def test_an_undo_to_a_blob_that_is_gone_is_missing(s3, bucket_name, server):
                 file.write(data)
     (first, _) = sorted(s3.keys(bucket_name))
     s3.client.delete_object(Bucket=bucket_name, Key=first)
-    os.unlink(path_in(server.cache_dir, *Keys("1").parse(first)))
+    uncache(server, *Keys("1").parse(first))
     manager = transaction.TransactionManager()
     db.undo(db.undoLog(0, 1)[0]["id"], manager.get())
     with pytest.raises(StorageError, match="no such object"):
@@ -816,11 +791,9 @@ def test_a_blob_that_cannot_be_received_is_a_failure_of_the_cache(server):
     check_ends_quietly(server)
 
 
-@pytest.mark.parametrize("directory", ["tmp", "incoming"])
-def test_a_blob_that_cannot_be_kept_is_a_failure_of_the_cache(server, directory):
-    """In the one it arrives, in the other it waits for the end of its transaction."""
+def test_a_blob_that_cannot_be_kept_is_a_failure_of_the_cache(server):
     client = server.client()
-    shutil.rmtree(server.cache_dir / directory)
+    shutil.rmtree(server.cache_dir / "tmp")
     with pytest.raises(StorageError, match="cache-dir"):
         commit_blob(client, os.urandom(5 * MB))
     seen = server.metrics()
@@ -889,7 +862,7 @@ def test_nothing_stays_staged_when_a_transaction_ends_before_its_vote(s3, bucket
     check_ends_quietly(server)
     seen = server.metrics()
     assert votes(seen) == (0, {})
-    assert ended(seen) == (0, 0)
+    assert ended(seen) == (0, 1)
 
 
 def test_nothing_stays_staged_after_a_conflict(server):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import transaction
-from ZODB.blob import FilesystemHelper
+from ZODB.blob import Blob, FilesystemHelper
 from ZODB.Connection import TransactionMetaData
 from ZODB.POSException import ConflictError, POSKeyError, StorageError
 
@@ -52,6 +52,8 @@ class Load:
         self.evictions()
         self.damaged_and_missing_blobs(name)
         self.an_undo_and_a_conflict()
+        self.a_retry_after_a_conflict()
+        self.an_overtaken_reservation()
         self.failed_votes()
         self.retries()
         self.a_failed_cleanup()
@@ -103,8 +105,7 @@ class Load:
     def an_undo_and_a_conflict(self):
         write(self.db, "blob", b"one")
         write(self.db, "blob", b"two")
-        self.db.undo(self.db.undoLog(0, 1)[0]["id"])
-        transaction.commit()
+        self.undo()
         managers = transaction.TransactionManager(), transaction.TransactionManager()
         for manager in managers:
             with self.db.open(manager).root()["blob"].open("w") as file:
@@ -114,6 +115,37 @@ class Load:
             managers[1].commit()
         for manager in managers:
             manager.abort()
+
+    def a_retry_after_a_conflict(self):
+        """Both add to the same object: that shows under the lock, when the blobs of both are in the bucket."""
+        managers = transaction.TransactionManager(), transaction.TransactionManager()
+        roots = [self.db.open(manager).root() for manager in managers]
+        for number, root in enumerate(roots):
+            root[f"new {number}"] = Blob(b"%d" % number * 1024 * KB)
+        managers[0].commit()
+        with pytest.raises(ConflictError):
+            managers[1].commit()
+        managers[1].abort()
+        roots[1]["new 1"] = Blob(b"1" * 1024 * KB)
+        managers[1].commit()
+        for manager in managers:
+            manager.abort()
+
+    def an_overtaken_reservation(self):
+        """Others commit while an upload hangs; when it has ended, its transaction commits with a later tid."""
+        others = self.server.client()
+        self.misbehave("PutObject", hang=True)
+        self.s3.forget()
+        first = self.background(commit_blob, self.client)
+        self.s3.wait_for("PutObject")
+        wait_for(lambda: commit_object(others) and self.prometheus.query("s3blobs_reservations_overtaken_total > 0"))
+        self.s3.behave()
+        first.result(60)
+
+    def undo(self):
+        """Undo the last transaction."""
+        self.db.undo(self.db.undoLog(0, 1)[0]["id"])
+        transaction.commit()
 
     def failed_votes(self):
         for operation, size, status, code in (
@@ -145,10 +177,12 @@ class Load:
         self.s3.behave()
 
     def a_queue_for_the_lock(self):
-        self.misbehave("PutObject", hang=True)
+        """An undo waits for S3 while it holds the lock."""
+        write(self.db, "blob", b"four")
+        self.misbehave("CopyObject", hang=True)
         self.s3.forget()
-        first = self.background(commit_blob, self.client)
-        self.s3.wait_for("PutObject")
+        first = self.background(self.undo)
+        self.s3.wait_for("CopyObject")
         second = self.background(commit_object, self.server.client())
         self.prometheus.wait_for("zeo_commit_lock_waiting > 0 and zeo_commit_lock_held_since_timestamp_seconds > 0")
         self.s3.behave()
@@ -264,6 +298,8 @@ def test_what_is_over_is_no_longer_under_way(prometheus):
         "s3blobs_upload_duration_seconds_count == s3blobs_upload_size_bytes_count",
         "s3blobs_download_duration_seconds_count == s3blobs_download_size_bytes_count",
         "s3blobs_transactions_voted_total == s3blobs_vote_duration_seconds_count",
+        "s3blobs_reservations_overtaken_total <= s3blobs_reservations_total",
+        "sum without (reason) (s3blobs_commit_lock_waits_total) <= s3blobs_commit_lock_held_duration_seconds_count",
         "s3blobs_cache_size_bytes <= s3blobs_cache_limit_bytes",
         "s3blobs_bucket_up == 1",
         's3blobs_gc_objects{state="unknown"} == 1',

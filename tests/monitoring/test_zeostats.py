@@ -152,18 +152,29 @@ def test_the_commit_lock(server, background):
     becomes(server, 0, "zeo_commit_lock_held_since_timestamp_seconds")
 
 
-def test_the_commit_lock_while_a_blob_is_uploaded(s3, server, background):
+def test_the_commit_lock_from_the_vote_to_the_finish(server, background):
+    client, txn = server.client(), TransactionMetaData()
+    client.tpc_begin(txn)
+    client.tpc_vote(txn)
+    wait_for(lambda: server.metrics()("zeo_commit_lock_held_since_timestamp_seconds") > 0)
+    queued = background(commit_object, server.client())
+    becomes(server, 1, "zeo_commit_lock_waiting")
+    client.tpc_finish(txn)
+    queued.result(60)
+    becomes(server, 0, "zeo_commit_lock_held_since_timestamp_seconds")
+    held = server.metrics()("s3blobs_commit_lock_held_duration_seconds_count")
+    assert held == 2
+
+
+def test_the_commit_lock_is_free_while_a_blob_is_uploaded(s3, server, background):
     s3.misbehave(operation="PutObject", hang=True)
     slow = background(commit_blob, server.client())
     try:
         s3.wait_for("PutObject")
-        wait_for(lambda: server.metrics()("zeo_commit_lock_held_since_timestamp_seconds") > 0)
-        queued = background(commit_object, server.client())
-        becomes(server, 1, "zeo_commit_lock_waiting")
+        assert server.metrics()("zeo_commit_lock_held_since_timestamp_seconds") == 0
     finally:
         s3.behave()
-    slow.result(60), queued.result(60)
-    becomes(server, 0, "zeo_commit_lock_held_since_timestamp_seconds")
+    slow.result(60)
 
 
 def test_the_last_transaction(server):

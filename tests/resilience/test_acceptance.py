@@ -175,7 +175,7 @@ def test_what_was_staged_becomes_a_blob(service, bucket, file, read, size):
     data = os.urandom(size)
     name, path = uuid.uuid4().hex, file(data)
     digest = insist(bucket.put_staged, name, path)
-    insist_on_copy(service, bucket, bucket.publish_staged, name, OID, p64(1), size, digest)
+    insist_on_copy(service, bucket, bucket.publish, bucket.keys.staged_key(name), OID, p64(1), size, digest)
     insist(bucket.delete_staged, [name])
     assert read(OID, p64(1)) == data
     assert service.keys("prefix/") == {bucket.keys.key(OID, p64(1))}

@@ -653,7 +653,7 @@ def test_what_an_abort_may_not_delete_is_counted_and_the_next_pack_deletes_it(li
     s3.misbehave(operation="PutObject", lose=True)
     life.commit_fails()
     wait_for(lambda: figure(life.server, "s3blobs_cleanup_failures_total") == 1)
-    assert re.search("After an aborted transaction: .*AccessDenied.* The next pack deletes them", life.server.output())
+    assert re.search("After a transaction: .*AccessDenied.* The next pack deletes them", life.server.output())
     assert len(s3.keys(bucket_name)) == len(life.kept) + 1
     s3.behave()
     life.check_all_is_well()

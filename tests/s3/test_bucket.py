@@ -739,7 +739,7 @@ def test_a_staged_upload_becomes_a_blob_with_one_request(s3, bucket, new_file, r
     data = os.urandom(size)
     digest = bucket.put_staged(NAME, new_file(data))
     s3.forget()
-    bucket.publish_staged(NAME, OID, TID, size, digest)
+    bucket.publish(bucket.keys.staged_key(NAME), OID, TID, size, digest)
     assert operations(s3) == ["CopyObject"]
     assert read(bucket) == data
     assert stored()[1]["Metadata"] == {"sha256": hashlib.sha256(data).hexdigest()}

@@ -292,7 +292,7 @@ def test_a_copy_keeps_the_checksum_where_the_service_loses_the_metadata_of_copie
         bucket.put(OID, TID, new_file(b"data"))
         bucket.copy(OID, TID, OTHER_TID)
         digest = bucket.put_staged("a" * 32, new_file(b"data"))
-        bucket.publish_staged("a" * 32, OID, OTHER_TID, 4, digest)
+        bucket.publish(bucket.keys.staged_key("a" * 32), OID, OTHER_TID, 4, digest)
     assert [headers["x-amz-meta-sha256"] for headers in sent] == [digest, digest]
     assert [headers["x-amz-metadata-directive"] for headers in sent] == ["REPLACE", "REPLACE"]
 
@@ -301,7 +301,7 @@ def test_staged_uploads_are_in_the_usual_class_and_blobs_in_that_of_the_setting(
     bucket = open_bucket(s3_storage_class="STANDARD_IA")
     for name, size in ("a" * 32, 4), ("b" * 32, LARGE):
         digest = bucket.put_staged(name, new_file(b"d" * size))
-        bucket.publish_staged(name, OID, p64(size), size, digest)
+        bucket.publish(bucket.keys.staged_key(name), OID, p64(size), size, digest)
     found = s3.client.list_objects_v2(Bucket=bucket_name)["Contents"]
     assert {one["Key"].split("/")[0]: one["StorageClass"] for one in found} == {
         "staged": "STANDARD",

@@ -529,7 +529,7 @@ def test_neither_repr_nor_log_shows_a_secret(open_storage, caplog, s3):
     storage = open_storage()
     commit_blob(storage)
     assert s3.requests("PutObject")
-    shown = caplog.text + repr(storage) + repr(storage._parts)
+    shown = caplog.text + repr(storage) + repr(storage._components)
     assert not any(secret in shown for secret in SECRETS)
 
 

@@ -12,6 +12,7 @@ from ZODB.utils import p64
 
 from tests.support.sites import KEYS, Site, break_disk, contents, get, put, tree, undo
 from tests.support.speed import slow_but
+from tests.support.zeo_clients import leftovers, operations, wait_for
 from tests.support.zeo_server import ZEOServer
 
 PLAIN = "<filestorage 1>\n path {dir}/Data.fs\n blob-dir {dir}/blobs\n</filestorage>"
@@ -45,11 +46,8 @@ def is_plain(error):
     )
 
 
-def operations(s3):
-    return [request.operation for request in s3.requests()]
-
-
 def empty_cache(server):
+    wait_for(lambda: not leftovers(server))  # what has been committed gets into the cache a moment later
     for file in server.cache_dir.glob("blobs/*/*.blob"):
         file.unlink()
 

@@ -29,8 +29,6 @@ from zodb_s3blobs.inflight import InFlight
 from zodb_s3blobs.lease import RENEW_EVERY, STALE_AFTER, Lease, NotOwner
 from zodb_s3blobs.metrics import Metrics
 from zodb_s3blobs.s3.errors import BucketError
-from zodb_s3blobs.staging import Staging
-from zodb_s3blobs.workers import DaemonPool
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -745,10 +743,8 @@ def collect(bucket, cache):
     """Collects garbage under a lease."""
 
     def collect(lease):
-        staging = Staging(bucket, DaemonPool(1), Metrics(), 1, 60, 0)
-        return Collector(bucket, cache, InFlight(), staging, lease, Metrics(), 0, 100, Identity(None)).collect(
-            Base(KEPT)
-        )
+        parts = bucket, cache, InFlight(), lambda name: False, lease, Metrics()
+        return Collector(*parts, 0, 100, Identity(None), 86400).collect(Base(KEPT))
 
     return collect
 

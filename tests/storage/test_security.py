@@ -452,7 +452,7 @@ def test_no_failure_shows_a_secret(s3, bucket_name, open_bucket, open_cache, new
         lambda: bucket.put(OID, TID, small),
         lambda: bucket.put(OID, TID, large),
         lambda: bucket.put_staged("a" * 32, small),
-        lambda: bucket.publish_staged("a" * 32, OID, TID, 4, "0" * 64),
+        lambda: bucket.publish(bucket.keys.staged_key("a" * 32), OID, TID, 4, "0" * 64),
         lambda: bucket.get(OID, TID, target),
         lambda: bucket.verify(OID, TID),
         lambda: bucket.find(OID, TID, small),

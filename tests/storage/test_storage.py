@@ -288,7 +288,7 @@ def test_finish_succeeds_whatever_happens_to_the_cache(s3, open_storage, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(cache_module.os, "replace", broken)
         tid = storage.tpc_finish(txn)
-    assert incoming(storage) == []
+        wait_for(lambda: incoming(storage) == [])
     assert read(storage, oid, tid) == b"data"
     assert operations(s3) == ["PutObject", "GetObject"]
 
@@ -615,7 +615,7 @@ def test_instances_of_an_mvcc_base_share_bucket_and_cache(s3, open_storage):
     from zodb_s3blobs.storage import S3BlobStorage
 
     storage = open_storage("<mappingstorage/>")
-    mvcc = S3BlobStorage(MVCCMappingStorage(), storage._parts)
+    mvcc = S3BlobStorage(MVCCMappingStorage(), storage._components)
     one, two = mvcc.new_instance(), mvcc.new_instance()
     oid = one.new_oid()
     tid = commit(one, oid, b"data")

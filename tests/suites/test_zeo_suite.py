@@ -23,7 +23,8 @@ from tests.suites.published import (  # noqa: F401
     section,
 )
 from tests.support.speed import slow
-from zodb_s3blobs import commit, fetch, workers
+from zodb_s3blobs import fetch, workers
+from zodb_s3blobs.commit import pending
 from zodb_s3blobs.s3.keys import Keys
 
 FILE_STORAGE = """
@@ -51,7 +52,7 @@ def everything_deferred(monkeypatch):
 
     monkeypatch.setattr(fetch.Fetcher, "stock_request", fetch.Fetcher.request, raising=False)
     monkeypatch.setattr(fetch.Fetcher, "request", request)
-    monkeypatch.setattr(commit, "Completion", SlowCompletion)
+    monkeypatch.setattr(pending, "Completion", SlowCompletion)
 
 
 def _later(future, done=None):

@@ -22,11 +22,11 @@ from tests.suites.published import Published, file_permissions_hold, parametrize
 from tests.support.speed import slow
 
 
-def _file_storage(name, blob_dir):
+def file_storage(name, blob_dir):
     return s3_storage(lambda: ZODB.FileStorage.FileStorage(f"{name}.fs"), name, blob_dir)
 
 
-def _mapping_storage(name, blob_dir):
+def mapping_storage(name, blob_dir):
     return s3_storage(lambda: ZODB.MappingStorage.MappingStorage(name), name, blob_dir)
 
 
@@ -34,20 +34,20 @@ def _mvcc_mapping_storage(name, blob_dir):
     return s3_storage(lambda: MVCCMappingStorage.MVCCMappingStorage(name), name, blob_dir)
 
 
-def _demo_storage(name, blob_dir):
+def demo_storage(name, blob_dir):
     return s3_storage(lambda: _DemoStorage(name), name, blob_dir)
 
 
 def _demo_storage_around(name, blob_dir):
-    base = _mapping_storage(f"{name}-base", None)
-    return _DemoStorage(base=base, changes=_file_storage(name, blob_dir))
+    base = mapping_storage(f"{name}-base", None)
+    return _DemoStorage(base=base, changes=file_storage(name, blob_dir))
 
 
-def _zlib_outside(name, blob_dir):
-    return _ZlibStorage(_file_storage(name, blob_dir))
+def zlib_outside(name, blob_dir):
+    return _ZlibStorage(file_storage(name, blob_dir))
 
 
-def _zlib_inside(name, blob_dir):
+def zlib_inside(name, blob_dir):
     return s3_storage(lambda: _ZlibStorage(ZODB.FileStorage.FileStorage(f"{name}.fs")), name, blob_dir)
 
 
@@ -68,7 +68,7 @@ class _ZlibStorage(zc.zlibstorage.ZlibStorage):
             super().__init__(base)
 
 
-def _blob_suite(factory, *, undo=True, recovery=True):
+def blob_suite(factory, *, undo=True, recovery=True):
     return testblob.storage_reusable_suite(
         "S3", factory, test_blob_storage_recovery=recovery, test_packing=True, test_undo=undo
     )
@@ -80,13 +80,13 @@ _NO_PACK = "no DemoStorage with a changes storage of its own can be packed witho
 # Mapping and demo storages can neither undo nor restore.
 @parametrize(
     quick=["file-", "external_gc-"],
-    file=_blob_suite(_file_storage),
-    mapping=_blob_suite(_mapping_storage, undo=False, recovery=False),
-    mvcc=_blob_suite(_mvcc_mapping_storage, undo=False, recovery=False),
-    demo=_blob_suite(_demo_storage, undo=False, recovery=False),
-    demo_around=_blob_suite(_demo_storage_around, undo=False, recovery=False),
-    zlib_outside=_blob_suite(_zlib_outside),
-    zlib_inside=_blob_suite(_zlib_inside),
+    file=blob_suite(file_storage),
+    mapping=blob_suite(mapping_storage, undo=False, recovery=False),
+    mvcc=blob_suite(_mvcc_mapping_storage, undo=False, recovery=False),
+    demo=blob_suite(demo_storage, undo=False, recovery=False),
+    demo_around=blob_suite(_demo_storage_around, undo=False, recovery=False),
+    zlib_outside=blob_suite(zlib_outside),
+    zlib_inside=blob_suite(zlib_inside),
     external_gc=PackableStorage.IExternalGC_suite(_no_gc_storage),
     xfail={
         "mvcc-blob_packing_txt": "when transactions were packed, an instance of upstream's MVCC storage for tests "
@@ -110,18 +110,18 @@ class TestFileStorage(Published, testFileStorage.FileStorageTests):
 class TestFileStorageRecovery(Published, testFileStorage.FileStorageRecoveryTest):
     def setUp(self):
         StorageTestBase.setUp(self)
-        self._storage = _file_storage("Source", "Source.cache")
-        self._dst = _file_storage("Dest", "Dest.cache")
+        self._storage = file_storage("Source", "Source.cache")
+        self._dst = file_storage("Dest", "Dest.cache")
 
     def new_dest(self):
-        return _file_storage("Dest", "Dest.cache")
+        return file_storage("Dest", "Dest.cache")
 
 
 @slow
 class TestMappingStorage(Published, testMappingStorage.MappingStorageTests):
     def setUp(self):
         StorageTestBase.setUp(self)
-        self._storage = _mapping_storage("data", None)
+        self._storage = mapping_storage("data", None)
 
 
 @slow
@@ -138,7 +138,7 @@ class TestMVCCMappingStorage(Published, testMVCCMappingStorage.MVCCMappingStorag
 class TestDemoStorage(Published, testDemoStorage.DemoStorageTests):
     def setUp(self):
         StorageTestBase.setUp(self)
-        self._opened = self._storage = _demo_storage("data", None)
+        self._opened = self._storage = demo_storage("data", None)
 
     def tearDown(self):
         # Upstream's push and pop leave another one in self._storage.
@@ -149,7 +149,7 @@ class TestDemoStorage(Published, testDemoStorage.DemoStorageTests):
 @slow
 class TestDemoStorageAround(Published, testDemoStorage.DemoStorageWrappedBase):
     def _makeBaseStorage(self):
-        return _file_storage("data", None)
+        return file_storage("data", None)
 
 
 @slow

@@ -1,5 +1,6 @@
 """Processes that begin with everything imported: in half the time, forked from a server that imports it once."""
 
+import contextlib
 import functools
 import multiprocessing
 import multiprocessing.forkserver
@@ -57,7 +58,8 @@ class Forked:
 
     def send_signal(self, number):
         if self._process.exitcode is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, number)
 
     def terminate(self):
         self.send_signal(signal.SIGTERM)

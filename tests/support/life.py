@@ -1,7 +1,5 @@
 """A site on a ZEO server by which the effects of every trouble are measured."""
 
-import os
-
 import pytest
 from ZODB.POSException import POSKeyError, StorageError
 from ZODB.utils import u64
@@ -14,6 +12,7 @@ from tests.support.zeo_clients import (
     load,
     operations,
     read,
+    uncache,
     wait_for,
     write,
 )
@@ -40,8 +39,7 @@ class Life:
 
     def cool(self, name):
         """Only the bucket has that blob from now on."""
-        oid, tid = self.names[name]
-        os.unlink(self.server.cache_dir / "blobs" / f"{oid[-1]:02x}" / f"{oid.hex()}.{tid.hex()}.blob")
+        uncache(self.server, *self.names[name])
 
     def read(self, name):
         """As a client that has never seen it reads it."""

@@ -60,11 +60,11 @@ def commit_blob(client, data=b"data", oid=None):
         raise
 
 
-def store_blob(client, oid, data, txn):
+def store_blob(client, oid, data, txn, serial=ZERO):
     path = os.path.join(client.temporaryDirectory(), os.urandom(4).hex())
     with open(path, "wb") as file:
         file.write(data)
-    client.storeBlob(oid, ZERO, RECORD, path, "", txn)
+    client.storeBlob(oid, serial, RECORD, path, "", txn)
 
 
 def blob(client, oid, tid):
@@ -77,6 +77,13 @@ def wait_for(condition, timeout=60):
     while not condition():
         assert time.monotonic() < deadline, "it did not come about in time"
         time.sleep(0.02)
+
+
+def uncache(server, oid, tid):
+    """Let only the bucket have a blob that was committed: its file gets into the cache a moment after the commit."""
+    path = server.cache_dir / "blobs" / f"{oid[-1]:02x}" / f"{oid.hex()}.{tid.hex()}.blob"
+    wait_for(path.exists)
+    path.unlink()
 
 
 def leftovers(server):

@@ -13,12 +13,13 @@ import time
 import pytest
 import ZEO.tests
 from ZEO.Exceptions import ClientDisconnected
+from ZODB.Connection import TransactionMetaData
 from ZODB.tests.MinPO import MinPO
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 
 from tests.support.slow_client import LARGE, SlowClient
 from tests.support.speed import slow, slow_after, slow_but
-from tests.support.zeo_clients import MB, RECORD, SOON, blob, commit_blob, commit_object, leftovers, wait_for
+from tests.support.zeo_clients import MB, RECORD, SOON, blob, commit_blob, commit_object, leftovers, uncache, wait_for
 from tests.support.zeo_server import SECTION
 
 #: What the server says when it has waited for too long.
@@ -270,13 +271,17 @@ def test_clients_with_nothing_under_way_are_not_kept(start, tmp_path):
 
 
 def test_transactions_that_have_not_been_finished_never_are(s3, bucket_name, server, half, background):
-    """Neither the one whose upload ends meanwhile, nor the one that waits for the commit lock."""
-    writer, next_writer, watcher = (server.client(wait_timeout=1) for _ in range(3))
+    """Neither one whose upload ends meanwhile, nor one that has voted, nor one that waits for the commit lock."""
+    writer, voter, next_writer, watcher = (server.client(wait_timeout=1) for _ in range(4))
     before = watcher.lastTransaction(), s3.keys(bucket_name)
     s3.misbehave(operation="PutObject", hang=True)
     s3.forget()
     first = background(commit_blob, writer)
     s3.wait_for("PutObject")
+    txn = TransactionMetaData()
+    voter.tpc_begin(txn)
+    voter.store(voter.new_oid(), ZERO, zodb_pickle(MinPO()), "", txn)
+    voter.tpc_vote(txn)
     second = background(commit_object, next_writer)
     wait_for(lambda: watcher._call("server_status")["waiting"] == 1)
     interrupt(server)
@@ -295,8 +300,7 @@ def test_transactions_that_have_not_been_finished_never_are(s3, bucket_name, ser
 @slow
 def test_a_blob_that_is_still_being_fetched_is_not_begun(s3, server, large, half, background, tmp_path):
     name = commit_blob(server.client(), b"cold")
-    for path in server.cache_dir.rglob(f"{name[0].hex()}.{name[1].hex()}.blob"):
-        path.unlink()
+    uncache(server, *name)
     s3.misbehave(operation="GetObject", hang=True)
     reader = server.client(wait_timeout=1, blob_dir=str(tmp_path / "reader"))
     read = background(blob, reader, *name)

@@ -81,12 +81,15 @@ class BaseAdapter:
 
     #: Whether other processes commit to the same database.
     shared = False
+    #: Whether `tpc_begin` of the base begins with the tid that it is given.
+    takes_tid: bool
     #: Reason why a ZEO server cannot serve the base; None if it can.
     not_for_zeo: str | None = None
 
     def __init__(self, storage: Any, holder: Callable[[], Any]) -> None:
         self._storage = storage
         self._holder = holder
+        self.takes_tid = _takes_tid(storage)
         #: The identity in the database's own files; for a database in memory or behind a server, kept in memory.
         self.own_identity = Identity(_file_of(innermost(storage)))
 
@@ -401,6 +404,13 @@ def _tids(storage: Any, start: bytes, stop: bytes) -> list[bytes]:
     finally:
         if hasattr(transactions, "close"):
             transactions.close()
+
+
+def _takes_tid(storage: Any) -> bool:
+    inside, _ = _inside(storage)
+    if isinstance(inside, DemoStorage):
+        return _takes_tid(inside.changes)
+    return isinstance(inside, BaseStorage | MappingStorage)
 
 
 def _newest_in_file(storage: FileStorage) -> bytes | None:

@@ -1,13 +1,15 @@
 """The directory of the cache: its lock, its contents, and the path of each file.
 
     {directory}/tmp/                                   the temporary files of ZODB and ZEO
-    {directory}/incoming/                              blobs on their way into the bucket or into the cache
+    {directory}/incoming/                              blobs on their way into the bucket or into the cache, and what
+                                                       has been evicted but not yet deleted
     {directory}/blobs/{last byte of oid}/{oid}.{tid}.blob
 
 The modification time of a file is the time of its last use, so that the order of eviction survives a restart.
 """
 
 import errno
+import itertools
 import logging
 import os
 import shutil
@@ -69,6 +71,7 @@ class CacheDirectory:
         self.temporary = self.path / "tmp"
         self.incoming = self.path / "incoming"
         self._blobs = self.path / _BLOBS
+        self._aside = itertools.count()
         self._metrics = metrics
         self._lock_file = self._take()
         try:
@@ -194,16 +197,24 @@ class CacheDirectory:
         os.makedirs(os.path.dirname(path), mode=self._mode, exist_ok=True)
         os.replace(filename, path)
 
-    def delete(self, name: Revision) -> None:
-        """Delete the blob's file if it exists; never raise."""
-        path = self.file(name)
+    def put_aside(self, name: Revision) -> str | None:
+        """Rename the blob's file, so that it is not in the cache any more; return its path. None if that fails."""
+        aside = f"{self.incoming}/evicted.{next(self._aside)}"
         try:
-            os.unlink(path)
+            os.rename(self.file(name), aside)
+        except OSError:
+            return None
+        return aside
+
+    def delete(self, filename: str) -> None:
+        """Delete ``filename`` if it exists; never raise."""
+        try:
+            os.unlink(filename)
         except FileNotFoundError:
             pass
         except OSError as error:
             self._metrics.cache_errors.labels("delete").inc()
-            logger.error("Cannot evict %s from the cache: %s", path, error)
+            logger.error("Cannot delete %s: %s", filename, error)
 
     def tidy(self, name: Revision) -> None:
         """Delete the folder of the blob's file if it is empty."""

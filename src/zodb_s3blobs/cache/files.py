@@ -1,7 +1,8 @@
 """The LRU file cache of committed blobs: pins, atomic publication, eviction.
 
 The cache does not use S3 or ZODB. A file in the cache is named by its (oid, tid), is complete, and never changes. All
-sizes are in bytes. Any thread may call; no method waits for more than a few file system calls.
+sizes are in bytes. Any thread may call; no method but `close` waits for more than a few file system calls. What takes
+longer, many publications or the deletion of a large file, a thread does in the background.
 """
 
 import functools
@@ -12,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from ZODB.blob import rename_or_copy_blob
 
 from ..metrics import Metrics
 from ..revision import Revision
+from ..workers import DaemonPool
 from .directory import FULL, CacheDirectory, CacheError
 from .index import Entry, LruIndex
 
@@ -32,6 +34,15 @@ GRACE = 10.0
 
 #: The most files that one call evicts, so that it does not hold up the event loop.
 _EVICTED_AT_ONCE = 50
+
+#: The least bytes of a file whose deletion takes so long that it would hold up the event loop.
+_LARGE = 64 << 20
+
+#: The pause after each step of work in the background, in seconds; or other threads would not get the lock in between.
+_PAUSE = 0.0002
+
+#: How long, in seconds, `Cache.close` waits for the work in the background.
+_CLOSE_TIMEOUT = 2.0
 
 
 class Pin:
@@ -76,9 +87,11 @@ class Pin:
 class Incoming:
     """A file that is not yet a blob of the cache: a download in progress, or a blob of an unfinished transaction.
 
-    The caller that made the file owns it until `publish` or `discard`. On a full disk its methods evict blobs to make
-    room, and raise CacheError once there is nothing left to evict.
+    The caller that made the file owns it until `publish`, `Cache.publish_later` or `discard`. On a full disk its
+    methods evict blobs to make room, and raise CacheError once there is nothing left to evict.
     """
+
+    __slots__ = ("_cache", "path")
 
     def __init__(self, cache: "Cache", path: str) -> None:
         self.path = path
@@ -107,14 +120,8 @@ class Incoming:
             return self._cache._publish(Revision(oid, tid), self.path)
 
     def discard(self) -> None:
-        """Delete the file if it still exists; never raise."""
-        try:
-            os.unlink(self.path)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            self._cache._metrics.cache_errors.labels("delete").inc()
-            logger.error("Cannot delete %s: %s", self.path, error)
+        """Delete the file if it still exists, a large one in the background; never raise."""
+        self._cache._discard(self.path)
 
 
 class Cache:
@@ -133,6 +140,10 @@ class Cache:
         self.limit = limit
         self._lock = threading.RLock()
         self._index = LruIndex(limit)
+        self._pending: dict[Revision, Incoming] = {}  # what `publish_later` has taken, the next one first
+        self._publishing = False  # True while the background publishes them
+        self._publication_failed = False  # True after a failure, which is logged once for all that follow it
+        self._background = DaemonPool(1, "s3blobs cache")
         self._evicting = False  # True while a thread evicts the files that one call left over
         self._due: deque[tuple[float, Pin]] = deque()
         self._timer_runs = False
@@ -160,9 +171,17 @@ class Cache:
         return self._read.wait(timeout)
 
     def close(self) -> None:
-        """Release the directory to other processes. Its files stay, and `get` still finds them."""
+        """Release the directory to other processes. Its files stay, and `get` still finds them.
+
+        What `publish_later` has not published is discarded. Waits for the background, at most `_CLOSE_TIMEOUT` seconds;
+        what is left then, the next start deletes.
+        """
         with self._lock:
             self._closed = True
+        self._background.shutdown(timeout=_CLOSE_TIMEOUT)
+        self._background.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            self._pending.clear()
             self._folder.close()
 
     # Files
@@ -175,6 +194,10 @@ class Cache:
         """Return the blob's file, pinned, or None if it is not in the cache."""
         name = Revision(oid, tid)
         with self._lock:
+            if name in self._pending and not self._closed:
+                pin = self._publish_pending(name)
+                if pin is not None:
+                    return pin
             size = self._folder.size_of(name)
             if size is None:
                 self._index.remove(name)
@@ -211,6 +234,36 @@ class Cache:
             raise
         return incoming
 
+    def take(self, filename: str) -> Incoming:
+        """Take over the complete file ``filename`` in `temporary`, where it lies: no call of the file system.
+
+        From now on only the `Incoming` may write, rename or delete a file of that name. Raises ValueError if the file
+        lies elsewhere, or deeper, where it could vanish with its directory: `adopt` such a file.
+        """
+        if os.path.dirname(filename) != str(self.temporary):
+            raise ValueError(f"{filename} is not in {self.temporary}")
+        return Incoming(self, filename)
+
+    def publish_later(self, files: Mapping[Revision, Incoming]) -> None:
+        """Publish ``files``, of committed blobs, in the background; never raise. They are no longer the caller's.
+
+        `get` finds each of them from now on: it publishes what it is asked for. `path` exists, and `size` counts a
+        file, when it has been published. A file that cannot be published is discarded, since it is in the bucket.
+        """
+        with self._lock:
+            if self._closed:
+                discarded = list(files.values())
+            else:
+                discarded = [
+                    self._pending.pop(name)
+                    for name, file in files.items()
+                    if name in self._pending and self._pending[name].path != file.path
+                ]
+                self._pending.update(files)
+                self._start_publishing()
+        for file in discarded:
+            file.discard()
+
     def writing(self) -> AbstractContextManager[None]:
         """Turn an OSError of the body, which writes files below `directory`, into a CacheError."""
         return self._folder.writing()
@@ -224,8 +277,12 @@ class Cache:
 
     def remove(self, oid: bytes, tid: bytes) -> None:
         """Delete a dead blob from the cache; no error if the cache does not have it."""
+        name = Revision(oid, tid)
         with self._lock:
-            self._remove(Revision(oid, tid))
+            pending = self._pending.pop(name, None)
+            self._remove(name)
+        if pending is not None:
+            pending.discard()
 
     @property
     def size(self) -> int:
@@ -301,6 +358,52 @@ class Cache:
             self._evict()
         return pin
 
+    def _start_publishing(self) -> None:
+        """Let the background publish what is pending. The caller holds the lock."""
+        if self._publishing or not self._pending:
+            return
+        try:
+            self._background.submit(self._publish_all_pending)
+        except RuntimeError as error:  # no thread can be started
+            logger.warning("Committed blobs are put into the cache when they are read, or later: %s", error)
+        else:
+            self._publishing = True
+
+    def _publish_all_pending(self) -> None:
+        while True:
+            with self._lock:
+                name = next(iter(self._pending), None)
+                if name is None:
+                    self._publishing = False
+                    return
+                if self._closed:
+                    self._pending.pop(name).discard()
+                    continue
+                pin = self._publish_pending(name)
+                if pin is not None:
+                    pin.release()
+            time.sleep(_PAUSE)
+
+    def _publish_pending(self, name: Revision) -> Pin | None:
+        """Publish one pending file; return its pin, or None if that fails. The caller holds the lock."""
+        file = self._pending.pop(name)
+        if name in self._index and not os.path.exists(file.path):
+            return None  # it was published already
+        try:
+            pin = file.publish(*name)
+        except Exception as error:
+            if not self._publication_failed:
+                logger.warning(
+                    "A committed blob could not be put into the cache, and is read from the bucket: %s",
+                    error,
+                    exc_info=not isinstance(error, CacheError),
+                )
+            self._publication_failed = True
+            file.discard()
+            return None
+        self._publication_failed = False
+        return pin
+
     def _when_full(self, work: Callable[[], T], needed: int) -> T:
         """Return the result of ``work``; while the disk is full, evict at least ``needed`` bytes and call it again."""
         while True:
@@ -316,7 +419,7 @@ class Cache:
             target = self.size - needed
             evicted = False
             while self.size > target and (oldest := self._index.oldest()) is not None:
-                self._evict_one(*oldest)
+                self._evict_one(*oldest, at_once=True)
                 evicted = True
             return evicted
 
@@ -350,12 +453,35 @@ class Cache:
         # After `close`, the directory may belong to another process.
         return not self._closed and self._index.is_over_limit()
 
-    def _evict_one(self, name: Revision, size: int) -> None:
+    def _evict_one(self, name: Revision, size: int, at_once: bool = False) -> None:
         self._metrics.cache_evictions.inc()
         self._metrics.cache_evicted_bytes.inc(size)
-        self._remove(name)
+        self._remove(name, at_once)
 
-    def _remove(self, name: Revision) -> None:
-        self._folder.delete(name)
+    def _remove(self, name: Revision, at_once: bool = False) -> None:
+        """Remove a file; delete it ``at_once`` if its space is needed, else a large one in the background."""
+        path = self._folder.file(name)
+        aside = None if at_once or not _is_large(path) else self._folder.put_aside(name)
+        if aside is None:
+            self._folder.delete(path)
+        else:
+            self._discard(aside)
         self._index.remove(name)
         self._folder.tidy(name)
+
+    def _discard(self, path: str) -> None:
+        """Delete a file that is not in the index, a large one in the background."""
+        if _is_large(path):
+            try:
+                self._background.submit(self._folder.delete, path)
+                return
+            except RuntimeError:
+                pass  # closed, or no thread can be started
+        self._folder.delete(path)
+
+
+def _is_large(path: str) -> bool:
+    try:
+        return os.lstat(path).st_size >= _LARGE
+    except OSError:
+        return False

@@ -13,10 +13,9 @@ from typing import Any
 import zc.lockfile
 
 from ..database import zeoconf
-from ..garbage.leftovers import abandoned_uploads
+from ..garbage.leftovers import abandoned_after, abandoned_staged, abandoned_uploads
 from ..garbage.scan import scan_beside_a_server
 from ..metrics import Metrics
-from ..staging import abandoned, abandoned_after
 from . import common
 
 
@@ -71,7 +70,7 @@ def _dry_run(served: zeoconf.Served) -> dict[str, Any]:
             if state == "dead"
         ]
         age = abandoned_after(config.upload_timeout)
-        for staged in abandoned(bucket, age):
+        for staged in abandoned_staged(bucket, age):
             goes.append({"key": bucket.keys.staged_key(staged.name), "bytes": staged.size, "reason": "staged"})
         for upload in abandoned_uploads(bucket, age):
             goes.append({"key": upload.key, "bytes": 0, "reason": "unfinished"})

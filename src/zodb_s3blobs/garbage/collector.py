@@ -22,7 +22,7 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import BinaryIO, TextIO
 
@@ -37,9 +37,8 @@ from ..revision import Revision
 from ..s3.bucket import Bucket
 from ..s3.errors import BucketError, NotDeleted
 from ..s3.listing import ListedUpload
-from ..staging import Staging
 from . import marks
-from .leftovers import UPLOADS_STAY, abandoned_uploads
+from .leftovers import UPLOADS_STAY, abandoned_staged, abandoned_uploads
 from .pace import Pace, low_interpreter_priority, throttled
 from .scan import Scan, live_names
 
@@ -69,7 +68,8 @@ class Collector:
 
     ``retention``: in seconds; ``max_delete_percent``: the largest share of the prefix that may be dead blobs of objects
     which the database does not have, above which a run refuses to delete; 0: delete nothing; ``identity``: remembers
-    that the marks are doubtful.
+    that the marks are doubtful; ``is_staged`` tells whether this server still needs the staged object with a name;
+    ``abandoned_after``: the age in seconds from which uploads of others are leftovers.
     """
 
     def __init__(
@@ -77,17 +77,19 @@ class Collector:
         bucket: Bucket,
         cache: Cache,
         in_flight: InFlight,
-        staging: Staging,
+        is_staged: Callable[[str | None], bool],
         lease: Lease,
         metrics: Metrics,
         retention: float,
         max_delete_percent: int,
         identity: Identity,
+        abandoned_after: float,
     ) -> None:
         self._bucket = bucket
         self._cache = cache
         self._in_flight = in_flight
-        self._staging = staging
+        self._is_staged = is_staged
+        self._abandoned_after = abandoned_after
         self._lease = lease
         self._metrics = metrics
         self._retention = retention
@@ -357,9 +359,11 @@ class Collector:
         if not self._retention:
             self._bucket.delete_marks()  # left by an earlier gc-retention, and not kept up to date any more
             self._trust_marks()
-        staged = self._staging.sweep()
+        found = abandoned_staged(self._bucket, self._abandoned_after)
+        staged = [left.name for left in found if not self._is_staged(left.name)]
+        self._bucket.delete_staged(staged)
         aborted = 0
-        for upload in abandoned_uploads(self._bucket, self._staging.abandoned_after):
+        for upload in abandoned_uploads(self._bucket, self._abandoned_after):
             if self._is_under_way(upload):
                 continue
             self._lease.require()
@@ -370,9 +374,9 @@ class Collector:
                 break
             aborted += 1
         if staged or aborted:
-            logger.info("Deleted %d staged and %d unfinished uploads of crashed servers", staged, aborted)
+            logger.info("Deleted %d staged and %d unfinished uploads of crashed servers", len(staged), aborted)
 
     def _is_under_way(self, upload: ListedUpload) -> bool:
         # Uploads of this process are never aborted, even if they seem old: a clock may be wrong.
         name, staged = self._bucket.keys.parse(upload.key), self._bucket.keys.parse_staged(upload.key)
-        return (name is not None and self._in_flight.is_wanted(name)) or self._staging.is_live(staged)
+        return (name is not None and self._in_flight.is_wanted(name)) or self._is_staged(staged)

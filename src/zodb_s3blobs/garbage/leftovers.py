@@ -6,12 +6,26 @@ from collections.abc import Iterator
 
 from ..s3.bucket import Bucket
 from ..s3.errors import BucketError
-from ..s3.listing import ListedUpload
+from ..s3.listing import ListedStaged, ListedUpload
 
 logger = logging.getLogger(__name__)
 
 #: A log line, no error of a pack: some services cannot list or abort multipart uploads, and each needs a permission.
 UPLOADS_STAY = "Unfinished uploads of crashed servers stay behind. %s"
+
+
+_ABANDONED = 24 * 3600.0
+
+
+def abandoned_after(upload_timeout: float) -> float:
+    """Return the age in seconds from which an upload is a leftover; a transaction may take ``upload_timeout``."""
+    return max(_ABANDONED, 2 * upload_timeout)
+
+
+def abandoned_staged(bucket: Bucket, age: float) -> Iterator[ListedStaged]:
+    """Yield the staged objects that were completed more than ``age`` seconds ago. Waits for S3; BucketError."""
+    before = time.time() - age
+    return (found for found in bucket.list_staged() if found.modified.timestamp() < before)
 
 
 def abandoned_uploads(bucket: Bucket, age: float) -> Iterator[ListedUpload]:

@@ -173,9 +173,9 @@ class _Sessions:
             verify=verify,
             proxies=proxies,
             timeout=(settings.s3_connect_timeout, read_timeout),
-            # Seven pools of threads send requests: uploads, staged uploads, their parts, copies, small downloads, large
-            # downloads, and their parts.
-            max_pool_connections=7 * settings.s3_concurrency,
+            # Eight pools of threads send requests: uploads, staged uploads, their parts, streamed parts, copies, small
+            # downloads, large downloads, and their parts.
+            max_pool_connections=8 * settings.s3_concurrency,
             socket_options=_socket_options(),
         )
         self._lock = threading.Lock()

@@ -9,31 +9,28 @@ One rule keeps this simple: all calls of ZODB, ZEO and the base storage stay on 
 go to worker threads. Everything here runs on the loop thread unless it says otherwise.
 """
 
-import asyncio
 import functools
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import zope.event
 from ZEO.asyncio.server import Delay
-from ZEO.StorageServer import Serving
-from ZODB.blob import link_or_copy
+from ZEO.StorageServer import Serving, never_resolve_conflict
 from ZODB.DemoStorage import DemoStorage
 from ZODB.interfaces import IStorage
-from ZODB.POSException import POSKeyError, StorageError, StorageTransactionError
+from ZODB.POSException import POSKeyError, StorageError
 
+from ..bases.adapter import innermost
 from ..monitoring import zeostats
 from ..storage import S3BlobStorage
-from ..vote import Vote
-from ..workers import Completion
 from . import errors, startlog
 from .stop import Stop
+from .voting import VotingHandler, is_id
 
 if TYPE_CHECKING:
     from ZEO.StorageServer import ZEOStorage as _Stock
@@ -64,7 +61,10 @@ def _serving(event: Any) -> None:
         if blobs.not_for_zeo is not None:
             raise _refused(name, blobs.not_for_zeo)
         zeostats.attach(server, name, blobs.exported)
-        startlog.check_timeouts(server, name, blobs.upload_timeout)
+        startlog.check_transaction_timeout(server, name)
+        if getattr(server, "client_conflict_resolution", False):
+            # ZEO sets this on the outermost storage, but it is the innermost one that resolves conflicts.
+            innermost(blobs.base).tryToResolveConflict = never_resolve_conflict
     stop = Stop(server, ours)
     stop.on_signals()
     stock = server.create_client_handler
@@ -204,22 +204,13 @@ class DemoHandler(_Stock):
         return True
 
 
-class BlobHandler(_Stock):
+class BlobHandler(VotingHandler):
     """The handler of a client of one of our storages; a mixin of the server's own handler class."""
 
-    blob_tempfile: Any
-    blobs: S3BlobStorage
     #: The blobs on their way to the client: the messages, and the file that they are read from.
     sending: list[tuple[Generator[tuple[str, tuple], None, None], BinaryIO]]
     #: When the last message of a blob was written to the connection, a reading of `time.monotonic`.
     blob_written = -math.inf
-    #: The call of vote that waits for uploads: staged ones before it has the commit lock, others with it.
-    pending_vote: "_Pending | None" = None
-    #: Why the transaction cannot be committed, found out where ZEO lets nobody tell the client: one of
-    #: `metrics.VOTE_FAILURES`, and the sentence.
-    deferred_error: tuple[str, str] | None = None
-    #: The last vote of this client.
-    voting: Vote
 
     def bind_storage(self, blobs: S3BlobStorage) -> None:
         """Serve a client that has chosen the storage ``blobs``, which the server may have in wrappers."""
@@ -239,27 +230,18 @@ class BlobHandler(_Stock):
 
     def notify_disconnected(self) -> None:
         """Clean up after a client that is gone, possibly in the middle of a blob."""
-        self._drop_tempfile()
-        pending, self.pending_vote = self.pending_vote, None
-        if pending is not None:
-            pending.timer.cancel()
+        self.drop_tempfile()
+        self.cancel_answer()
         for messages, file in self.sending:  # or a deleted file would take its room until Python's garbage collection
             messages.close()
             file.close()
         super().notify_disconnected()
 
-    def _drop_tempfile(self) -> None:
-        if self.blob_tempfile is not None:
-            fd, filename = self.blob_tempfile
-            self.blob_tempfile = None
-            os.close(fd)
-            _unlink(filename)
-
     # Reading
 
     def sendBlob(self, oid: bytes, serial: bytes) -> Any:
         """Send a cached blob at once, another when it has been fetched, whole and verified."""
-        if not (_is_id(oid) and _is_id(serial)):
+        if not (is_id(oid) and is_id(serial)):
             raise StorageError("The oid and the tid of a blob are 8 bytes each")
         pin = self.blobs.request_blob(oid, serial)
         if pin.done() and not pin.cancelled() and pin.exception() is None:
@@ -304,186 +286,7 @@ class BlobHandler(_Stock):
             self.connection.loop.call_soon(self.connection.close)
             raise
 
-    # Receiving blobs. The client sends these messages without waiting for answers: an exception would cut the
-    # connection and tell nobody why, so the reason waits for the vote.
-
-    def storeBlobStart(self) -> None:
-        # The stock method makes no room where no more files can be had.
-        assert self.blob_tempfile is None
-        try:
-            self.blob_tempfile = self.blobs.new_temporary()
-        except StorageError as error:
-            self.deferred_error = "cache", str(error)
-
-    def storeBlobChunk(self, chunk: bytes) -> None:
-        # The stock method does not notice when a nearly full disk takes only part of the chunk.
-        if self.deferred_error is None:
-            try:
-                self.blobs.write_temporary(self.blob_tempfile[0], chunk)
-            except StorageError as error:
-                self.deferred_error = "cache", str(error)
-
-    def storeBlobEnd(self, oid: bytes, serial: bytes, data: bytes, id: int) -> None:
-        if self.deferred_error is None and not _is_id(oid):
-            self.deferred_error = "client", "The oid of a blob is 8 bytes"
-        if self.deferred_error is None:
-            super().storeBlobEnd(oid, serial, data, id)
-            self.blobs.staging.stage(self.blob_log[-1][-1])
-        else:
-            self._drop_tempfile()
-
-    def storeBlobShared(self, oid: bytes, serial: bytes, data: bytes, filename: str, id: int) -> None:
-        try:
-            self.blobs.fshelper.getPathForOID(oid)
-        except StorageError as error:
-            self.deferred_error = "client", str(error)
-
-    # Committing
-
-    def vote(self, tid: int) -> Any:
-        """Refuse what cannot be committed; else wait for staged uploads, then queue for the commit lock as in ZEO."""
-        self._check_tid(tid, exc=StorageTransactionError)
-        if self.deferred_error is not None:
-            reason, sentence = self.deferred_error
-            self.blobs.metrics.count_vote(None, reason)
-            self.blobs.metrics.transactions_aborted.inc()
-            raise StorageError(sentence)
-        if self.pending_vote is not None:
-            raise StorageTransactionError("Already voting")
-        self.voting = self.blobs.new_vote()
-        vote = super().vote
-        staged = self.blobs.staging.waiting(filename for _, _, _, filename in self.blob_log)
-        if staged is None:
-            return vote(tid)
-
-        def go_on() -> Any:
-            if not staged.succeeded():
-                self.blobs.metrics.transactions_aborted.inc()
-                self._require(staged)
-            return vote(tid)
-
-        return self._reply_after(staged, go_on)
-
-    def _vote(self, delay: Any = None) -> Any:
-        """With the commit lock: the stock vote without its wait for S3, then answer when the uploads are done.
-
-        ``locked`` is set by then, so that the lock stays with this client and others queue for it.
-        """
-        kept = self._link_blobs()
-        try:
-            result = self.blobs.vote_without_waiting(self.voting, functools.partial(super()._vote, delay))
-        except Exception:
-            _unlink_blobs(kept)
-            raise
-        if self.conflicts:
-            # The client resolves them and votes again. ZEO would commit the records then, but no blobs.
-            self.blob_log = kept
-            return result
-        _unlink_blobs(kept)
-        uploads = self.voting.uploads
-        if uploads is None:
-            return result
-
-        def end() -> Any:
-            try:
-                self._require(uploads)
-            except Exception:
-                self._abort_vote()
-                raise
-            self.voting.succeed()
-            return result
-
-        return end() if uploads.done.done() else self._reply_after(uploads, end)
-
-    def _link_blobs(self) -> list[Any]:
-        if not self.client_conflict_resolution:
-            return []
-        kept = []
-        for oid, serial, data, filename in self.blob_log:
-            link_or_copy(filename, f"{filename}.kept")
-            kept.append((oid, serial, data, f"{filename}.kept"))
-        return kept
-
-    def _require(self, uploads: Completion) -> None:
-        """Raise StorageError unless ``uploads`` have succeeded."""
-        if uploads.done.done():
-            errors.check(uploads.done)
-        self.voting.require(uploads)
-
-    def _abort_vote(self) -> None:
-        """Abort the transaction, as the stock vote does when it fails."""
-        logger.error("(%s) The blobs of a transaction could not be stored: it is aborted", self.log_label)
-        self.storage.tpc_abort(self.transaction)
-        self._clear_transaction()
-
-    def _reply_after(self, uploads: Completion, reply: Callable[[], Any]) -> Delay:
-        """Answer the call that is being handled with what ``reply`` returns, or raises.
-
-        It is called when ``uploads`` have ended or must; not at all if the transaction ends meanwhile.
-        """
-        delay = Delay()
-
-        def ended() -> None:
-            if self.pending_vote is not pending:
-                return
-            self.pending_vote = None
-            pending.timer.cancel()
-            try:
-                result = reply()
-            except Exception:
-                delay.error(sys.exc_info())
-            else:
-                delay.reply(result)
-
-        pending = self.pending_vote = _Pending(delay, self.connection.loop.call_later(uploads.seconds_left, ended))
-        uploads.done.add_done_callback(lambda done: self.call_soon_threadsafe(ended))
-        return delay
-
-    def tpc_finish(self, id: int) -> Any:
-        """Refused until the vote has been answered."""
-        if self.pending_vote is not None:
-            raise StorageTransactionError("tpc_finish called before the vote has been answered")
-        return super().tpc_finish(id)
-
     def _pack_impl(self, time: float) -> None:
         """Pack in a thread, as ZEO does; the client is told of every end."""
         with errors.exceptions_only():
             super()._pack_impl(time)
-
-    def _clear_transaction(self) -> None:
-        """Forget the transaction, at a finish, an abort or a disconnect."""
-        pending, self.pending_vote = self.pending_vote, None
-        if pending is not None:
-            pending.timer.cancel()
-            if self.connected:
-                error = StorageTransactionError("The transaction was aborted before the vote has been answered")
-                pending.delay.error((type(error), error, None))
-        self.deferred_error = None
-        self._drop_tempfile()
-        for _, _, _, filename in self.blob_log:
-            self.blobs.staging.cancel_for(filename)
-        super()._clear_transaction()
-
-
-class _Pending(NamedTuple):
-    """A call of the client that waits for uploads."""
-
-    delay: Delay
-    timer: asyncio.TimerHandle
-
-
-def _is_id(value: Any) -> bool:
-    """Return whether the value that a client has sent can be an oid or a tid."""
-    return type(value) is bytes and len(value) == 8
-
-
-def _unlink_blobs(blob_log: list[Any]) -> None:
-    for _, _, _, filename in blob_log:
-        _unlink(filename)
-
-
-def _unlink(filename: str) -> None:
-    try:
-        os.unlink(filename)
-    except FileNotFoundError:
-        pass

@@ -376,11 +376,11 @@ def _staging(scratch: Scratch) -> Outcome:
         return fails("a staged upload is not listed, so that those of crashed servers would stay forever")
     try:
         with scratch.writing(scratch.key(name)):
-            scratch.bucket.publish_staged(staged, *name, len(data), digest)
+            scratch.bucket.publish(scratch.bucket.keys.staged_key(staged), *name, len(data), digest)
     except BucketError as error:
         return around("large blobs are uploaded twice instead", "s3-stage-threshold 0", error)
     scratch.bucket.delete_staged([staged])
-    return _trouble_of_copy(scratch, name, data) or works("large blobs are uploaded before the commit lock is taken")
+    return _trouble_of_copy(scratch, name, data) or works("large blobs are uploaded before the vote")
 
 
 def _if_none_match(scratch: Scratch) -> Outcome:

@@ -1,0 +1,30 @@
+"""What the tests of commits share."""
+
+import os
+
+import pytest
+
+from tests.support.commits import Sending
+
+
+@pytest.fixture
+def stored(s3, bucket_name):
+    """The bytes that the bucket has, by key."""
+
+    def stored():
+        keys = s3.keys(bucket_name)
+        return {key: s3.client.get_object(Bucket=bucket_name, Key=key)["Body"].read() for key in keys}
+
+    return stored
+
+
+@pytest.fixture
+def files(cache):
+    """The files of blobs that are on their way."""
+    return lambda: os.listdir(cache.directory / "incoming") + os.listdir(cache.temporary)
+
+
+@pytest.fixture
+def send(cache):
+    """Sends a blob as a client of ZEO does, as the blob of ``oid``; returns its path."""
+    return lambda pending, oid, data: Sending(pending, cache).send(data).end(oid)
