@@ -166,8 +166,7 @@ def new_collector(directory, names, retention):
     cache = Cache(directory / "cache", 0, Metrics())
     bucket = FakeBucket(names, directory / "marks")
     lease = SimpleNamespace(confirm=lambda: None, check=lambda: None, look=lambda: None, is_on_probation=False)
-    staging = SimpleNamespace(sweep=lambda: 0, abandoned_after=DAY)
-    parts = bucket, cache, InFlight(), staging, lease, Metrics(), retention, 100, Identity(None)
+    parts = bucket, cache, InFlight(), lambda name: False, lease, Metrics(), retention, 100, Identity(None), DAY
     with adapter_for(base).revisions() as revisions:
         yield Collector(*parts), bucket, revisions
     base.close()

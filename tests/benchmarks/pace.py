@@ -20,15 +20,13 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.benchmarks.common import HERE, S3, client
+from tests.benchmarks.common import HERE, S3, Meter, client, loads
 from tests.benchmarks.garbage import _SECTION, dead_one, make_base
 from tests.support.zeo_server import ZEOServer
 from zodb_s3blobs.s3.keys import Keys
 
 #: What the clients do, and how many seconds there are between two loads of each.
 _CLIENTS = ("1 ms apart", 0.001), ("5 ms apart", 0.005), ("20 ms apart", 0.02)
-
-MAXIMUM = b"\x7f" + b"\xff" * 7
 
 
 @contextmanager
@@ -45,45 +43,6 @@ def canned_service(directory, keys, latency):
     yield S3(f"http://127.0.0.1:{int(process.stdout.readline())}", "test", "test-secret", "canned")
     process.stdin.close()
     process.wait()
-
-
-def load(port, oids, rest, pipe):
-    """Load in turns, resting so many seconds in between; answer each message with the times since the last one."""
-    storage, number, times = client(port, wait=True), 0, []
-    while True:
-        if pipe.poll():
-            if pipe.recv() == "end":
-                storage.close()
-                return
-            pipe.send(times)
-            times = []
-        number += 1
-        started = time.perf_counter()
-        storage._call("loadBefore", oids[number % len(oids)], MAXIMUM)
-        times.append(time.perf_counter() - started)
-        time.sleep(rest)
-
-
-class Loads:
-    """A context manager with a client that loads; ``since`` returns the seconds that each load has taken."""
-
-    def __init__(self, port, oids, rest):
-        self._pipe, its = multiprocessing.Pipe()
-        self._process = multiprocessing.Process(target=load, args=(port, oids, rest, its))
-
-    def __enter__(self):
-        self._process.start()
-        time.sleep(1)
-        self.since()
-        return self
-
-    def since(self):
-        self._pipe.send("times")
-        return self._pipe.recv()
-
-    def __exit__(self, *exc):
-        self._pipe.send("end")
-        self._process.join()
 
 
 def percentile(times, share):
@@ -127,15 +86,17 @@ def run(keys, rounds, latency, retention):
                 row("none", keys, *pack())
                 oids = [oid for oid, _ in names[:: max(1, len(names) // 1000)]]
                 for name, rest in _CLIENTS if rounds else ():
-                    with Loads(server.address[1], oids, rest) as loads:
+                    with Meter(loads, server.address[1], oids, rest=rest) as meter:
+                        time.sleep(1)
+                        meter.take()
                         idle, busy, costs = [], [], []
                         for _ in range(rounds):
                             time.sleep(statistics.mean(took for took, _ in costs) if costs else 5)
-                            idle += loads.since()
+                            idle += meter.take()
                             costs.append(pack())
-                            busy += loads.since()
+                            busy += meter.take()
                         time.sleep(5)
-                        idle += loads.since()
+                        idle += meter.take()
                         row(name, keys, *(statistics.mean(cost) for cost in zip(*costs, strict=True)), idle, busy)
                 storage.close()
                 server.stop()

@@ -19,54 +19,32 @@ from pathlib import Path
 
 from ZODB.tests.StorageTestBase import ZERO
 
-from tests.benchmarks.common import add_link, client, commit_blob, commit_object, empty_cache, random_file, s3, zeo
+from tests.benchmarks.common import (
+    Meter,
+    add_link,
+    client,
+    commit_blob,
+    commit_object,
+    commits,
+    empty_cache,
+    loads,
+    random_file,
+    s3,
+    zeo,
+)
 
 SETTLE = 1.0  # seconds of measuring before the work begins
 IDLE = 5.0  # seconds
 
 
-def measure_loads(port, oid, stop, result):
-    storage = client(port)
-    times = []
-    while not stop.is_set():
-        started = time.perf_counter()
-        storage._call("loadBefore", oid, b"\x7f" + b"\xff" * 7)
-        times.append(time.perf_counter() - started)
-        time.sleep(0.001)
-    result.put(times)
-    storage.close()
-
-
-def measure_commits(port, stop, result):
-    storage = client(port)
-    oid, serial, times = storage.new_oid(), ZERO, []
-    while not stop.is_set():
-        started = time.perf_counter()
-        serial = commit_object(storage, oid, serial)
-        times.append(time.perf_counter() - started)
-        time.sleep(0.01)
-    result.put(times)
-    storage.close()
-
-
 def during(port, oid, work):
     """Loads and small commits of two other clients while ``work`` goes on; returns both times, and the work's."""
-    stop, loads, commits = multiprocessing.Event(), multiprocessing.Queue(), multiprocessing.Queue()
-    meters = [
-        multiprocessing.Process(target=measure_loads, args=(port, oid, stop, loads)),
-        multiprocessing.Process(target=measure_commits, args=(port, stop, commits)),
-    ]
-    for meter in meters:
-        meter.start()
-    time.sleep(SETTLE)
-    started = time.perf_counter()
-    work()
-    took = time.perf_counter() - started
-    stop.set()
-    results = loads.get(), commits.get()
-    for meter in meters:
-        meter.join()
-    return *results, took
+    with Meter(loads, port, [oid], rest=0.001) as loading, Meter(commits, port, rest=0.01) as committing:
+        time.sleep(SETTLE)
+        started = time.perf_counter()
+        work()
+        took = time.perf_counter() - started
+        return loading.take(), committing.take(), took
 
 
 def shown(times):
@@ -109,8 +87,8 @@ def run(name, directory, service, size, control=None):
         work = during(port, oid, lambda: storage.loadBlob(blob_oid, tid[0]))
         rows.append((f"cold read of {size} MiB", work))
         storage.close()
-    for row, (loads, commits, took) in rows:
-        print(f"| {name} | {row} ({took:.1f} s) | {shown(loads)} | {shown(commits)} |", flush=True)
+    for row, (loading, committing, took) in rows:
+        print(f"| {name} | {row} ({took:.1f} s) | {shown(loading)} | {shown(committing)} |", flush=True)
 
 
 def main():
