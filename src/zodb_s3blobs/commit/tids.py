@@ -27,8 +27,8 @@ ROUNDS = 3
 GRACE, SLOW_GRACE = 0.2, 1.0
 
 #: The age in seconds at which a reservation is overtaken by commits without blobs, because their tids lag behind the
-#: clock by that age.
-LONGEST = 2.0
+#: clock by that age; and the age of a slow one, which would otherwise copy gigabytes again and again.
+LONGEST, SLOW_LONGEST = 2.0, 8.0
 
 # In ticks, the units of a tid; a millisecond has 71,582.
 #: The room below a reservation for other transactions.
@@ -103,8 +103,8 @@ class Tids:
             number = self._number_at(place, slow)
             assert number is not None
         patience = 2**earlier
-        grace = (SLOW_GRACE if slow else GRACE) * patience
-        reservation = Reservation(number, slow, grace, self._clock() + LONGEST * patience)
+        grace, longest = (SLOW_GRACE, SLOW_LONGEST) if slow else (GRACE, LONGEST)
+        reservation = Reservation(number, slow, grace * patience, self._clock() + longest * patience)
         self._outstanding.insert(place, reservation)
         self._metrics.reservations.inc()
         return reservation
