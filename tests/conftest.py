@@ -133,6 +133,12 @@ def bucket(open_bucket):
 
 
 @pytest.fixture
+def one_byte_blocks(monkeypatch):
+    """A file system on which a file takes as many bytes as it has, and an empty one takes one byte."""
+    monkeypatch.setattr("zodb_s3blobs.cache.directory.block_of", lambda path: 1)
+
+
+@pytest.fixture
 def open_cache(tmp_path, metrics):
     """Makes a `Cache` of ``limit`` bytes in a directory of its own."""
     caches = []

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from . import __version__
-from .commands import adopt, check, demo, export, gc, migrate, verify
+from .commands import adopt, check, demo, export, gc, migrate, verify, warm
 
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
@@ -25,6 +25,7 @@ COMMANDS: dict[str, ModuleType] = {
     "export": export,
     "gc": gc,
     "adopt": adopt,
+    "warm": warm,
 }
 
 

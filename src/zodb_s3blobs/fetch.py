@@ -1,16 +1,18 @@
-"""Cold reads: one download per blob for any number of readers, verified before it is published in the cache."""
+"""Reads of blobs: from the cache, or one verified download per blob for any number of readers."""
 
+import functools
 import threading
 import time
 from concurrent.futures import Future
 from typing import NamedTuple
 
 from .blobdir import BlobDirectory
-from .cache.files import Cache, Pin
+from .cache.files import Cache
+from .cache.store import Pin
 from .metrics import Metrics
 from .revision import Revision
 from .s3.bucket import Bucket
-from .s3.download import Opened, Target
+from .s3.download import Opened, Stored, Target
 from .s3.errors import BlobNotFound, BucketError
 from .workers import DaemonPool
 
@@ -40,37 +42,57 @@ class Fetcher:
         # Pools of their own, so that slow downloads never delay a commit.
         self._workers = DaemonPool(concurrency, "s3blobs download")
         self._large = DaemonPool(concurrency, "s3blobs large download")
+        self._hit_duration = metrics.load_duration.labels("hit")
         self._lock = threading.Lock()
         self._waiting: dict[Revision, list[_Reader]] = {}
 
-    def request(self, oid: bytes, tid: bytes, source: bytes | None = None) -> "Future[Pin]":
+    def request(self, oid: bytes, tid: bytes, source: bytes | None = None, owner: object = None) -> "Future[Pin]":
         """Return a future of the blob's complete and verified file, pinned in the cache; on a hit it is already done.
 
         Does not wait. The future fails with `BlobNotFound` if neither the bucket nor the fallback has the blob,
         `BucketError` if S3 fails, `BlobDirectoryError` if the fallback cannot be read, and `CacheError` if the file
         cannot be written. The caller must release the pin.
 
-        ``source``: the tid of another revision with the same bytes, which is downloaded instead.
+        ``source``: the tid of another revision with the same bytes, which is downloaded instead. ``owner``: who asks;
+        owners have their turns at the workers, so that a client that wants one blob does not wait for all those of
+        another.
         """
         name = Revision(oid, tid)
         reader = _Reader(Future(), time.monotonic())
-        self._metrics.cache_requests.inc()
         with self._lock:
-            pin = self._cache.get(oid, tid)
+            pin = self.cached(oid, tid)
             if pin is not None:
-                self._metrics.cache_hits.inc()
-                self._metrics.cache_hit_bytes.inc(pin.size)
-                self._answer(reader, pin, "hit")
-            elif name in self._waiting:
+                reader.future.set_result(pin)
+                return reader.future
+            self._metrics.cache_requests.inc()
+            if name in self._waiting:
                 self._metrics.download_waits.inc()
                 self._waiting[name].append(reader)
             else:
-                self._workers.submit(self._begin, name, source or tid)
+                self._workers.submit_all(owner, [functools.partial(self._begin, name, source or tid, owner)])
                 self._waiting[name] = [reader]
         return reader.future
 
+    def cached(self, oid: bytes, tid: bytes) -> Pin | None:
+        """Return the blob's file, pinned, if it is in the cache; else None: the caller asks `request`.
+
+        Such a hit takes no future and not the lock of the downloads.
+        """
+        asked = time.monotonic()
+        pin = self._cache.get(oid, tid)
+        if pin is not None:
+            self._metrics.cache_requests.inc()
+            self._metrics.cache_hits.inc()
+            self._metrics.cache_hit_bytes.inc(pin.size)
+            self._metrics.cache_requested_bytes.inc(pin.size)
+            self._hit_duration.observe(time.monotonic() - asked)
+        return pin
+
     def _answer(self, reader: "_Reader", pin: Pin, result: str) -> None:
         self._metrics.cache_requested_bytes.inc(pin.size)
+        if result == "hit":
+            self._metrics.cache_hits.inc()
+            self._metrics.cache_hit_bytes.inc(pin.size)
         self._metrics.load_duration.labels(result).observe(time.monotonic() - reader.asked)
         reader.future.set_result(pin)
 
@@ -83,7 +105,28 @@ class Fetcher:
         self._workers.shutdown(wait=False)
         self._large.shutdown(wait=False)
 
-    def _begin(self, name: Revision, source: bytes) -> None:
+    def _begin(self, name: Revision, source: bytes, owner: object) -> None:
+        """Take the blob from the cache if an earlier process left it there, or begin its download."""
+        size = self._cache.unproven_size(*name)
+        if size is None:
+            self._open(name, source, owner)
+        elif size <= _SMALL:
+            self._prove(name, source, owner)
+        else:
+            self._large.submit_all(owner, [functools.partial(self._prove, name, source, owner)])
+
+    def _prove(self, name: Revision, source: bytes, owner: object) -> None:
+        try:
+            pin = self._cache.prove(*name)
+        except Exception as error:
+            self._finish(name, source, error)
+            return
+        if pin is None:
+            self._open(name, source, owner)
+        else:
+            self._answer_all(name, pin, "hit")
+
+    def _open(self, name: Revision, source: bytes, owner: object) -> None:
         """Request the blob, whose answer gives its size; pass a large one on to the other pool."""
         try:
             opened = self._bucket.open(name[0], source)
@@ -92,11 +135,11 @@ class Fetcher:
             return
         if opened.stored.size <= _SMALL:
             self._finish(name, source, opened)
-        elif self._large.has_free_thread:
-            self._large.submit(self._finish, name, source, opened)
-        else:
-            opened.close()  # no thread is free: do not keep the connection open meanwhile
-            self._large.submit(self._finish, name, source, None)
+            return
+        begun = opened if self._large.has_free_thread else None
+        if begun is None:
+            opened.close()  # do not keep the connection open meanwhile
+        self._large.submit_all(owner, [functools.partial(self._finish, name, source, begun)])
 
     def _finish(self, name: Revision, source: bytes, begun: "Opened | Exception | None") -> None:
         try:
@@ -106,13 +149,16 @@ class Fetcher:
                 self._metrics.load_duration.labels("error").observe(time.monotonic() - reader.asked)
                 reader.future.set_exception(error)
         else:
-            first, *others = self._end(name)
-            # Each reader gets a pin of its own, so that the file stays until the last one has opened it, even if the
-            # file is larger than the whole cache. All pins are made before the first can be released.
-            pins = [pin.again() for _ in others]
-            self._answer(first, pin, "miss")
-            for reader, again in zip(others, pins, strict=True):
-                self._answer(reader, again, "miss")
+            self._answer_all(name, pin, "miss")
+
+    def _answer_all(self, name: Revision, pin: Pin, result: str) -> None:
+        first, *others = self._end(name)
+        # Each reader gets a pin of its own, so that the file stays until the last one has opened it, even if the file
+        # is larger than the whole cache. All pins are made before the first can be released.
+        pins = [pin.again() for _ in others]
+        self._answer(first, pin, result)
+        for reader, again in zip(others, pins, strict=True):
+            self._answer(reader, again, result)
 
     def _end(self, name: Revision) -> "list[_Reader]":
         with self._lock:  # from here on no reader can join
@@ -122,9 +168,12 @@ class Fetcher:
         file = None
         try:
             file = self._cache.new_file()
-            if not get(self._bucket, self._fallback, oid, source, file, begun):
+            with self._cache.writing():
+                stored = get(self._bucket, self._fallback, oid, source, file, begun)
+            if stored is None:
                 self._metrics.fallback_reads.inc()
-            file.sync()
+            elif stored.is_proven:
+                file.digest = stored.digest
             return file.publish(oid, tid)
         except BaseException:
             if file is not None:
@@ -142,8 +191,8 @@ def get(
     tid: bytes,
     file: Target,
     begun: Opened | Exception | None = None,
-) -> bool:
-    """Write blob (oid, tid) into the empty ``file``; return True if it came from the bucket, False: from the fallback.
+) -> Stored | None:
+    """Write blob (oid, tid) into the empty ``file``; return what the bucket has, None if it came from the fallback.
 
     ``begun``: the result or error of `Bucket.open`, if it was called. Waits for S3; raises the errors of `Bucket.get`
     and `BlobDirectory.copy`.
@@ -151,13 +200,12 @@ def get(
     try:
         if isinstance(begun, Exception):
             raise begun
-        bucket.get(oid, tid, file, begun)
+        return bucket.get(oid, tid, file, begun)
     except (BlobNotFound, BucketError):
         # The fallback's copy has the same bytes, so it also serves during an outage of the bucket.
         if fallback is None or not fallback.copy(oid, tid, file):
             raise
-        return False
-    return True
+        return None
 
 
 class _Reader(NamedTuple):

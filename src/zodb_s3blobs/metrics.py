@@ -81,12 +81,14 @@ class Metrics:
         self.cache_evicted_bytes = self._counter(
             "s3blobs_cache_evicted_bytes_total", "Bytes of the blobs that left the cache to make room for others."
         )
-        self.cache_size = self._gauge("s3blobs_cache_size_bytes", "Bytes of all blobs in the cache.")
+        self.cache_size = self._gauge(
+            "s3blobs_cache_size_bytes", "Bytes of disk that all blobs in the cache take, in whole blocks."
+        )
         self.cache_limit = self._gauge("s3blobs_cache_limit_bytes", "The setting cache-size.")
         self.cache_files = self._gauge("s3blobs_cache_files", "Blobs in the cache.")
         self.cache_pinned = self._gauge(
             "s3blobs_cache_pinned_bytes",
-            "Bytes of the blobs in the cache that are being read and cannot be evicted.",
+            "Bytes of disk of the blobs in the cache that are being read and cannot be evicted.",
         )
         self.cache_oldest_access = self._gauge(
             "s3blobs_cache_oldest_access_timestamp_seconds",
@@ -97,6 +99,11 @@ class Metrics:
         )
         self.cache_errors = self._counter(
             "s3blobs_cache_errors_total", "Files of the cache that could not be used.", operation=CACHE_OPERATIONS
+        )
+
+        self.cache_damaged = self._counter(
+            "s3blobs_cache_damaged_total",
+            "Files of the cache that were not as they were written, and were fetched again.",
         )
 
     def _make_s3(self) -> None:

@@ -20,7 +20,8 @@ from ZODB.POSException import POSKeyError, ReadOnlyError, StorageError, StorageT
 from .bases import adapter_for
 from .bases.adapter import is_live, repeated
 from .cache.directory import CacheError
-from .cache.files import Cache, Pin
+from .cache.files import Cache
+from .cache.store import Pin
 from .commit.pending import Pending
 from .commit.services import CommitServices
 from .commit.tids import Tids
@@ -316,9 +317,16 @@ class S3BlobStorage:
         with self._fetch(oid, serial) as path:
             return open(path, "rb") if blob is None else ZODB.blob.BlobFile(path, "r", blob)
 
-    def request_blob(self, oid: bytes, serial: bytes) -> "Future[Pin]":
-        """Ask for the blob's file without waiting; done at once if it is cached. `pinned` takes the answer."""
-        return self._components.fetcher.request(oid, serial)
+    def cached_blob(self, oid: bytes, serial: bytes) -> Pin | None:
+        """Return the blob's file, pinned, if it is in the cache; else None: the caller asks `request_blob`."""
+        return self._components.fetcher.cached(oid, serial)
+
+    def request_blob(self, oid: bytes, serial: bytes, owner: object = None) -> "Future[Pin]":
+        """Ask for the blob's file without waiting; done at once if it is cached. `pinned` takes the answer.
+
+        ``owner``: who asks; the downloads of several owners take turns.
+        """
+        return self._components.fetcher.request(oid, serial, owner=owner)
 
     def request_repeated(self, requested: "Future[Pin]", oid: bytes, serial: bytes) -> "Future[Pin] | None":
         """Ask again for the blob that `request_blob` has not found, if its revision repeats an earlier one.
@@ -354,6 +362,10 @@ class S3BlobStorage:
                     self.metrics.missing_blobs.inc()
                     logger.error("A record names a blob that the bucket does not have. %s", error)
                 raise POSKeyError(str(error), oid, serial) from None
+
+    def uncache(self, oid: bytes, serial: bytes) -> None:
+        """Delete the blob's file from the cache; the next request fetches the blob from the bucket."""
+        self._components.cache.remove(oid, serial)
 
     def _fetch(self, oid: bytes, serial: bytes) -> Pin:
         requested = self.request_blob(oid, serial)

@@ -116,16 +116,23 @@ def s3(latency=0.0, bandwidth=0.0, real=False):
 
 
 @contextmanager
-def zeo(directory, service, options=""):
-    """A runzeo in ``directory``, over the S3 ``service`` or, if that is None, a blob directory; gives its port.
+def server(directory, service, options=""):
+    """A runzeo in ``directory``, over the S3 ``service`` or, if that is None, a blob directory.
 
     ``options``: another line of the s3blobstorage section.
     """
     values = {**vars(service), "dir": directory, "options": options} if service else {"dir": directory}
     text = (_OURS if service else _PLAIN).format(**values)
-    with ZEOServer(directory, service, storages=lambda settings: text) as server:
-        yield server.address[1]
-        server.stop()
+    with ZEOServer(directory, service, storages=lambda settings: text) as running:
+        yield running
+        running.stop()
+
+
+@contextmanager
+def zeo(directory, service, options=""):
+    """A `server`; gives its port."""
+    with server(directory, service, options) as running:
+        yield running.address[1]
 
 
 def empty_cache(directory):

@@ -24,6 +24,7 @@ COMMANDS = {
     "export": ["--to-blob-dir", "out"],
     "gc": ["--dry-run"],
     "adopt": ["--yes"],
+    "warm": [],
 }
 
 #: As on a server whose locale nobody has set.

@@ -39,6 +39,7 @@ COMMANDS = [
     ["verify"],
     ["migrate", "--from-blob-dir", "."],
     ["export", "--to-blob-dir", "x"],
+    ["warm"],
 ]
 
 

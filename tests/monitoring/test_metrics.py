@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import transaction
@@ -24,6 +25,8 @@ from tests.support.counts import figures, nonzero, value
 from tests.support.fake_base import Base
 from tests.support.speed import slow_after
 from tests.support.zeo_clients import uncache, wait_for
+from zodb_s3blobs.cache import files as cache_module
+from zodb_s3blobs.cache import store as store_module
 from zodb_s3blobs.cache.directory import CacheError
 from zodb_s3blobs.commit.pending import Pending
 from zodb_s3blobs.fetch import Fetcher
@@ -52,7 +55,7 @@ def about_now(timestamp):
 
 
 @pytest.fixture
-def blob_in(new_file):
+def blob_in(new_file, one_byte_blocks):
     """Puts ``data`` into a cache as the blob (oid, TID); it is not pinned."""
 
     def blob_in(cache, oid, data):
@@ -101,7 +104,7 @@ def test_evictions_are_counted_with_their_bytes(open_cache, metrics, blob_in):
     assert cache_figures(metrics) == (800, 2, 0, 3, 1200)
 
 
-def test_a_blob_that_is_larger_than_the_cache_is_evicted_once(open_cache, metrics, new_file):
+def test_a_blob_that_is_larger_than_the_cache_is_evicted_once(open_cache, metrics, new_file, one_byte_blocks):
     cache = open_cache(limit=100)
     pin = cache.adopt(new_file(b"x" * 300)).publish(OID, TID)
     assert cache_figures(metrics) == (300, 1, 300, 0, 0)
@@ -116,23 +119,26 @@ def test_the_same_blob_again_is_no_second_file(open_cache, metrics, blob_in):
     assert cache_figures(metrics) == (300, 1, 0, 0, 0)
 
 
-def test_the_oldest_access_is_that_of_the_blob_that_goes_next(open_cache, metrics, blob_in):
+def test_the_oldest_access_is_that_of_the_blob_that_goes_next(open_cache, metrics, blob_in, monkeypatch):
     cache = open_cache()
+    old, young = 1_000_000_500, 1_000_000_900
+    now = [old]
+    for module in cache_module, store_module:
+        monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: now[0], sleep=time.sleep))
     blob_in(cache, OID, b"old")
+    now[0] = young
     blob_in(cache, p64(2), b"young")
-    old, young = time.time() - 500, time.time() - 100
-    os.utime(cache.path(OID, TID), (old, old))
-    os.utime(cache.path(p64(2), TID), (young, young))
     name = "s3blobs_cache_oldest_access_timestamp_seconds"
-    assert value(metrics, name) == pytest.approx(old, abs=0.01)
+    assert value(metrics, name) == old
+    now[0] += 100
     cache.get(OID, TID).release()
-    assert value(metrics, name) == pytest.approx(young, abs=0.01)
+    assert value(metrics, name) == young
 
 
 def test_a_file_that_cannot_be_written_is_an_error_once(cache, metrics, new_file):
     file = cache.new_file()
     os.unlink(file.path)
-    for write in lambda: file.write_at(b"data", 0), file.sync, file.clear, lambda: file.publish(OID, TID):
+    for write in lambda: file.write_at(b"data", 0), file.clear, lambda: file.publish(OID, TID):
         before = value(metrics, "s3blobs_cache_errors_total", operation="write")
         with pytest.raises(CacheError):
             write()
@@ -209,7 +215,7 @@ def test_a_miss_and_then_hits(fetcher, metrics, store):
     assert value(metrics, "s3blobs_cache_pinned_bytes") == 0
 
 
-def test_those_who_join_a_download_wait(s3, fetcher, metrics, store):
+def test_those_who_join_a_download_wait(one_byte_blocks, s3, fetcher, metrics, store):
     store(b"x" * 1000)
     s3.misbehave(operation="GetObject", hang=True)
     requested = [fetcher.request(OID, TID) for _ in range(5)]

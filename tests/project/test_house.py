@@ -16,6 +16,7 @@ LAYERS = [
     {
         "errors",
         "boot_id",
+        "digest",
         "identity",
         "inflight",
         "metrics",

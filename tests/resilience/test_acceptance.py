@@ -113,9 +113,9 @@ def insist_on_copy(service, bucket, copy, *args):
 def read(bucket, tmp_path):
     def read(oid, tid):
         target = Target(tmp_path / "target")
-        size = insist(bucket.get, oid, tid, target)
+        stored = insist(bucket.get, oid, tid, target)
         data = (tmp_path / "target").read_bytes()
-        assert size == len(data)
+        assert stored.size == len(data)
         return data
 
     return read

@@ -250,6 +250,28 @@ def test_a_read_only_cache_dir_serves_what_it_has(read_only, live):
     life.check_all_is_well()
 
 
+def test_a_client_that_vanishes_from_a_read_only_cache_dir_leaves_no_handler(read_only, live):
+    """Its temporary file cannot be deleted; what else it had is given back, and the next start deletes the file."""
+    context, _ = read_only
+    life = live()
+    server = life.server
+    before, connections = server.open_files(), figure(server, "zeo_connections")
+    client = server.client()
+    client._call("tpc_begin", 1, b"", b"", {}, None, " ")
+    client._async("storeBlobStart")
+    client._async("storeBlobChunk", b"half of it")
+    wait_for(lambda: leftovers(server))
+    with context():
+        client.close()
+        wait_for(lambda: figure(server, "zeo_connections") == connections)
+        wait_for(lambda: server.open_files() == before)
+        assert figure(server, "zeo_active_transactions") == 0
+        life.check_objects_go_on()
+    server.stop()
+    server.start()
+    life.check_all_is_well()
+
+
 def test_a_cache_dir_that_is_read_only_at_the_start_stops_it(read_only, live):
     context, code = read_only
     life = live()

@@ -33,7 +33,7 @@ def read(tmp_path):
 
     def read(bucket, tid=TID):
         target = Target(tmp_path / "target")
-        size = bucket.get(OID, tid, target)
+        size = bucket.get(OID, tid, target).size
         data = (tmp_path / "target").read_bytes()
         assert size == len(data)
         return data

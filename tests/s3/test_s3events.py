@@ -232,7 +232,7 @@ def test_that_an_object_is_not_there_is_no_failure(bucket, metrics, new_file, ta
 
 def test_that_an_empty_object_has_no_first_byte_is_no_failure(store, bucket, metrics, target):
     store(b"")
-    assert bucket.get(OID, TID, target) == 0
+    assert bucket.get(OID, TID, target).size == 0
     assert nonzero(metrics, OPERATIONS) == {"get": 2}
     assert nonzero(metrics, FAILURES) == nonzero(metrics, ATTEMPT_FAILURES) == {}
     check_nothing_is_under_way(metrics)
@@ -242,7 +242,7 @@ def test_a_body_that_breaks_off_is_a_failure_of_its_operation(s3, store, open_bu
     store(b"data")
     bucket = open_bucket(s3_max_attempts=3)
     s3.misbehave(operation="GetObject", truncate=1, times=2)
-    assert bucket.get(OID, TID, target) == 4
+    assert bucket.get(OID, TID, target).size == 4
     assert nonzero(metrics, OPERATIONS) == nonzero(metrics, ATTEMPTS) == {"get": 3}
     assert nonzero(metrics, FAILURES) == {("get", "connection"): 2}
     assert nonzero(metrics, ATTEMPT_FAILURES) == {("connection", "get"): 2}

@@ -7,6 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from ZODB.utils import p64
 
+from tests.support.counts import value
+from zodb_s3blobs.cache.files import Cache
+from zodb_s3blobs.digest import digest_of
 from zodb_s3blobs.fetch import Fetcher
 from zodb_s3blobs.metrics import Metrics
 from zodb_s3blobs.s3.download import PART
@@ -183,6 +186,103 @@ def test_nobody_sees_a_file_before_it_is_complete_and_verified(s3, open_fetcher,
     assert cache.get(OID, TID) is None
     s3.behave()
     assert read(requested.result(10)) == DATA
+
+
+def flip(path):
+    os.chmod(path, 0o600)
+    with open(path, "r+b") as file:
+        file.write(bytes([DATA[0] ^ 1]))
+
+
+DAMAGE = {
+    "cut short": lambda path: os.truncate(path, 999),
+    "empty": lambda path: os.truncate(path, 0),
+    "longer": lambda path: os.truncate(path, 1001),
+    "a flipped bit": flip,
+    "a directory": lambda path: (os.unlink(path), os.mkdir(path)),
+    "deleted": os.unlink,
+}
+
+
+@pytest.fixture
+def reopen(tmp_path, metrics):
+    """Opens the cache of the same directory again, as after a restart."""
+    opened = []
+
+    def reopen():
+        if opened:
+            opened[-1].close()
+        opened.append(Cache(tmp_path / "cache", 100 << 20, metrics))
+        return opened[-1]
+
+    yield reopen
+    opened[-1].close()
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("when", ["while it is served", "while the server is down"])
+def test_a_damaged_file_is_fetched_again(s3, open_fetcher, reopen, blob, metrics, damage, when):
+    cache = reopen()
+    open_fetcher(cache).fetch(OID, TID).release()
+    damage(cache.path(OID, TID))
+    fetcher = open_fetcher(reopen() if when == "while the server is down" else cache)
+    for _ in range(2):
+        assert read(fetcher.request(OID, TID).result(10)) == DATA
+    assert len(s3.requests("GetObject")) == 2
+    assert value(metrics, "s3blobs_cache_damaged_total") == (0 if damage is os.unlink else 1)
+
+
+@pytest.mark.parametrize("data", [DATA, os.urandom(2 << 20)], ids=["small", "large"])
+def test_what_an_earlier_process_left_is_a_hit_after_a_worker_has_read_it(
+    s3, open_bucket, reopen, bucket, new_file, metrics, data
+):
+    bucket.put(OID, TID, new_file(data))
+    for _ in range(2):
+        fetcher = Fetcher(open_bucket(), reopen(), metrics)
+        requested = [fetcher.request(OID, TID) for _ in range(5)]
+        assert [read(future.result(10)) for future in requested] == [data] * 5
+        fetcher.close()
+    assert value(metrics, "s3blobs_cache_hits_total") == 5
+    assert value(metrics, "s3blobs_cache_hit_bytes_total") == 5 * len(data)
+    assert sum(len(s3.requests(operation)) for operation in ("GetObject", "HeadObject")) == 1
+
+
+def test_whoever_asks_does_not_read_the_file(open_fetcher, reopen, blob, monkeypatch):
+    open_fetcher(reopen()).fetch(OID, TID).release()
+    cache = reopen()
+    assert cache.wait_until_read(10)
+    go_on, readers = threading.Event(), []
+
+    def slowly(*arguments):
+        readers.append(threading.current_thread().name)
+        assert go_on.wait(30)
+        return digest_of(*arguments)
+
+    monkeypatch.setattr("zodb_s3blobs.cache.store.digest_of", slowly)
+    fetcher = open_fetcher(cache)
+    requested = [fetcher.request(OID, TID) for _ in range(2)]
+    assert not any(future.done() for future in requested)
+    go_on.set()
+    assert [read(future.result(10)) for future in requested] == [DATA] * 2
+    assert readers == ["s3blobs download"]
+    assert fetcher.request(OID, TID).done()
+
+
+def test_an_object_without_sha256_is_compared_after_a_restart_as_well(
+    s3, open_fetcher, reopen, metrics, bucket_name, bucket
+):
+    s3.client.put_object(Bucket=bucket_name, Key=bucket.keys.key(OID, TID), Body=DATA)
+    s3.forget()
+    cache = reopen()
+    assert read(open_fetcher(cache).fetch(OID, TID)) == DATA
+    cache = reopen()
+    assert read(open_fetcher(cache).fetch(OID, TID)) == DATA
+    assert len(s3.requests("GetObject")) == 1
+    os.chmod(cache.path(OID, TID), 0o600)
+    cache.close()
+    flip(cache.path(OID, TID))
+    assert read(open_fetcher(reopen()).fetch(OID, TID)) == DATA
+    assert value(metrics, "s3blobs_cache_damaged_total") == 1
 
 
 def test_a_fetched_file_is_read_only(fetcher, blob):

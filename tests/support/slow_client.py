@@ -19,6 +19,8 @@ class SlowClient:
         self._socket.settimeout(60)
         self._socket.connect(address)
         self._number = 0
+        #: The names of the messages about blobs that it has taken.
+        self.received = []
         protocol = self._frame()
         self._encode, self._decode = encoder(protocol), decoder(protocol)
         self._write(protocol)
@@ -41,16 +43,44 @@ class SlowClient:
 
     def answer(self, number):
         """Take what comes before this answer, and return it."""
+        return self._take(number)[1]
+
+    def blob(self, number):
+        """Take what comes before this answer; return the bytes of a blob in it."""
+        return self._take(number)[0]
+
+    def blobs(self, numbers):
+        """Take what comes before these answers, in whatever order; return the blobs in it by oid."""
+        chunks, missing = {}, set(numbers)
+        while missing:
+            received, is_error, name, content = self._message()
+            if name == ".reply":
+                assert not is_error, content
+                missing.discard(received)
+            elif name == "receiveBlobChunk":
+                chunks.setdefault(content[0], []).append(content[2])
+        return {oid: b"".join(data) for oid, data in chunks.items()}
+
+    def _take(self, number):
+        chunks = []
         while True:
-            received, is_error, name, content = self._decode(self._frame())
+            received, is_error, name, content = self._message()
             if name == ".reply" and received == number:
                 assert not is_error, content
-                return content
+                return b"".join(chunks), content
+            if name == "receiveBlobChunk":
+                chunks.append(content[2])
+
+    def _message(self):
+        message = self._decode(self._frame())
+        if message[2].startswith("receiveBlob"):
+            self.received.append(message[2])
+        return message
 
     def begin_to_read(self, large):
         """Ask for the blob, and take no more than the beginning. Returns the number of the answer to come."""
         number = self.call("sendBlob", *large[1])
-        assert self._decode(self._frame())[2] == "receiveBlobStart"
+        assert self._message()[2] == "receiveBlobStart"
         return number
 
     def rest(self):
@@ -58,6 +88,8 @@ class SlowClient:
         chunks, answers = [], {}
         while frame := self._frame():
             number, _, name, content = self._decode(frame)
+            if name.startswith("receiveBlob"):
+                self.received.append(name)
             if name == "receiveBlobChunk":
                 chunks.append(content[2])
             elif name == ".reply":

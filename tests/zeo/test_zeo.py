@@ -396,7 +396,7 @@ def test_a_conflict_over_a_blob_leaves_nothing_behind(s3, bucket_name, server):
     write(db, "blob", b"one")
     other = server.db()
     one, two = transaction.TransactionManager(), transaction.TransactionManager()
-    for manager, database, data in (one, db, b"winner"), (two, other, b"loser" * MB):
+    for manager, database, data in (one, db, b"winner"), (two, other, b"loser" * 1000):
         with database.open(manager).root()["blob"].open("w") as file:
             file.write(data)
     one.commit()

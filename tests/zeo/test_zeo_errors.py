@@ -1,6 +1,7 @@
 """Whatever goes wrong in the server, a client is answered, with an exception that it can decode without boto3."""
 
 import asyncio
+import errno
 import inspect
 import json
 import os
@@ -10,7 +11,6 @@ import sys
 import textwrap
 import threading
 from concurrent.futures import Future
-from contextlib import contextmanager
 
 import botocore.exceptions
 import pytest
@@ -19,7 +19,7 @@ import urllib3.exceptions
 import ZEO.asyncio.client
 import ZODB.config
 from ZEO.ClientStorage import ClientStorage
-from ZEO.Exceptions import ClientDisconnected, ServerException
+from ZEO.Exceptions import ServerException
 from ZEO.StorageServer import StorageServer, run_in_thread
 from ZODB.POSException import (
     BTreesConflictError,
@@ -365,7 +365,7 @@ def fail(storage, errors):
         threading.Timer(0.001, future.set_exception, [error]).start()
         return future
 
-    def request_blob(oid, serial):
+    def request_blob(oid, serial, owner):
         if serial == p64(1):
             raise errors[u64(oid)]
         return late(errors[u64(oid)])
@@ -434,7 +434,7 @@ def test_what_is_no_exception_does_not_leave_a_client_waiting(address, storage, 
 
 
 def test_a_download_that_was_cancelled_is_an_error(client, storage):
-    def request_blob(oid, serial):
+    def request_blob(oid, serial, owner):
         future = Future()
         threading.Timer(0.001, future.cancel).start()
         return future
@@ -477,25 +477,34 @@ def test_so_it_is_when_it_comes_from_a_thread(client, storage):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs a file that can be opened and not read")
-def test_a_blob_that_cannot_be_read_leaves_nobody_waiting(address, storage, client):
-    name = commit_blob(client, os.urandom(LARGE))
-    stock_pinned = storage.pinned
-
-    @contextmanager
-    def pinned(requested, oid, serial):
-        with stock_pinned(requested, oid, serial) as path:
-            yield "/proc/self/mem" if unreadable else path
-
-    unreadable = False
-    storage.pinned = pinned
+@pytest.mark.parametrize("ways", [["cached_blob"], ["cached_blob", "pinned"]])
+def test_a_blob_that_cannot_be_read_is_fetched_again_and_leaves_nobody_waiting(address, storage, client, ways):
+    data = os.urandom(LARGE)
+    name = commit_blob(client, data)
+    for way in ways:
+        _break_files(storage, way)
     with SlowClient(address) as slow:
-        slow.answer(slow.call("sendBlob", *name))
-        slow.call("sendBlob", *name)
+        number = slow.call("sendBlob", *name)
+        if "pinned" in ways:
+            with pytest.raises(AssertionError, match=f"Cannot read /proc/self/mem: {os.strerror(errno.EIO)}"):
+                slow.answer(number)
+            assert slow.received == []
+        else:
+            assert slow.blob(number) == data
         slow.answer(slow.call("ping"))
-        unreadable = True
-        slow.call("sendBlob", *name)
-        slow.rest()  # has an end
-    with pytest.raises((StorageError, ClientDisconnected)):
-        client._call("sendBlob", *name)
-    unreadable = False
+    storage.__dict__.pop("cached_blob")
+    storage.__dict__.pop("pinned", None)
     assert len(blob(client, *name)) == LARGE
+
+
+def _break_files(storage, way):
+    """Let the method return files that can be opened and not read."""
+    stock = getattr(storage, way)
+
+    def broken(*arguments):
+        pin = stock(*arguments)
+        if pin is not None:
+            pin.path = "/proc/self/mem"
+        return pin
+
+    setattr(storage, way, broken)

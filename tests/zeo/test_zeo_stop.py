@@ -202,18 +202,18 @@ def test_a_signal_in_the_middle_of_a_message_does_no_harm(server_with):
     """It comes while the server prepares a part of the blob; the stock server loses that, and may send what follows."""
     server = server_with("""
         import signal
-        from zodb_s3blobs.zeo.handler import BlobHandler
+        from zodb_s3blobs.zeo.sending import SentBlob
 
-        read, parts = BlobHandler._read, 0
+        read, parts = SentBlob._read, 0
 
-        def read_interrupted(self, file):
+        def read_interrupted(self, size):
             global parts
             parts += 1
             if parts == 100:
                 signal.raise_signal(signal.SIGTERM)
-            return read(self, file)
+            return read(self, size)
 
-        BlobHandler._read = read_interrupted
+        SentBlob._read = read_interrupted
         """)
     data, name = store_large(server)
     with SlowClient(server.address) as client:

@@ -3,9 +3,12 @@
     {directory}/tmp/                                   the temporary files of ZODB and ZEO
     {directory}/incoming/                              blobs on their way into the bucket or into the cache, and what
                                                        has been evicted but not yet deleted
+    {directory}/index                                  which blobs it has, with their checksums: see journal.py
+    {directory}/warm/                                  blobs that a command has fetched: see warmed.py
     {directory}/blobs/{last byte of oid}/{oid}.{tid}.blob
 
-The modification time of a file is the time of its last use, so that the order of eviction survives a restart.
+The modification time of a file follows from its name, so that a file that is changed afterwards, or replaced by
+another, is seen without reading it.
 """
 
 import errno
@@ -14,7 +17,7 @@ import logging
 import os
 import shutil
 import stat
-import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +39,20 @@ _LOCK_FILE = ".zodb-s3blobs.lock"
 
 #: The folder of the cache directory that holds the blobs.
 _BLOBS = "blobs"
+
+_INDEX = "index"
+
+#: The folder of the cache directory with what `warm` has fetched.
+WARM = "warm"
+
+#: The names in a cache directory that a server has not used yet.
+_BEFORE_USE = ("lost+found", WARM)
+
+#: The largest block of a file system; what a network file system tells beyond it is how much it sends at once.
+_LARGEST_BLOCK = 64 << 10
+
+#: The earliest modification time of a file, in seconds: the beginning of 2000.
+_EPOCH = 946_684_800
 
 #: Error of a write -> advice.
 _ADVICE = {
@@ -59,6 +76,39 @@ def path_in(directory: str | os.PathLike[str], oid: bytes, tid: bytes) -> str:
     return os.path.join(directory, _BLOBS, f"{oid[-1]:02x}", f"{oid.hex()}.{tid.hex()}.blob")
 
 
+def blob_files(directory: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
+    """Yield the files that the cache ``directory`` has, folder by folder. Raises OSError."""
+    with os.scandir(os.path.join(directory, _BLOBS)) as folders:
+        for folder in folders:
+            try:
+                with os.scandir(folder.path) as files:
+                    yield from files
+            except (FileNotFoundError, NotADirectoryError):
+                pass  # evicted meanwhile, or not a folder of the cache
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise CacheDirectoryError if the directory ``path`` is neither a cache nor empty."""
+    if predecessor.is_cache(path):
+        raise CacheDirectoryError(
+            f"{path} holds the cache of {predecessor.NAME}: name a new directory, and delete this one when nothing "
+            f"uses it any more"
+        )
+    if not (path / _LOCK_FILE).exists():
+        strangers = [name for name in os.listdir(path) if name not in _BEFORE_USE]
+        if strangers:
+            raise CacheDirectoryError(
+                f"{path} is not empty and is not a blob cache (it holds {sorted(strangers)[0]!r}): name an empty or "
+                f"new directory"
+            )
+
+
+def cannot_write(path: str | os.PathLike[str], error: OSError) -> CacheError:
+    """Return the error of a failed write below the cache directory ``path``, with advice."""
+    advice = _ADVICE.get(error.errno or 0, "check its permissions")
+    return CacheError(f"Cannot write to cache-dir {path}: {error.strerror}; {advice}")
+
+
 class CacheDirectory:
     """The directory at ``path``, made if missing, which belongs to this object alone until `close`.
 
@@ -70,6 +120,7 @@ class CacheDirectory:
         self.path = Path(path).absolute()
         self.temporary = self.path / "tmp"
         self.incoming = self.path / "incoming"
+        self.index = self.path / _INDEX
         self._blobs = self.path / _BLOBS
         self._aside = itertools.count()
         self._metrics = metrics
@@ -84,7 +135,7 @@ class CacheDirectory:
         """Make the directory, or refuse one that is not a cache; lock it."""
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._refuse_foreign()
+            refuse_foreign(self.path)
             return zc.lockfile.LockFile(str(self.path / _LOCK_FILE))
         except zc.lockfile.LockError:
             raise CacheDirectoryError(
@@ -95,20 +146,6 @@ class CacheDirectory:
         except OSError as error:
             raise CacheDirectoryError(f"{self.path} cannot be used: {error.strerror or error}") from error
 
-    def _refuse_foreign(self) -> None:
-        if predecessor.is_cache(self.path):
-            raise CacheDirectoryError(
-                f"{self.path} holds the cache of {predecessor.NAME}: name a new directory, and delete this one when "
-                f"nothing uses it any more"
-            )
-        if not (self.path / _LOCK_FILE).exists():
-            strangers = [name for name in os.listdir(self.path) if name != "lost+found"]
-            if strangers:
-                raise CacheDirectoryError(
-                    f"{self.path} is not empty and is not a blob cache (it holds {sorted(strangers)[0]!r}): name an "
-                    f"empty or new directory"
-                )
-
     def _prepare(self) -> None:
         """Delete the temporary files of a crashed process, and make the folders. The caller holds the lock."""
         self._mode = stat.S_IMODE(self.path.stat().st_mode)
@@ -117,6 +154,10 @@ class CacheDirectory:
                 shutil.rmtree(directory)
         for directory in (self.temporary, self.incoming, self._blobs):
             directory.mkdir(mode=self._mode, exist_ok=True)
+        if self.index.is_symlink() or (self.index.exists() and not self.index.is_file()):
+            os.rename(self.index, self.incoming / _INDEX)
+        #: The bytes that each file takes a multiple of.
+        self.block = block_of(self._blobs)
         # Readable for all who may read the directory, and read-only, since a blob never changes.
         self._file_mode = stat.S_IMODE(self._blobs.stat().st_mode) & 0o444
         if self._mode & 0o007:
@@ -132,22 +173,17 @@ class CacheDirectory:
         """Return the path that the blob's file has if it is in the cache."""
         return path_in(self.path, *name)
 
-    def found(self) -> list[tuple[Revision, int]]:
-        """Return the files of earlier runs with their sizes, the least recently used first."""
-        found = []
+    def files(self) -> Iterator[list[Revision]]:
+        """Yield the blobs whose files are there, folder by folder."""
         for folder in self._entries(self._blobs):
+            found = []
             for entry in self._entries(folder.path):
                 name = _parse(entry.name)
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                if name is None or entry.path != self.file(name) or not stat.S_ISREG(status.st_mode):
+                if name is None or entry.path != self.file(name) or not entry.is_file(follow_symlinks=False):
                     logger.warning("Ignoring %s: it is not a file of the cache. Move it out of cache-dir", entry.path)
                 else:
-                    found.append((status.st_mtime_ns, name, status.st_size))
-        found.sort()
-        return [(name, size) for _, name, size in found]
+                    found.append(name)
+            yield found
 
     def _entries(self, directory: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
         try:
@@ -157,45 +193,43 @@ class CacheDirectory:
             pass  # evicted meanwhile, or not a folder of the cache
         except OSError as error:
             self._metrics.cache_errors.labels("read").inc()
-            logger.error("Cannot read %s: %s; its files do not count towards cache-size", directory, error)
+            logger.error("Cannot read %s: %s; files in it that nobody needs are not deleted", directory, error)
 
-    def size_of(self, name: Revision) -> int | None:
-        """Return the size in bytes of the blob's file; None if it is missing, unreadable, or not a regular file."""
-        path = self.file(name)
+    def damage(self, name: Revision, size: int, is_marked: bool) -> str | None:
+        """Return why the blob's file, of ``size`` bytes, must not be served; None if nothing speaks against it.
+
+        ``is_marked``: `mark` was called. Does not read the file. Raises FileNotFoundError if it is missing.
+        """
         try:
-            status = os.lstat(path)
+            status = os.lstat(self.file(name))
         except FileNotFoundError:
-            return None
-        except OSError as error:  # the blob is in the bucket as well
-            self._metrics.cache_errors.labels("read").inc()
-            logger.error("Cannot read %s: %s", path, error)
-            return None
-        return status.st_size if stat.S_ISREG(status.st_mode) else None
+            raise
+        except OSError as error:
+            return str(error)
+        if not stat.S_ISREG(status.st_mode):
+            return "it is not a regular file"
+        if status.st_size != size:
+            return f"it has {status.st_size} bytes in place of {size}"
+        if is_marked and status.st_mtime != _time_of(name):
+            return "it was changed or replaced"
+        if not status.st_mode & stat.S_IRUSR:
+            return "it is not readable"
+        return None
 
-    def touch(self, filename: str) -> None:
-        """Set the time of the last use of ``filename`` to now."""
-        now = time.time_ns()
-        try:
-            os.utime(filename, ns=(now, now))
-        except OSError:
-            pass  # the file system is read-only: only the order of eviction after the next start suffers
-
-    def last_use(self, name: Revision) -> float:
-        """Return the time of the file's last use, in seconds since 1970; 0 if the file is missing."""
-        try:
-            return os.stat(self.file(name)).st_mtime
-        except FileNotFoundError:
-            return 0
-
-    def protect(self, filename: str) -> None:
-        """Set the mode of ``filename`` to that of files in the cache: read-only."""
+    def mark(self, filename: str, name: Revision) -> None:
+        """Give ``filename``, which has the right bytes, the mode and the modification time of the blob's file."""
         os.chmod(filename, self._file_mode)
+        os.utime(filename, (_time_of(name), _time_of(name)))
 
     def move_in(self, filename: str, name: Revision) -> None:
         """Rename ``filename`` to the path of the blob's file."""
         path = self.file(name)
         os.makedirs(os.path.dirname(path), mode=self._mode, exist_ok=True)
-        os.replace(filename, path)
+        try:
+            os.replace(filename, path)
+        except IsADirectoryError:
+            self.put_aside(name)
+            os.replace(filename, path)
 
     def put_aside(self, name: Revision) -> str | None:
         """Rename the blob's file, so that it is not in the cache any more; return its path. None if that fails."""
@@ -232,8 +266,18 @@ class CacheDirectory:
             raise
         except OSError as error:
             self._metrics.cache_errors.labels("write").inc()
-            advice = _ADVICE.get(error.errno or 0, "check its permissions")
-            raise CacheError(f"Cannot write to cache-dir {self.path}: {error.strerror}; {advice}") from error
+            raise cannot_write(self.path, error) from error
+
+
+def block_of(path: str | os.PathLike[str]) -> int:
+    """Return the bytes that each file in the directory ``path`` takes a multiple of."""
+    block = os.statvfs(path).f_frsize
+    return block if 0 < block <= _LARGEST_BLOCK else 4096
+
+
+def _time_of(name: Revision) -> int:
+    # Even, as coarse file systems keep it.
+    return _EPOCH + 2 * (zlib.crc32(name[0] + name[1]) >> 5)
 
 
 def _parse(filename: str) -> Revision | None:

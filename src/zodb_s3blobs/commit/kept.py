@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ..cache.files import Incoming
-from ..s3.download import PART, SHA256, digest_of
+from ..digest import SHA256, digest_of
+from ..s3.download import PART
 
 #: The least bytes of a blob that is kept; to send a smaller one takes hardly longer than to copy it.
 WORTH_KEEPING = 1 << 20

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from ..cache.files import Cache, Pin
+from ..cache.files import Cache
+from ..cache.store import Pin
 from ..inflight import InFlight
 from ..metrics import Metrics
 from ..s3.bucket import Bucket

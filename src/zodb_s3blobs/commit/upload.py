@@ -5,6 +5,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ..cache.files import Incoming
+from ..digest import SHA256, digest_of
 from ..revision import Revision
 from ..s3.errors import BlobNotFound, BucketError
 from .kept import WORTH_KEEPING
@@ -62,12 +63,10 @@ class Upload(Storable):
         self.check_wanted()
         bucket = self._services.bucket
         self.written.add(name)
-        if self.stored is None:
-            self.file.sync()
         source = self._source()
         if source is None or not self._copied(source, name):
             self.digest = bucket.put(*name, self.file.path, self.check_wanted, self.digest)
-        self.stored, self._key = name, bucket.keys.key(*name)
+        self.stored, self._key, self.file.digest = name, bucket.keys.key(*name), self.digest
 
     def _source(self) -> str | None:
         """Return the key of a whole copy in the bucket; None if there is none."""
@@ -124,8 +123,7 @@ class Restoration(Upload):
         if self._services.bucket.find(*name, self.file.path) is None:
             super().store(name)
         else:
-            self.file.sync()
-            self.stored = name
+            self.stored, self.file.digest = name, digest_of(SHA256, self.file.path)
 
 
 class UndoCopy(Storable):

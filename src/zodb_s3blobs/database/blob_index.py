@@ -35,6 +35,11 @@ _NAMED = """
     FROM named LEFT JOIN held USING (oid, tid)
 """
 
+_NEWEST = """
+    SELECT oid, tid, size, archived FROM (SELECT oid, max(tid) AS tid FROM named GROUP BY oid)
+    LEFT JOIN held USING (oid, tid) ORDER BY tid DESC, oid
+"""
+
 
 class Inventory:
     """The blobs of a database and of a bucket. Belongs to one thread, until `close`."""
@@ -73,6 +78,11 @@ class Inventory:
         for oid, tid, size, archived, candidates in self._tables.execute(_NAMED):
             tids = map(bytes.fromhex, sorted(candidates.split(","))) if candidates else ()
             yield Named(oid, tid, size, bool(archived), tuple(tids))
+
+    def newest(self) -> Iterator[Named]:
+        """Yield the last blob that the database names of each object, the newest first."""
+        for oid, tid, size, archived in self._tables.execute(_NEWEST):
+            yield Named(oid, tid, size, bool(archived))
 
     def is_named(self, oid: bytes, tid: bytes) -> bool:
         """Return whether the database names blob (oid, tid)."""

@@ -244,16 +244,19 @@ class Survey:
         work: Callable[[Named], Outcome],
         bucket: Bucket,
         threads: int,
+        blobs: Collection[Named] | None = None,
     ) -> Report:
         """Return the report of ``work`` on each blob, in ``threads`` threads; ``what``: its name for the progress bar.
+
+        ``blobs``: which ones, by default all that the database names.
 
         The pass ends early when ``bucket`` does not answer, or after `_GIVE_UP_AFTER` failures in a row.
         """
         report = Report()
         failures = 0  # in a row
         with (
-            showing(what, "blobs", len(self.inventory)) as progress,
-            closing(in_parallel(work, self.inventory.named(), threads)) as outcomes,
+            showing(what, "blobs", len(self.inventory if blobs is None else blobs)) as progress,
+            closing(in_parallel(work, self.inventory.named() if blobs is None else blobs, threads)) as outcomes,
         ):
             for outcome in outcomes:
                 report.add(outcome)

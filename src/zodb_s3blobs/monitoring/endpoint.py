@@ -12,6 +12,7 @@ import logging
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 from prometheus_client import MetricsHandler
 
 from ..errors import S3BlobsError
+from ..openfiles import Listener
 from .exporter import Exported, Exporter
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,9 @@ _SOCKET_TIMEOUT = 10.0
 
 #: The most connections: each takes a file and a thread, which the server needs for its clients.
 _MAX_CONNECTIONS = 64
+
+#: Seconds before the next try to accept a connection for which there was no file.
+_PAUSE = 1.0
 
 #: Path -> description of the answer.
 _PATHS = {
@@ -140,7 +145,17 @@ class _Server(socketserver.ThreadingTCPServer):
         self._connections: dict[int, socket.socket] = {}  # in the order of their arrival
         self._numbers = itertools.count()
         self._changing = threading.Lock()
+        self._listener = Listener("The metrics endpoint")
         super().__init__(*args)
+
+    def get_request(self) -> Any:
+        """Accept a connection. While that is impossible, pause: `serve_forever` would try again without an end."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if self._listener.explains(error):
+                time.sleep(_PAUSE)
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve one connection; close the oldest one if there are more than `_MAX_CONNECTIONS`."""

@@ -7,8 +7,9 @@ for a blob that the bucket does not have, `BucketError` for every other failure 
 
 import os
 
+from ..digest import SHA256, digest_of
 from .control import ControlObjects
-from .download import SHA256, Stored, digest_of, stored_in
+from .download import Stored, stored_in
 from .errors import BlobMismatch, BlobNotFound
 
 

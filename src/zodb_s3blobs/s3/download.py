@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import botocore.exceptions
 
+from ..digest import SHA256, digest_of
 from .errors import BlobDamaged, BucketError
 from .objects import READ, Objects
 
@@ -22,9 +23,6 @@ logger = logging.getLogger(__name__)
 
 #: A blob up to this many bytes is read with one request; larger ones in parallel ranges of this size.
 PART = 8 << 20
-
-#: The name of the metadata entry with the checksum, and the algorithm.
-SHA256 = "sha256"
 
 
 class TransferCorrupt(Exception):
@@ -79,8 +77,8 @@ class Downloads(Objects):
         """
         return self._open_range(self.keys.key(oid, tid), 0, PART)
 
-    def get(self, oid: bytes, tid: bytes, file: Target, opened: "Opened | None" = None) -> int:
-        """Write blob (oid, tid) into the empty ``file``; return its size in bytes.
+    def get(self, oid: bytes, tid: bytes, file: Target, opened: "Opened | None" = None) -> Stored:
+        """Write blob (oid, tid) into the empty ``file``; return its size and the checksum that it has.
 
         ``opened``: the answer that `open` returned, if it was called. Sends one request for up to `PART` bytes, else
         one per range, in parallel. On return, size and checksum are verified. Raises BlobNotFound, BucketError, or the
@@ -92,7 +90,7 @@ class Downloads(Objects):
         self._metrics.download_size.observe(stored.size)
         if not stored.is_proven:
             self._metrics.download_unproven.inc()
-        return stored.size
+        return stored
 
     def _get_verified(self, key: str, file: Target, most: int | None = None, opened: "Opened | None" = None) -> Stored:
         answers = [opened] if opened is not None else []
@@ -257,14 +255,6 @@ class _Both:
     def write_at(self, data: bytes, position: int) -> None:
         for sink in self._sinks:
             sink.write_at(data, position)
-
-
-def digest_of(name: str, filename: str) -> str:
-    digest = hashlib.new(name, usedforsecurity=False)
-    with open(filename, "rb") as file:
-        for chunk in iter(lambda: file.read(READ), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def stored_in(answer: dict[str, Any]) -> Stored:

@@ -18,10 +18,11 @@ from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.subscribers import BaseSubscriber
 from s3transfer.utils import OSUtils
 
+from ..digest import SHA256, digest_of
 from ..metrics import Metrics
 from ..workers import DaemonPool
 from .client import BucketSettings
-from .download import PART, SHA256, Downloads, digest_of, md5_of, sha256_in
+from .download import PART, Downloads, md5_of, sha256_in
 from .errors import NOT_IMPLEMENTED, BlobDamaged, BlobNotFound, BucketError, TransferCancelled, local_file
 
 logger = logging.getLogger(__name__)

@@ -11,15 +11,10 @@ go to worker threads. Everything here runs on the loop thread unless it says oth
 
 import functools
 import logging
-import math
-import sys
-import time
-from collections.abc import Callable, Generator
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, BinaryIO
+from collections.abc import Callable
+from typing import Any
 
 import zope.event
-from ZEO.asyncio.server import Delay
 from ZEO.StorageServer import Serving, never_resolve_conflict
 from ZODB.DemoStorage import DemoStorage
 from ZODB.interfaces import IStorage
@@ -27,20 +22,14 @@ from ZODB.POSException import POSKeyError, StorageError
 
 from ..bases.adapter import innermost
 from ..monitoring import zeostats
+from ..openfiles import Listener
 from ..storage import S3BlobStorage
 from . import errors, startlog
+from .sending import SendingHandler, SentBlob
 from .stop import Stop
 from .voting import VotingHandler, is_id
 
-if TYPE_CHECKING:
-    from ZEO.StorageServer import ZEOStorage as _Stock
-else:
-    _Stock = object  # the class of the handler that is taken over comes second, see `_handler_class`
-
 logger = logging.getLogger(__name__)
-
-#: How many bytes of a blob go into one message to a client, as in ZEO.
-_CHUNK = 59000
 
 
 def install() -> None:
@@ -65,6 +54,9 @@ def _serving(event: Any) -> None:
         if getattr(server, "client_conflict_resolution", False):
             # ZEO sets this on the outermost storage, but it is the innermost one that resolves conflicts.
             innermost(blobs.base).tryToResolveConflict = never_resolve_conflict
+    loop = getattr(server.acceptor, "event_loop", None)
+    if loop is not None:
+        _explain_refusals(loop)
     stop = Stop(server, ours)
     stop.on_signals()
     stock = server.create_client_handler
@@ -75,6 +67,17 @@ def _serving(event: Any) -> None:
         return handler
 
     server.create_client_handler = create_client_handler
+
+
+def _explain_refusals(loop: Any) -> None:
+    """Have the log say what to do when no more clients can be accepted; asyncio tries again every second."""
+    listener = Listener("The ZEO server")
+
+    def handle(loop: Any, context: dict[str, Any]) -> None:
+        if "socket" not in context or not listener.explains(context.get("exception")):
+            loop.default_exception_handler(context)
+
+    loop.set_exception_handler(handle)
 
 
 def _find(name: str, storage: Any) -> "tuple[S3BlobStorage, type] | None":
@@ -142,59 +145,19 @@ def _handler_class(mixin: type, stock: type) -> type:
     return type(f"S3{mixin.__name__}", (mixin, stock), {})
 
 
-def _when_found(handler: Any, requested: Future, oid: bytes, serial: bytes, send: Callable[[Future], None]) -> None:
-    """Call ``send`` on the loop with ``requested``, when that is done, or with what was asked for instead of it."""
-
-    def ask_again(requested: Future) -> None:
-        try:
-            repeated = handler.blobs.request_repeated(requested, oid, serial)
-        except Exception as error:  # of the base
-            requested = Future()
-            requested.set_exception(error)
-            repeated = None
-        if repeated is None:
-            send(requested)
-        else:
-            repeated.add_done_callback(lambda done: handler.call_soon_threadsafe(send, done))
-
-    requested.add_done_callback(lambda done: handler.call_soon_threadsafe(ask_again, done))
-
-
-class DemoHandler(_Stock):
+class DemoHandler(SendingHandler):
     """The handler of a client of a demostorage that reads the blobs of one of our storages, in place of the stock one.
 
     It stores into its changes, which are none of our business.
     """
 
-    blobs: S3BlobStorage
     storage: Any
-    #: For `stop.Stop`, which waits for blobs that are being sent.
-    sending = ()
-    blob_written = -math.inf
-
-    def bind_storage(self, blobs: S3BlobStorage) -> None:
-        """Serve a client that has chosen a demostorage around ``blobs``."""
-        self.blobs = blobs
 
     def sendBlob(self, oid: bytes, serial: bytes) -> Any:
-        """Have a blob of our storage in the cache before the stock method asks for it."""
-        stock = super().sendBlob
+        """Send a blob of the changes as in ZEO, and one of our storage as `BlobHandler` does."""
         if self._is_changed(oid, serial):
-            return stock(oid, serial)
-        delay = Delay()
-
-        def send(requested: Future) -> None:
-            try:
-                errors.check(requested)
-                with self.blobs.pinned(requested, oid, serial):
-                    stock(oid, serial)
-            except Exception:
-                delay.error(sys.exc_info())
-            else:
-                delay.reply(None)
-
-        _when_found(self, self.blobs.request_blob(oid, serial), oid, serial, send)
-        return delay
+            return super().sendBlob(oid, serial)
+        return SentBlob(self, oid, serial)
 
     def _is_changed(self, oid: bytes, serial: bytes) -> bool:
         try:
@@ -204,87 +167,20 @@ class DemoHandler(_Stock):
         return True
 
 
-class BlobHandler(VotingHandler):
+class BlobHandler(SendingHandler, VotingHandler):
     """The handler of a client of one of our storages; a mixin of the server's own handler class."""
-
-    #: The blobs on their way to the client: the messages, and the file that they are read from.
-    sending: list[tuple[Generator[tuple[str, tuple], None, None], BinaryIO]]
-    #: When the last message of a blob was written to the connection, a reading of `time.monotonic`.
-    blob_written = -math.inf
-
-    def bind_storage(self, blobs: S3BlobStorage) -> None:
-        """Serve a client that has chosen the storage ``blobs``, which the server may have in wrappers."""
-        self.blobs = blobs
-        self.sending = []
-        stock_close = self.connection.close
-
-        def close() -> Any:
-            # Without this the commit lock would leak: ZEO forgets the handler when the server is the one to close,
-            # as it does after transaction-timeout.
-            result = stock_close()
-            if self.connected:
-                self.notify_disconnected()
-            return result
-
-        self.connection.close = close
 
     def notify_disconnected(self) -> None:
         """Clean up after a client that is gone, possibly in the middle of a blob."""
         self.drop_tempfile()
         self.cancel_answer()
-        for messages, file in self.sending:  # or a deleted file would take its room until Python's garbage collection
-            messages.close()
-            file.close()
         super().notify_disconnected()
-
-    # Reading
 
     def sendBlob(self, oid: bytes, serial: bytes) -> Any:
         """Send a cached blob at once, another when it has been fetched, whole and verified."""
         if not (is_id(oid) and is_id(serial)):
             raise StorageError("The oid and the tid of a blob are 8 bytes each")
-        pin = self.blobs.request_blob(oid, serial)
-        if pin.done() and not pin.cancelled() and pin.exception() is None:
-            return self._send(oid, serial, pin)
-        delay = Delay()
-        _when_found(self, pin, oid, serial, functools.partial(self._send_later, delay, oid, serial))
-        return delay
-
-    def _send_later(self, delay: Delay, oid: bytes, serial: bytes, pin: Future) -> None:
-        try:
-            self._send(oid, serial, pin)
-        except Exception:
-            delay.error(sys.exc_info())
-        else:
-            delay.reply(None)
-
-    def _send(self, oid: bytes, serial: bytes, requested: Future) -> None:
-        errors.check(requested)
-        with self.blobs.pinned(requested, oid, serial) as path:
-            file = open(path, "rb")  # noqa: SIM115 (closed when all of it has been sent)
-        if self.connected:
-            messages = self._messages(oid, serial, file)
-            self.sending = [(sent, read) for sent, read in self.sending if not read.closed] + [(messages, file)]
-            self.connection.call_async_iter(messages)
-        else:
-            file.close()
-
-    def _messages(self, oid: bytes, serial: bytes, file: BinaryIO) -> Generator[tuple[str, tuple], None, None]:
-        """Yield the messages that ZEO sends a client that has asked for a blob."""
-        with file:
-            yield "receiveBlobStart", (oid, serial)
-            while chunk := self._read(file):
-                yield "receiveBlobChunk", (oid, serial, chunk)
-            yield "receiveBlobStop", (oid, serial)
-        self.blob_written = time.monotonic()
-
-    def _read(self, file: BinaryIO) -> bytes:
-        try:
-            return file.read(_CHUNK)
-        except OSError:
-            # The answer may be behind this in the queue of the connection, and then never get out of it.
-            self.connection.loop.call_soon(self.connection.close)
-            raise
+        return SentBlob(self, oid, serial)
 
     def _pack_impl(self, time: float) -> None:
         """Pack in a thread, as ZEO does; the client is told of every end."""

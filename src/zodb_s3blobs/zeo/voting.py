@@ -22,11 +22,14 @@ from ZODB.utils import z64
 from ..commit.pending import Pending
 from ..commit.staging import Staged
 from ..commit.tids import GRACE, ROUNDS, Reservation
+from ..openfiles import RAISE_THEIR_NUMBER, TOO_MANY_FILES
 from ..s3.download import PART
 from ..storage import S3BlobStorage
 from ..vote import Vote
 from ..workers import Completion
 from . import errors
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from ZEO.StorageServer import ZEOStorage as _Stock
@@ -56,7 +59,12 @@ class VotingHandler(_Stock):
     locked_since: float | None = None
 
     def tpc_begin(self, id: int, user: Any, description: Any, ext: Any, tid: Any = None, status: str = " ") -> None:
-        super().tpc_begin(id, user, description, ext, tid, status)
+        try:
+            super().tpc_begin(id, user, description, ext, tid, status)
+        except OSError as error:  # it has a temporary file for the records; ZEO closes the connection
+            if error.errno in TOO_MANY_FILES:
+                logger.error("A client cannot begin a transaction: %s", RAISE_THEIR_NUMBER)
+            raise
         if self.pending is None:
             self.pending = self.blobs.new_pending()
 
@@ -120,6 +128,8 @@ class VotingHandler(_Stock):
                 os.unlink(filename)
             except FileNotFoundError:
                 pass
+            except OSError as error:  # the client may be gone: what follows must go on
+                logger.warning("Cannot delete %s: %s; the next start of the server does", filename, error.strerror)
 
     # Before the commit lock
 
