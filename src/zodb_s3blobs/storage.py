@@ -72,7 +72,7 @@ class S3BlobStorage:
     def __init__(self, base: Any, components: Components) -> None:
         self.base = base
         self.fshelper = CacheFiles(components.cache)
-        self._adapter = adapter_for(base)
+        self._base_adapter = adapter_for(base)
         self._components = components
         self._owns_components = True
         self._pending: Pending | None = None  # the blobs of the transaction that the base is committing
@@ -118,7 +118,7 @@ class S3BlobStorage:
     @property
     def not_for_zeo(self) -> str | None:
         """The reason why a ZEO server cannot serve the base; None if it can."""
-        return self._adapter.not_for_zeo
+        return self._base_adapter.not_for_zeo
 
     def new_instance(self) -> "S3BlobStorage":
         """IMVCCStorage: a storage around a new instance of the base, with the same parts."""
@@ -146,13 +146,13 @@ class S3BlobStorage:
             self.base.tpc_begin(transaction, *args, **kwargs)
         if self._pending is not None:  # RelStorage gives a transaction up by itself when something fails
             self._end_aborted(self._pending)
-        self._pending = arrived or Pending(self._components.commits, self._adapter.shared)
+        self._pending = arrived or Pending(self._components.commits, self._base_adapter.shared)
         self._pending.begin(transaction)
         restored = args[0] if args else kwargs.get("tid")
         if restored is not None:
             try:
                 with as_storage_error():
-                    self._pending.begin_restoring(restored, self._adapter.restoring())
+                    self._pending.begin_restoring(restored, self._base_adapter.restoring())
             except BaseException:
                 self.tpc_abort(transaction)
                 raise
@@ -171,7 +171,7 @@ class S3BlobStorage:
                 if self._vote is not None:  # ZEO stores the blobs that it has received when it votes
                     self._vote.fail(error)
                 raise
-            self._adapter.mark_has_blobs()
+            self._base_adapter.mark_has_blobs()
 
     def restoreBlob(
         self, oid: bytes, serial: bytes, data: bytes, blobfilename: str, prev_txn: bytes | None, transaction: Any
@@ -199,7 +199,7 @@ class S3BlobStorage:
         """Undo a transaction in the base; blobs go back together with their records."""
         if self._pending is not None and self._pending.restored is not None:  # what is at its tid would be written over
             raise StorageTransactionError("A transaction that is restored cannot undo another one")
-        result, revisions = self._adapter.undo(transaction_id, transaction)
+        result, revisions = self._base_adapter.undo(transaction_id, transaction)
         for oid, tid, record in revisions:
             if self.is_blob_record(record):
                 self._committing(transaction).undo(oid, tid, repeated(self.base, oid, tid))
@@ -216,7 +216,7 @@ class S3BlobStorage:
         if staged is not None:  # large blobs, so that the base locks its database for no more than a copy of them
             vote.wait(staged)
         result = self.base.tpc_vote(transaction)
-        vote.uploads = pending.vote(self._adapter.committing_tid())
+        vote.uploads = pending.vote(self._base_adapter.committing_tid())
         if vote.uploads is not None:
             self.metrics.commit_lock_waits.labels(pending.waits_for()).inc()
             if self._vote is None:
@@ -226,12 +226,12 @@ class S3BlobStorage:
 
     def new_pending(self) -> Pending:
         """Return what takes the blobs of a transaction before it begins in the base; `Pending.abort` must end it."""
-        return Pending(self._components.commits, self._adapter.shared)
+        return Pending(self._components.commits, self._base_adapter.shared)
 
     @property
     def reserves_tids(self) -> bool:
         """True if the base takes the tid of a transaction, so that its blobs need not wait for the commit lock."""
-        return self._adapter.takes_tid
+        return self._base_adapter.takes_tid
 
     @property
     def tids(self) -> Tids:
@@ -297,7 +297,7 @@ class S3BlobStorage:
     def copyTransactionsFrom(self, other: Any) -> None:
         """Copy all transactions of the storage ``other``, with their blobs. Waits for S3."""
         try:
-            self._adapter.copy(other, self)
+            self._base_adapter.copy(other, self)
         except BaseException:
             if self._pending is not None:
                 self.tpc_abort(self._pending.transaction)
@@ -356,7 +356,7 @@ class S3BlobStorage:
             except BlobNotFound as error:
                 # A client may have kept the record of a revision that has been packed away since.
                 # So may a connection that is older than the pack have: what it sees is not what there is now.
-                with self._adapter.revisions() as revisions:
+                with self._base_adapter.revisions() as revisions:
                     lost = is_live(revisions, oid, serial)
                 if lost:
                     self.metrics.missing_blobs.inc()
@@ -422,12 +422,12 @@ class S3BlobStorage:
             raise ReadOnlyError()  # RelStorage would pack all the same
         if gc is not None:
             options["gc"] = gc
-        with as_storage_error("The database was not packed. "), self._adapter.revisions() as revisions:
+        with as_storage_error("The database was not packed. "), self._base_adapter.revisions() as revisions:
             self._components.collector.before_pack(revisions)
         result = self.base.pack(pack_time, referencesf, **options)
         with (
             as_storage_error("The database was packed, but not all dead blobs were deleted. "),
-            self._adapter.revisions() as revisions,
+            self._base_adapter.revisions() as revisions,
         ):
             self._components.collector.collect(revisions, gently=True)
         return result
@@ -437,7 +437,7 @@ class S3BlobStorage:
 
         For a process that serves no clients meanwhile. The errors are those of `garbage.Collector.collect`.
         """
-        with self._adapter.revisions() as revisions:
+        with self._base_adapter.revisions() as revisions:
             return self._components.collector.collect(revisions)
 
 

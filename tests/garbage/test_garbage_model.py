@@ -344,7 +344,7 @@ class Model(RuleBasedStateMachine):
 
     def adopt(self):
         """Give the prefix to the owner's database, as the command does, if it has it not."""
-        bucket, kind = self.owner.storage._components.bucket, self.owner.storage._adapter
+        bucket, kind = self.owner.storage._components.bucket, self.owner.storage._base_adapter
         note = bucket.read_owner()
         if note is not None and why_not(note, kind.identity(), kind, self.owner.storage._components.lease._owner):
             take_prefix(kind, bucket, note, "1")
@@ -464,7 +464,7 @@ class Model(RuleBasedStateMachine):
         txn = TransactionMetaData()
         storage.tpc_begin(txn)
         storage.storeBlob(oid, serial, RECORD, self.owner.blob_file(data), "", txn)
-        self.end(storage, txn, (oid, storage._adapter.committing_tid()), data, finishes)
+        self.end(storage, txn, (oid, storage._base_adapter.committing_tid()), data, finishes)
 
     def restore(self, oid, tid, finishes):
         """A transaction that brings back a dead revision, as copyTransactionsFrom would."""

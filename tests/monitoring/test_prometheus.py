@@ -49,6 +49,7 @@ class Load:
     def run(self):
         name = self.hits_and_misses()
         self.readers_that_join(name)
+        self.a_damaged_file()
         self.evictions()
         self.damaged_and_missing_blobs(name)
         self.an_undo_and_a_conflict()
@@ -75,6 +76,13 @@ class Load:
         blob(self.server.client(), *name)
         blob(self.cold(*name), *name)
         return name
+
+    def a_damaged_file(self):
+        oid, tid = commit_blob(self.client, os.urandom(20 * KB))
+        cached = self.server.cache_dir / "blobs" / f"{oid[-1]:02x}" / f"{oid.hex()}.{tid.hex()}.blob"
+        wait_for(cached.exists)
+        os.truncate(cached, KB)
+        blob(self.server.client(), oid, tid)
 
     def readers_that_join(self, name):
         self.misbehave("GetObject", hang=True)

@@ -164,7 +164,7 @@ class HeldBucket:
     def get(self, oid, tid, file, opened=None):
         data = self._existing(self.keys.key(oid, tid))
         file.write_at(data, 0)
-        return len(data)
+        return Stored(len(data), SHA256, hashlib.sha256(data).hexdigest())
 
     # Listing and deletion
 

@@ -53,7 +53,7 @@ VICTIMS = {"server": 10, "s3": 8, **dict.fromkeys(CLIENTS, 2)}
 PATIENCE = 30
 
 #: What belongs to a cache directory.
-OWN = {"blobs", "incoming", "tmp", ".zodb-s3blobs.lock", ".zodb-s3blobs.id"}
+OWN = {"blobs", "incoming", "tmp", "index", "index.new", ".zodb-s3blobs.lock", ".zodb-s3blobs.id"}
 
 KEYS = Keys("crash")
 
