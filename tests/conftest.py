@@ -152,6 +152,11 @@ def open_cache(tmp_path, metrics):
         cache.close()
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One process more than there are processors: many tests wait for a server."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture
 def cache(open_cache):
     return open_cache()

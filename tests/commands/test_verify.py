@@ -20,6 +20,7 @@ from ZODB.utils import oid_repr, tid_repr, u64
 
 from tests.support.sites import break_disk, run
 from tests.support.speed import slow, slow_after, slow_but
+from tests.support.zeo_clients import leftovers, wait_for
 from tests.support.zeo_server import CONFIG, SECTION, free_address
 from zodb_s3blobs.cache.directory import path_in
 
@@ -1059,6 +1060,7 @@ def test_nothing_is_written_without_an_index_either(site, verify, files):
 def test_nothing_is_written_beside_a_running_server(start, verify, files):
     server = start()
     write(server.db(), one=b"data")
+    wait_for(lambda: (server.cache_dir / "index").stat().st_size and not leftovers(server))  # it is in the cache
     before = files()
     verify("--checksum")
     assert files() == before
