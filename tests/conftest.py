@@ -1,10 +1,12 @@
 """What the test files share: one S3 server for all, a fresh bucket and a fresh cache directory for each test."""
 
+import contextlib
 import functools
 import itertools
 import os
 import signal
 import sys
+import threading
 import types
 import unittest.mock
 from concurrent.futures import ThreadPoolExecutor
@@ -221,6 +223,22 @@ def collector(open_bucket, cache, in_flight, metrics):
     yield make
     for lease in leases:
         lease.close()
+
+
+@pytest.fixture
+def no_threads(monkeypatch):
+    """While the block lasts, no thread can be started."""
+
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    @contextlib.contextmanager
+    def no_threads():
+        with monkeypatch.context() as broken:
+            broken.setattr(threading.Thread, "start", fail)
+            yield
+
+    return no_threads
 
 
 @pytest.fixture

@@ -1115,12 +1115,8 @@ def test_a_publication_that_fails_is_logged_once_and_its_files_are_discarded(cac
     check_accounting(cache)
 
 
-def test_when_no_thread_can_be_started_files_are_published_when_they_are_read(cache, monkeypatch, caplog):
-    def fail(thread):
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(threading.Thread, "start", fail)
+def test_when_no_thread_can_be_started_files_are_published_when_they_are_read(cache, no_threads, caplog):
+    with no_threads():
         cache.publish_later(committed(cache, 1, 2))
         use(cache, 1)
     assert "can't start new thread" in caplog.text

@@ -58,14 +58,6 @@ def left(directory):
     return sorted(os.listdir(Path(directory) / "warm"))
 
 
-def read(cache, number, tid=TID):
-    pin = cache.get(p64(number), tid) or cache.prove(p64(number), tid)
-    if pin is None:
-        return None
-    with pin as path:
-        return Path(path).read_bytes()
-
-
 def test_what_is_there_at_the_start_and_what_comes_later_is_taken_over(tmp_path, open_cache):
     warm(tmp_path / "cache", 1)
     cache = open_cache()
@@ -73,7 +65,7 @@ def test_what_is_there_at_the_start_and_what_comes_later_is_taken_over(tmp_path,
     warm(tmp_path / "cache", 2)
     until(lambda: len(cache) == 2)
     assert left(cache.directory) == [] and cache.size == 2 * SIZE
-    assert read(cache, 1) == content(1) and read(cache, 2) == content(2)
+    assert find(cache, 1) == content(1) and find(cache, 2) == content(2)
 
 
 def test_it_is_compared_with_its_sha_256_before_its_first_use(tmp_path, open_cache):
@@ -82,9 +74,9 @@ def test_it_is_compared_with_its_sha_256_before_its_first_use(tmp_path, open_cac
     cache = open_cache()
     until(lambda: len(cache) == 2)
     assert cache.get(p64(1), TID) is None and cache.unproven_size(p64(1), TID) == SIZE
-    assert read(cache, 1) == content(1)
+    assert find(cache, 1) == content(1)
     assert cache.get(p64(1), TID) is not None
-    assert read(cache, 2) is None and len(cache) == 1
+    assert find(cache, 2) is None and len(cache) == 1
 
 
 def test_the_next_start_knows_it(tmp_path, open_cache):
@@ -94,7 +86,7 @@ def test_the_next_start_knows_it(tmp_path, open_cache):
     until(lambda: len(cache) == 5)
     cache = open_cache()
     assert cache.wait_until_read(10)
-    assert [read(cache, number) for number in range(5)] == [content(number) for number in range(5)]
+    assert [find(cache, number) for number in range(5)] == [content(number) for number in range(5)]
 
 
 def test_nothing_is_evicted_for_it_and_the_newest_come_first(tmp_path, open_cache):

@@ -1,6 +1,7 @@
 """What the tests of commits share."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,17 @@ def stored(s3, bucket_name):
         return {key: s3.client.get_object(Bucket=bucket_name, Key=key)["Body"].read() for key in keys}
 
     return stored
+
+
+@pytest.fixture
+def cached(cache):
+    """The bytes of a blob that the cache serves at once."""
+
+    def cached(oid, tid):
+        with cache.get(oid, tid) as path:
+            return Path(path).read_bytes()
+
+    return cached
 
 
 @pytest.fixture

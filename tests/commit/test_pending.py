@@ -129,7 +129,7 @@ def test_upload_timeout_does_not_count_while_a_transaction_waits_for_the_many_sl
     assert stored() == {KEY: b"data"}
 
 
-def test_of_two_blobs_for_one_object_the_later_is_committed(s3, commits, new_file, stored, cache):
+def test_of_two_blobs_for_one_object_the_later_is_committed(s3, commits, new_file, stored, cached):
     commit = begin(commits)
     commit.store(OID, new_file(b"earlier"))
     commit.store(OID, new_file(b"later"))
@@ -137,8 +137,7 @@ def test_of_two_blobs_for_one_object_the_later_is_committed(s3, commits, new_fil
     commit.finish()
     assert operations(s3) == ["PutObject"]
     assert stored() == {KEY: b"later"}
-    with cache.get(OID, TID) as path, open(path, "rb") as file:
-        assert file.read() == b"later"
+    assert cached(OID, TID) == b"later"
 
 
 def test_nobody_sees_what_the_transaction_itself_has_replaced(commits, new_file, cache, monkeypatch):
@@ -327,15 +326,14 @@ def test_a_restored_transaction_needs_no_tid_of_the_base(commits, new_file, stor
     assert stored() == {OLD_KEY: b"old"}
 
 
-def test_what_is_there_already_is_not_uploaded_again(s3, commits, old, new_file, stored, cache):
+def test_what_is_there_already_is_not_uploaded_again(s3, commits, old, new_file, stored, cached):
     commit = begin(commits)
     commit.restore(OID, OLD_TID, new_file(b"old"))
     commit.vote(TID).wait()
     commit.finish()
     assert operations(s3) == ["HeadObject"]
     assert stored() == {OLD_KEY: b"old"}
-    with cache.get(OID, OLD_TID) as path, open(path, "rb") as file:
-        assert file.read() == b"old"
+    assert cached(OID, OLD_TID) == b"old"
 
 
 def test_what_was_there_already_outlives_an_aborted_restore(commits, old, new_file, stored):

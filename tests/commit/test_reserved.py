@@ -50,7 +50,7 @@ def is_wanted(commits):
 
 
 def test_a_small_blob_takes_one_request_and_none_with_the_commit_lock(
-    s3, commits, pending, send, key, stored, cache, files
+    s3, commits, pending, send, key, stored, cached, files
 ):
     blobs = {p64(number): send(pending, p64(number), b"%d" % number) for number in range(16)}
     reserve(pending)
@@ -60,8 +60,7 @@ def test_a_small_blob_takes_one_request_and_none_with_the_commit_lock(
     assert operations(s3) == ["PutObject"] * 16
     assert stored() == {key(p64(number), tid): b"%d" % number for number in range(16)}
     for number in range(16):
-        with cache.get(p64(number), tid) as path, open(path, "rb") as file:
-            assert file.read() == b"%d" % number
+        assert cached(p64(number), tid) == b"%d" % number
     assert files() == []
 
 
@@ -146,7 +145,7 @@ def test_an_abort_gives_the_reserved_tid_up_and_leaves_nothing(s3, commits, pend
 
 
 def test_an_overtaken_blob_is_copied_to_its_second_tid_and_its_first_key_deleted(
-    s3, commits, pending, send, key, stored, cache
+    s3, commits, pending, send, key, stored, cached
 ):
     path = send(pending, OID, b"data")
     first = reserve(pending)
@@ -158,8 +157,7 @@ def test_an_overtaken_blob_is_copied_to_its_second_tid_and_its_first_key_deleted
     cleaned_up(commits)
     assert operations(s3) == ["PutObject", "CopyObject", "DeleteObject"]
     assert stored() == {key(OID, second): b"data"}
-    with cache.get(OID, second) as cached, open(cached, "rb") as file:
-        assert file.read() == b"data"
+    assert cached(OID, second) == b"data"
 
 
 def test_an_overtaken_blob_is_sent_again_where_the_service_cannot_copy(s3, commits, pending, send, key, stored):
@@ -228,7 +226,7 @@ def test_the_keys_of_a_transaction_are_in_flight_until_they_have_been_cleaned_up
 # A second round, as after a conflict that the client resolves
 
 
-def test_a_second_round_copies_and_does_not_send_again(s3, commits, pending, send, key, stored, cache):
+def test_a_second_round_copies_and_does_not_send_again(s3, commits, pending, send, key, stored, cached):
     blobs = {oid: send(pending, oid, b"data") for oid in (OID, OTHER_OID)}
     reserve(pending)
     begin_reserved(commits, pending)
@@ -241,8 +239,7 @@ def test_a_second_round_copies_and_does_not_send_again(s3, commits, pending, sen
     assert operations(s3)[2:4] == ["CopyObject"] * 2
     assert operations(s3)[4:] == ["DeleteObjects"]
     assert stored() == {key(oid, tid): b"data" for oid in blobs}
-    with cache.get(OID, tid) as path, open(path, "rb") as file:
-        assert file.read() == b"data"
+    assert cached(OID, tid) == b"data"
 
 
 def test_what_a_second_round_replaces_is_not_committed(s3, commits, pending, send, key, stored):

@@ -201,7 +201,7 @@ def test_a_staged_object_is_this_servers_until_it_has_been_deleted(s3, bucket_na
 # Sent while it arrives
 
 
-def test_a_large_blob_is_sent_while_it_arrives_and_only_copied_at_its_tid(s3, staging, cache, stored, no_parts):
+def test_a_large_blob_is_sent_while_it_arrives_and_only_copied_at_its_tid(s3, staging, cache, cached, stored, no_parts):
     pending = Pending(staging)
     sending = Sending(pending, cache).send(LARGE[: 8 * MB])
     s3.wait_for("UploadPart")
@@ -214,8 +214,7 @@ def test_a_large_blob_is_sent_while_it_arrives_and_only_copied_at_its_tid(s3, st
     assert operations(s3) == ["CopyObject", "DeleteObject"]
     assert stored() == {staging.bucket.keys.key(OID, tid): LARGE}
     assert staging.bucket.verify(OID, tid).is_proven
-    with cache.get(OID, tid) as cached, open(cached, "rb") as file:
-        assert file.read() == LARGE
+    assert cached(OID, tid) == LARGE
     assert no_parts()
 
 

@@ -8,19 +8,18 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from persistent.TimeStamp import TimeStamp
 from ZODB.utils import p64, u64
 
 from tests.support.counts import value
+from tests.support.models import run_model
 from tests.support.speed import slow_after
 from zodb_s3blobs.commit.tids import GRACE, LONGEST, SLOW_GRACE, SLOW_LONGEST, Tids
 from zodb_s3blobs.metrics import Metrics
@@ -601,14 +600,4 @@ class Model(RuleBasedStateMachine):
     slow_after(1, of=[(80, 30), (int(os.environ.get("S3BLOBS_TEST_EXAMPLES", "1000")), 60)], unpack=True),
 )
 def test_no_history_breaks_the_order(examples, steps):
-    run_state_machine_as_test(
-        Model,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            deadline=None,
-            derandomize=True,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_model(Model, examples, steps)

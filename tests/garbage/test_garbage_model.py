@@ -23,7 +23,6 @@ import pytest
 import transaction
 import ZODB
 import ZODB.config
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -31,7 +30,6 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from ZODB.blob import Blob, is_blob_record
 from ZODB.Connection import TransactionMetaData
@@ -39,6 +37,7 @@ from ZODB.POSException import POSError, POSKeyError
 from ZODB.serialize import ObjectWriter
 from ZODB.utils import z64
 
+from tests.support.models import run_model
 from tests.support.speed import slow_after
 from zodb_s3blobs import config, lease
 from zodb_s3blobs.commands.adopt import take_prefix
@@ -601,17 +600,7 @@ def model(s3, tmp_path, clock):
     slow_after(1, of=[(2, 10), (int(os.environ.get("S3BLOBS_TEST_EXAMPLES", "10")), 25)], unpack=True),
 )
 def test_no_history_loses_a_live_blob_or_keeps_a_dead_one(s3, tmp_path, clock, examples, steps):
-    run_state_machine_as_test(
-        lambda: Model(s3, tmp_path, clock),
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            deadline=None,
-            derandomize=True,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_model(lambda: Model(s3, tmp_path, clock), examples, steps)
 
 
 def test_a_blob_that_lived_again_is_retained_as_long_as_any_other(model):

@@ -7,7 +7,6 @@ import subprocess
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ from tests.support.alert_rules import GRAFANA, alert_expressions
 from tests.support.dashboard_queries import dashboard_expressions
 from tests.support.prometheus_server import PrometheusServer, program
 from tests.support.speed import slow
-from tests.support.zeo_clients import blob, commit_blob, commit_object, store_blob, wait_for, write
+from tests.support.zeo_clients import blob, cached_path, commit_blob, commit_object, store_blob, wait_for, write
 from tests.support.zeo_server import ZEOServer
 from zodb_s3blobs.s3.keys import Keys
 
@@ -67,8 +66,7 @@ class Load:
 
     def cold(self, oid, tid):
         """A reader that finds the blob neither with itself nor in the server's cache."""
-        with suppress(FileNotFoundError):
-            os.unlink(self.server.cache_dir / "blobs" / f"{oid[-1]:02x}" / f"{oid.hex()}.{tid.hex()}.blob")
+        cached_path(self.server, oid, tid).unlink(missing_ok=True)
         return self.server.client()
 
     def hits_and_misses(self):
@@ -79,7 +77,7 @@ class Load:
 
     def a_damaged_file(self):
         oid, tid = commit_blob(self.client, os.urandom(20 * KB))
-        cached = self.server.cache_dir / "blobs" / f"{oid[-1]:02x}" / f"{oid.hex()}.{tid.hex()}.blob"
+        cached = cached_path(self.server, oid, tid)
         wait_for(cached.exists)
         os.truncate(cached, KB)
         blob(self.server.client(), oid, tid)

@@ -422,6 +422,7 @@ def test_a_zeo_without_such_a_loop_starts_all_the_same(serve, acceptor):
         stats=server.stats,
         lock_managers=server.lock_managers,
         create_client_handler=lambda: None,
+        client_conflict_resolution=False,
         acceptor=acceptor,
     )
     zope.event.notify(Serving(other, address=None))

@@ -133,15 +133,10 @@ def test_an_idle_worker_does_not_keep_the_result_of_its_last_task(pool):
     until(lambda: kept() is None)
 
 
-def test_when_no_thread_can_be_started_the_task_is_refused_and_the_next_one_runs(pool, monkeypatch):
-    def fail(thread):
-        raise RuntimeError("can't start new thread")
-
+def test_when_no_thread_can_be_started_the_task_is_refused_and_the_next_one_runs(pool, no_threads):
     ran = []
-    with monkeypatch.context() as broken:
-        broken.setattr(threading.Thread, "start", fail)
-        with pytest.raises(RuntimeError, match="can't start"):
-            pool.submit(ran.append, 1)
+    with no_threads(), pytest.raises(RuntimeError, match="can't start"):
+        pool.submit(ran.append, 1)
     assert pool.submit(int, "5").result(TIMEOUT) == 5
     assert ran == []
 
@@ -314,15 +309,10 @@ def test_many_tasks_use_all_threads():
     pool.shutdown()
 
 
-def test_of_many_tasks_none_is_taken_when_no_thread_can_be_started(pool, monkeypatch):
-    def fail(thread):
-        raise RuntimeError("can't start new thread")
-
+def test_of_many_tasks_none_is_taken_when_no_thread_can_be_started(pool, no_threads):
     ran = []
-    with monkeypatch.context() as broken:
-        broken.setattr(threading.Thread, "start", fail)
-        with pytest.raises(RuntimeError, match="can't start"):
-            pool.submit_all("a", [lambda: ran.append(1)] * 2)
+    with no_threads(), pytest.raises(RuntimeError, match="can't start"):
+        pool.submit_all("a", [lambda: ran.append(1)] * 2)
     assert pool.submit(int, "5").result(TIMEOUT) == 5
     assert ran == []
 

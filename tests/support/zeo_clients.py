@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from pathlib import Path
 
 from ZODB.blob import Blob
 from ZODB.Connection import TransactionMetaData
@@ -10,6 +11,8 @@ from ZODB.POSException import POSKeyError
 from ZODB.tests.MinPO import MinPO
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import z64
+
+from zodb_s3blobs.cache.directory import path_in
 
 RECORD = zodb_pickle(Blob())
 MAXTID = b"\x7f" + b"\xff" * 7
@@ -79,9 +82,14 @@ def wait_for(condition, timeout=60):
         time.sleep(0.02)
 
 
+def cached_path(server, oid, tid):
+    """Where the blob's file is when the server has it in its cache."""
+    return Path(path_in(server.cache_dir, oid, tid))
+
+
 def uncache(server, oid, tid):
     """Let only the bucket have a blob that was committed: its file gets into the cache a moment after the commit."""
-    path = server.cache_dir / "blobs" / f"{oid[-1]:02x}" / f"{oid.hex()}.{tid.hex()}.blob"
+    path = cached_path(server, oid, tid)
     wait_for(path.exists)
     path.unlink()
 

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -24,7 +23,6 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from persistent import Persistent
 from persistent.mapping import PersistentMapping
@@ -43,6 +41,7 @@ from ZODB.tests.StorageTestBase import zodb_pickle
 from ZODB.utils import p64, u64, z64
 
 from tests.support.held_bucket import OUTCOMES, HeldBucket, Service
+from tests.support.models import run_model
 from tests.support.speed import slow_after
 from tests.support.stepped import Clock, Loop, Workers
 from zodb_s3blobs.bases import adapter_for
@@ -732,17 +731,7 @@ def model(tmp_path, clock, workers, small_sizes):
 )
 def test_no_history_breaks_a_commit(tmp_path, clock, workers, small_sizes, examples, steps):
     with mock.patch.object(staging, "uuid"):
-        run_state_machine_as_test(
-            lambda: Model(tmp_path, clock, workers),
-            settings=settings(
-                max_examples=examples,
-                stateful_step_count=steps,
-                deadline=None,
-                derandomize=True,
-                database=None,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
+        run_model(lambda: Model(tmp_path, clock, workers), examples, steps)
 
 
 def test_a_second_vote_while_the_first_queues_for_the_lock_is_refused_and_holds_up_nobody(model):

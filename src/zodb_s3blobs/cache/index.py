@@ -49,10 +49,6 @@ class FileOrder:
         """Return the number of files."""
         return len(self._oldest) + sum(map(len, self._parts))
 
-    def on_disk(self, size: int) -> int:
-        """Return the bytes that a file of ``size`` bytes takes on the disk; an empty one takes a block as well."""
-        return max(1, -(-size // self.block)) * self.block
-
     def get(self, name: Revision) -> Entry | None:
         """Return the state of a file; None if it is not there."""
         number = _number(name)
@@ -67,7 +63,7 @@ class FileOrder:
             self._start_part()
         self._room -= 1
         self._parts[-1][_number(name)] = _pack(entry)
-        self.size += self.on_disk(entry.size)
+        self.size += on_disk(entry.size, self.block)
 
     def append_left(self, name: Revision, entry: Entry) -> None:
         """Add a file that is not there, as used before all others."""
@@ -75,7 +71,7 @@ class FileOrder:
             self._parts.insert(0, self._turned())
             self._oldest = {}
         self._oldest[_number(name)] = _pack(entry)
-        self.size += self.on_disk(entry.size)
+        self.size += on_disk(entry.size, self.block)
 
     def pop(self, name: Revision) -> Entry | None:
         """Take a file out and return its state; None if it is not there."""
@@ -91,7 +87,7 @@ class FileOrder:
         if state is None:
             return None
         entry = _unpack(state)
-        self.size -= self.on_disk(entry.size)
+        self.size -= on_disk(entry.size, self.block)
         return entry
 
     def set_record(self, name: Revision, entry: Entry, record: int) -> None:
@@ -303,17 +299,22 @@ class LruIndex:
 
     def has_room(self, size: int) -> bool:
         """Return whether a file of ``size`` bytes more leaves all others where they are."""
-        return self.is_complete and self.size - self._oversized + self._unused.on_disk(size) <= self.limit
+        return self.is_complete and self.size - self._oversized + on_disk(size, self.block) <= self.limit
 
     def is_oversized(self, size: int) -> bool:
         """Return whether a file of ``size`` bytes is larger than the whole cache may be."""
-        return self._unused.on_disk(size) > self.limit
+        return on_disk(size, self.block) > self.limit
 
     def _count_pinned(self, entry: Entry, sign: int) -> None:
-        size = self._unused.on_disk(entry.size) * sign
+        size = on_disk(entry.size, self.block) * sign
         self.pinned_bytes += size
         if self.is_oversized(entry.size):
             self._oversized += size
+
+
+def on_disk(size: int, block: int) -> int:
+    """Return the bytes of disk that a file of ``size`` bytes takes, in whole blocks; an empty one takes one as well."""
+    return max(1, -(-size // block)) * block
 
 
 def _number(name: Revision) -> int:

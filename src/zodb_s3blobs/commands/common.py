@@ -17,6 +17,7 @@ from ZODB.POSException import StorageError
 from ..bases import adapter_for
 from ..cache.directory import CacheDirectoryError
 from ..config import StartRefused
+from ..database.survey import Report
 from ..errors import S3BlobsError
 from ..lease import NotOwner, standing
 from ..s3.bucket import Bucket
@@ -87,6 +88,15 @@ def run(name: str, work: Callable[[], int], level: int = logging.INFO) -> int:
     except KeyboardInterrupt:
         complain(name, "interrupted; run the same command again, and it continues")
         return 130
+
+
+def conclude(name: str, report: Report, meanings: dict[str, str], verdict: str, as_json: bool) -> int:
+    """Show the ``report`` of the command ``name``; return the exit status of a command that copies blobs."""
+    report.show(meanings, verdict, as_json)
+    if report.early_end:
+        complain(name, report.early_end)
+        return EXIT_ERROR
+    return EXIT_DAMAGED if report.troubles else EXIT_OK
 
 
 def complain(name: str, sentence: str) -> None:

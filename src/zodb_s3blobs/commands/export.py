@@ -66,11 +66,7 @@ def _export(arguments: argparse.Namespace) -> int:
             report = survey.run(
                 "Exporting", lambda blob: _copy(blob, bucket, fallback, directory), bucket, config.s3_concurrency
             )
-    report.show(_MEANINGS, _verdict(report, directory), arguments.json)
-    if report.early_end:
-        common.complain("export", report.early_end)
-        return common.EXIT_ERROR
-    return common.EXIT_DAMAGED if report.troubles else common.EXIT_OK
+    return common.conclude("export", report, _MEANINGS, _verdict(report, directory), arguments.json)
 
 
 def _verdict(report: Report, directory: BlobDirectory) -> str:

@@ -74,13 +74,8 @@ def _migrate(arguments: argparse.Namespace) -> int:
         report = survey.run("Migrating", lambda blob: _move(blob, source, bucket), bucket, config.s3_concurrency)
         if not report.early_end:
             _look_for_others(source, survey.inventory, report)
-    report.show(_MEANINGS, _verdict(report), arguments.json)
-    if report.early_end:
-        common.complain("migrate", report.early_end)
-        return common.EXIT_ERROR
-    if report.troubles:
-        return common.EXIT_DAMAGED
-    return common.EXIT_UNPROVEN if report.objects["unproven"] else common.EXIT_OK
+    status = common.conclude("migrate", report, _MEANINGS, _verdict(report), arguments.json)
+    return common.EXIT_UNPROVEN if status == common.EXIT_OK and report.objects["unproven"] else status
 
 
 def _look_for_others(source: BlobDirectory, inventory: Inventory, report: Report) -> None:

@@ -25,11 +25,11 @@ from ZODB.POSException import POSKeyError
 from ..bases.adapter import repeated
 from ..blobdir import BlobDirectory
 from ..cache.directory import blob_files, block_of, cannot_write, path_in, refuse_foreign
+from ..cache.index import on_disk
 from ..cache.warmed import WarmFolder
 from ..database import object_paths, zeoconf
 from ..database.blob_index import Named
 from ..database.survey import Outcome, Report, Survey, failure
-from ..digest import SHA256, digest_of
 from ..metrics import Metrics
 from ..revision import Revision
 from ..s3.bucket import Bucket
@@ -108,11 +108,7 @@ def _warm(arguments: argparse.Namespace) -> int:
         report = survey.run("Fetching", fetch, bucket, config.s3_concurrency, plan.blobs)
         report.objects.update(plan.others.objects)
         report.sizes.update(plan.others.sizes)
-    report.show(_MEANINGS, _verdict(report, limit), arguments.json)
-    if report.early_end:
-        common.complain("warm", report.early_end)
-        return common.EXIT_ERROR
-    return common.EXIT_DAMAGED if report.troubles else common.EXIT_OK
+    return common.conclude("warm", report, _MEANINGS, _verdict(report, limit), arguments.json)
 
 
 def _verdict(report: Report, limit: int) -> str:
@@ -194,19 +190,15 @@ class _Cache:
             for file in folder.files():
                 if (size := _size_of(file.path)) is not None:
                     cache.waiting[file.name] = size
-                    cache.size += cache.on_disk(size)
+                    cache.size += on_disk(size, cache.block)
             try:
                 for entry in blob_files(path):
-                    cache.size += cache.on_disk(_size_of(entry.path) or 0)
+                    cache.size += on_disk(_size_of(entry.path) or 0, cache.block)
             except FileNotFoundError:
                 pass  # no server has used it yet
         except OSError as error:
             raise cannot_write(path, error) from error
         return cache
-
-    def on_disk(self, size: int) -> int:
-        """Return the bytes that a file of ``size`` bytes takes on the disk."""
-        return max(1, -(-size // self.block)) * self.block
 
     def size_of(self, blob: Named) -> int | None:
         """Return the size of the blob's file; None if the cache does not have it."""
@@ -241,7 +233,7 @@ class _Plan:
                 plan.others.add(Outcome(blob.oid, blob.tid, "there", size))
             elif blob.size is None:
                 plan.blobs.append(blob)
-            elif (needed := cache.on_disk(blob.size)) <= room:
+            elif (needed := on_disk(blob.size, cache.block)) <= room:
                 plan.blobs.append(blob)
                 room -= needed
             else:
@@ -268,8 +260,7 @@ class _Fetch:
             file = self.cache.folder.new_file(self.pace)
             try:
                 stored = self.bucket.get(oid, tid, file)
-                digest = stored.digest if stored.is_proven else digest_of(SHA256, file.path)
-                file.publish(Revision(oid, tid), digest)
+                file.publish(Revision(oid, tid), stored.sha256_of(file.path))
             finally:
                 file.discard()
         except BlobNotFound as error:

@@ -91,9 +91,12 @@ class Pending:
         staged.cancel()
         self._cut_off.append(staged)
 
-    def _take(self, upload: Upload) -> Upload:
+    def _count(self, upload: Upload) -> None:
         self._metrics.staged_blobs.inc()
         self._metrics.staged_bytes.inc(upload.size)
+
+    def _take(self, upload: Upload) -> Upload:
+        self._count(upload)
         self._bytes += upload.size
         threshold = self._services.stage_threshold
         if upload.staged is None and threshold and upload.size >= min(WORTH_KEEPING, threshold):
@@ -165,8 +168,7 @@ class Pending:
         What the bucket has already is neither uploaded again nor deleted by an abort.
         """
         upload = Restoration(self._services, oid, self._services.cache.adopt(filename), serial=tid)
-        self._metrics.staged_blobs.inc()
-        self._metrics.staged_bytes.inc(upload.size)
+        self._count(upload)
         self._commit(upload)
 
     def _commit(self, upload: Upload) -> None:

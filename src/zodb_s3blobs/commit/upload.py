@@ -2,10 +2,10 @@
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from ..cache.files import Incoming
-from ..digest import SHA256, digest_of
 from ..revision import Revision
 from ..s3.errors import BlobNotFound, BucketError
 from .kept import WORTH_KEEPING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Storable(Cancellable):
+class Storable(Cancellable, ABC):
     """A blob of ``oid`` that its transaction stores in the bucket. `store` runs in a worker, one call at a time.
 
     ``size``: in bytes, 0 for a copy inside the bucket; ``serial``: the tid that the blob has from before, if it is
@@ -35,9 +35,9 @@ class Storable(Cancellable):
         self.written: set[Revision] = set()
         self._services = services
 
+    @abstractmethod
     def store(self, name: Revision) -> None:
         """Store the blob as ``name``. Raises BucketError, BlobNotFound, CacheError or OSError."""
-        raise NotImplementedError
 
 
 class Upload(Storable):
@@ -120,10 +120,11 @@ class Restoration(Upload):
     def store(self, name: Revision) -> None:
         """Store the blob as ``name`` unless the bucket has it."""
         self.check_wanted()
-        if self._services.bucket.find(*name, self.file.path) is None:
+        found = self._services.bucket.find(*name, self.file.path)
+        if found is None:
             super().store(name)
         else:
-            self.stored, self.file.digest = name, digest_of(SHA256, self.file.path)
+            self.stored, self.file.digest = name, found.sha256_of(self.file.path)
 
 
 class UndoCopy(Storable):

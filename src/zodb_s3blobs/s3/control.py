@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import os
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
@@ -102,7 +103,7 @@ class ControlObjects(Uploads, Listing):
 
     def put_marks(self, filename: str) -> None:
         """Upload the marks in ``filename``. Waits for S3; BucketError."""
-        self._put(self.keys.marks, filename, self._short_lived_options)
+        self._put(self.keys.marks, filename, os.path.getsize(filename), self._short_lived_options)
 
     def delete_marks(self) -> None:
         """Delete the marks; no error if the bucket has none. Waits for S3; BucketError."""

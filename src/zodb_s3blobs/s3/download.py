@@ -59,6 +59,10 @@ class Stored:
         """
         return self.algorithm == SHA256
 
+    def sha256_of(self, filename: str) -> str:
+        """Return the SHA-256 of ``filename``, which has the bytes of the object; read the file if that carries none."""
+        return self.digest if self.is_proven else digest_of(SHA256, filename)
+
 
 class Downloads(Objects):
     """The downloads from a bucket."""

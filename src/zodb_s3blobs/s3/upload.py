@@ -156,9 +156,9 @@ class Uploads(Downloads):
     def _upload(
         self, key: str, filename: str, write_options: dict[str, Any], progress: Progress | None, digest: str = ""
     ) -> str:
-        started = time.monotonic()
-        digest = self._put(key, filename, write_options, progress, digest)
-        self._count_upload(time.monotonic() - started, os.path.getsize(filename))
+        started, size = time.monotonic(), os.path.getsize(filename)
+        digest = self._put(key, filename, size, write_options, progress, digest)
+        self._count_upload(time.monotonic() - started, size)
         return digest
 
     def _count_upload(self, seconds: float, size: int) -> None:
@@ -170,23 +170,23 @@ class Uploads(Downloads):
         self,
         key: str,
         filename: str,
+        size: int,
         write_options: dict[str, Any],
         progress: Progress | None = None,
         digest: str = "",
     ) -> str:
         digest = digest or digest_of(SHA256, filename)
         options = {"Metadata": {SHA256: digest}, **write_options, **self._key_options}
-        small = os.path.getsize(filename) < min(self._multipart_threshold, PART)
-        put = self._put_small if small else self._put_large
-        put(f"store {key} in bucket {self.name}", key, filename, options, progress)
+        put = self._put_small if size < min(self._multipart_threshold, PART) else self._put_large
+        put(f"store {key} in bucket {self.name}", key, filename, size, options, progress)
         return digest
 
     def _put_small(
-        self, what: str, key: str, filename: str, options: dict[str, Any], progress: Progress | None
+        self, what: str, key: str, filename: str, size: int, options: dict[str, Any], progress: Progress | None
     ) -> None:
         # From a bytearray: with a body that has a read method, which botocore also makes of bytes, it sends
         # `Expect: 100-continue` and waits one more round trip for the answer.
-        body = bytearray(os.path.getsize(filename))
+        body = bytearray(size)
         with open(filename, "rb", buffering=0) as file:
             file.readinto(body)
         if progress is not None:
@@ -212,9 +212,8 @@ class Uploads(Downloads):
         self._etag_is_md5 = False
 
     def _put_large(
-        self, what: str, key: str, filename: str, options: dict[str, Any], progress: Progress | None
+        self, what: str, key: str, filename: str, size: int, options: dict[str, Any], progress: Progress | None
     ) -> None:
-        size = os.path.getsize(filename)
         self._transfer(
             what,
             key,

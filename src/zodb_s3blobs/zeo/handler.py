@@ -51,7 +51,7 @@ def _serving(event: Any) -> None:
             raise _refused(name, blobs.not_for_zeo)
         zeostats.attach(server, name, blobs.exported)
         startlog.check_transaction_timeout(server, name)
-        if getattr(server, "client_conflict_resolution", False):
+        if server.client_conflict_resolution:
             # ZEO sets this on the outermost storage, but it is the innermost one that resolves conflicts.
             innermost(blobs.base).tryToResolveConflict = never_resolve_conflict
     loop = getattr(server.acceptor, "event_loop", None)
