@@ -27,7 +27,7 @@ LAYERS = [
         "workers",
     },
     {"blobdir", "cache", "inflight", "s3"},
-    {"arriving", "bases", "lease"},
+    {"arriving", "bases", "lease", "settings"},
     {"fetch", "places"},
     {"commit"},
     {"garbage", "monitoring", "vote"},
