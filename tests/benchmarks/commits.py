@@ -135,36 +135,42 @@ class Import:
     finished: float
 
 
-def import_blobs(port, directory, count, size, times, result):
-    """Put the `Import` of each of ``times`` transactions of ``count`` blobs of ``size`` bytes into ``result``."""
+def import_blobs(port, directory, count, size, seconds, result):
+    """Commit transactions of ``count`` blobs of ``size`` bytes for ``seconds``, at least one; send the `Import`s."""
+    sources = [directory / f"source{number}" for number in range(count)]
     with contextlib.closing(client(port, blob_dir=str(directory))) as storage:
-        data, paths = os.urandom(size), [directory / "tmp" / f"blob{number}" for number in range(times * count)]
-        for number, path in enumerate(paths):
-            path.write_bytes(number.to_bytes(8, "big") + data[8:])
+        data, done = os.urandom(size), []
+        for number, source in enumerate(sources):
+            source.write_bytes(number.to_bytes(8, "big") + data[8:])
         os.sync()  # or the servers' own fsync waits for these files
-        oids = [storage.new_oid() for _ in paths]
-        for start in range(0, len(paths), count):
+        while not done or done[-1].finished < done[0].begun + seconds:
+            oids, paths = [], []
+            for source in sources:
+                oids.append(storage.new_oid())
+                paths.append(directory / "tmp" / oids[-1].hex())
+                paths[-1].hardlink_to(source)
             transaction = TransactionMetaData()
             moments = [time.monotonic()]
             storage.tpc_begin(transaction)
-            for number in range(start, start + count):
-                storage.storeBlob(oids[number], ZERO, RECORD, str(paths[number]), "", transaction)
+            for oid, path in zip(oids, paths, strict=True):
+                storage.storeBlob(oid, ZERO, RECORD, str(path), "", transaction)
             moments.append(time.monotonic())
             storage.tpc_vote(transaction)
             moments.append(time.monotonic())
             storage.tpc_finish(transaction)
             moments.append(time.monotonic())
-            result.put(Import(*moments))
+            done.append(Import(*moments))
+    result.put(done)
 
 
-def imports(port, directory, count, size, times=1):
-    """Return the `Import` of each transaction that a client commits one after the other."""
+def imports(port, directory, count, size, seconds=0):
+    """Return the `Import` of each transaction that a client commits, one after the other, for ``seconds``."""
     result = multiprocessing.Queue()
-    process = multiprocessing.Process(target=import_blobs, args=(port, directory, count, size, times, result))
+    process = multiprocessing.Process(target=import_blobs, args=(port, directory, count, size, seconds, result))
     process.start()
     process.join()
     assert process.exitcode == 0, "The client that imports blobs failed; see its traceback above."
-    return [result.get() for _ in range(times)]
+    return result.get()
 
 
 def longest_load(service, runs, count, size, since, until, beside=None):
@@ -326,30 +332,39 @@ def measure_requests(effort):
 
 
 def measure_import(effort):
-    def beside(service):
+    with s3(real=True) as service:
+        for count, size, name in (64, 3 * MIB, "64 blobs of 3 MiB"), (1, 1 << 30, "one blob of 1 GiB"):
+            compare_imports(service, count, size, effort, f"imports of {name}")
+
+
+def compare_imports(service, count, size, effort, name):
+    """Print what other clients notice of ``name``, imports that go on for equally long times on each server.
+
+    The longest load of a long time is longer than that of a short one. The control is a blob directory while raw boto3
+    stores such blobs: what an S3 service on the same machine takes away.
+    """
+
+    def beside(one, control=None):
         with (
-            server(service) as (port, directory),
+            server(one) as (port, directory),
             loader(port) as loading,
             small_writer(port, directory / "writer") as meter,
+            raw_puts_beside(control, min(size, 8 * MIB)),
         ):
-            done = imports(port, directory / "import", 64, 3 * MIB, effort.runs)
+            done = imports(port, directory / "import", count, size, 2 * effort.seconds)
             began, ended = done[0].begun, done[-1].finished
-            return meter.take(began, ended), loading.take(began, ended), done
+            took = statistics.median(each.finished - each.begun for each in done)
+            return pair(loading.take(began, ended)), pair(meter.take(began, ended)), took
 
-    with s3(real=True) as service:
-        results = beside(service), beside(None)
-    ours, other = (pair(waits) for waits, _, _ in results)
-    row(
-        "commit of 64 KiB beside an import of 64 blobs of 3 MiB: p50 / max (ms)",
-        shown(ours),
-        shown(other),
-        ratio(ours, other),
-        "2",
+    figures = (
+        (f"load of another client beside {name}: p50 / max (ms)", "2"),
+        (f"commit of 64 KiB beside {name}: p50 / max (ms)", ""),
+        (f"one of {name} (ms)", ""),
     )
-    ours, other = (max(times) for _, times, _ in results)
-    row("longest load of a third client meanwhile (ms)", shown(ours), shown(other), ratio(ours, other), "2")
-    ours, other = (statistics.median(one.finished - one.begun for one in done) for _, _, done in results)
-    row("the import itself (ms)", shown(ours), shown(other), ratio(ours, other))
+    results = beside(service), beside(None), beside(None, control=service)
+    for (figure, goal), ours, other, control in zip(figures, *results, strict=True):
+        row(figure, shown(ours), shown(other), ratio(ours, other), goal)
+        row("the same with a blob-dir, beside raw boto3", "", shown(control), ratio(ours, control))
 
 
 FIGURES = {
