@@ -312,6 +312,15 @@ def test_damaged_bytes_are_asked_for_again(s3, open_bucket, new_file, read, size
     assert len(s3.requests("GetObject")) > -(-size // PART)
 
 
+def test_bytes_are_checked_that_are_damaged_after_an_answer_that_broke_off(s3, bucket, put, read):
+    data = os.urandom(3 << 20)
+    put(data)
+    s3.misbehave(operation="GetObject", truncate=1, times=1)  # its first megabytes have arrived by then
+    s3.misbehave(operation="GetObject", flip=True, times=1)
+    assert read(bucket) == data
+    assert len(s3.requests("GetObject")) == 3
+
+
 @pytest.mark.parametrize("checksums", ["when_required", "when_supported"])
 @pytest.mark.parametrize("size", [4, PART + 1])
 def test_an_object_that_stays_damaged_is_an_error_that_says_so(s3, open_bucket, new_file, read, size, checksums):

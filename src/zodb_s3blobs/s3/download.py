@@ -122,12 +122,15 @@ class Downloads(Objects):
         if most is not None and size > most:
             first.close()
             raise BucketError(f"{key} of bucket {self.name} is larger than {most} bytes: it is not ours; delete it")
+        # What one thread reads in order is checked on its way; the parts of several threads, in their file.
+        whole = _Digest(first.stored.algorithm) if first.length == size else None
+        sink: Sink = file if whole is None else _Both(file, whole)
         parts: list[Future] = []
         try:
             for start in range(first.length, size, PART):
                 end = min(start + PART, size)
                 parts.append(self._parts.submit(self._get_range, key, start, end, first.etag, file))
-            self._get_range(key, 0, first.length, first.etag, file, opened=first)
+            self._get_range(key, 0, first.length, first.etag, sink, opened=first)
             for part in parts:
                 part.result()
         except BaseException:
@@ -138,8 +141,11 @@ class Downloads(Objects):
                 if not part.cancelled():
                     part.exception()
             raise
-        algorithm, expected = first.stored.algorithm, first.stored.digest
-        _check(first.stored, os.path.getsize(file.path), digest_of(algorithm, file.path) if expected else "")
+        if whole is not None:
+            _check(first.stored, whole.size, whole.hexdigest())
+        else:
+            algorithm, expected = first.stored.algorithm, first.stored.digest
+            _check(first.stored, os.path.getsize(file.path), digest_of(algorithm, file.path) if expected else "")
         return first.stored
 
     def _read_back(self, key: str, algorithm: str = "") -> tuple[Stored, str]:
@@ -240,12 +246,20 @@ class _Digest:
     """A `Sink` that computes the checksum of bytes that arrive in order, and keeps nothing else."""
 
     def __init__(self, name: str) -> None:
-        self._digest = hashlib.new(name, usedforsecurity=False)
+        self._name = name
+        self._begin()
+
+    def _begin(self) -> None:
+        self._digest = hashlib.new(self._name, usedforsecurity=False)
         self.size = 0
-        self.hexdigest = self._digest.hexdigest
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
     def write_at(self, data: bytes, position: int) -> None:
-        # After an answer that broke off, the retry brings the same bytes again.
+        # After an answer that broke off, the retry brings its bytes again: the first ones may replace others in a file.
+        if position == 0:
+            self._begin()
         self._digest.update(memoryview(data)[self.size - position :])
         self.size = max(self.size, position + len(data))
 
