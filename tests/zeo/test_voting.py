@@ -101,21 +101,41 @@ def test_a_blob_that_is_stored_overtakes_one_that_is_not(s3, bucket_name, server
 
 
 @slow
-def test_who_is_overtaken_too_often_commits_with_the_lock_in_the_end(s3, bucket_name, server, background):
-    """Its upload and each of its copies takes longer than others wait for it."""
-    s3.misbehave(operation="PutObject", latency=3, times=1)
+def test_where_copies_take_long_the_next_blob_is_copied_once(s3, server, background):
+    """The first copy tells how long the next one takes, for which others let their tids lag behind the clock."""
     s3.misbehave(operation="CopyObject", latency=3)
+    other, copies = server.client(), []
+    for _ in range(2):
+        s3.forget()
+        large = background(commit_blob, server.client(), os.urandom(5 << 20))
+        while not large.done():
+            commit_object(other)
+        large.result(60)
+        copies.append(operations(s3).count("CopyObject"))
+    assert copies == [2, 1]
+    assert waited_with_the_lock(server) == {}
+
+
+@slow
+def test_who_is_overtaken_too_often_commits_with_the_lock_in_the_end(s3, bucket_name, server, background):
+    """Its upload and each of its copies takes longer than others wait for it, which have many blobs each."""
+    s3.misbehave(operation="PutObject", latency=3, times=1)
+    s3.misbehave(operation="CopyObject", latency=5)
     late = background(commit_blob, server.client(), b"slow")
     s3.wait_for("PutObject")
-    other, fast = server.client(), {}
+    other, many = server.client(), {}
     while not late.done():
-        oid, tid = commit_blob(other, b"fast")
-        fast[oid] = tid
+        txn, oids = TransactionMetaData(), [other.new_oid() for _ in range(40)]
+        other.tpc_begin(txn)
+        for oid in oids:
+            store_blob(other, oid, b"fast", txn)
+        other.tpc_vote(txn)
+        many |= dict.fromkeys(oids, other.tpc_finish(txn))
     oid, tid = late.result(60)
     assert waited_with_the_lock(server) == {"overtaken": 1}
     assert operations(s3).count("CopyObject") == 3  # to its second and third tid, and to that of the lock
     assert blob(server.client(), oid, tid) == b"slow"
-    wait_for(lambda: set(s3.keys(bucket_name)) == {key(*name) for name in [*fast.items(), (oid, tid)]})
+    wait_for(lambda: set(s3.keys(bucket_name)) == {key(*name) for name in [*many.items(), (oid, tid)]})
 
 
 def test_after_a_client_has_vanished_before_the_lock_nothing_is_left(s3, bucket_name, server, background):

@@ -21,7 +21,7 @@ from ..workers import Completion, Deadline
 from .kept import WORTH_KEEPING
 from .services import CommitServices
 from .staging import Staged
-from .tids import Reservation
+from .tids import LONGEST, Reservation
 from .upload import Restoration, Storable, UndoCopy, Upload
 
 logger = logging.getLogger(__name__)
@@ -204,7 +204,9 @@ class Pending:
     def reserve(self) -> Reservation:
         """Reserve a tid for the transaction; return its reservation."""
         blobs = self._arrived.values()
-        slow = len(blobs) > 2 * self._services.concurrency or any(blob.size >= PART for blob in blobs)
+        slow = len(blobs) > 2 * self._services.concurrency or any(
+            blob.size >= PART or blob.likely_seconds > LONGEST / 2 for blob in blobs
+        )
         self.reservation = self._services.tids.reserve(slow, self.lost)
         return self.reservation
 

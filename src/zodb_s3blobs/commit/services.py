@@ -48,6 +48,8 @@ class CommitServices:
         self.large = DaemonPool(concurrency, "s3blobs large upload")
         # Of its own, so that no upload waits for the cleanup after another transaction.
         self.cleaners = DaemonPool(2, "s3blobs cleanup")
+        #: How long, in seconds, the last upload and the last copy to a final key took, and the next is likely to take.
+        self.last_put = self.last_copy = 0.0
         self.kept = Kept()
         self.staging = Staging(bucket, self.kept, concurrency)
         self.in_flight = InFlight()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
@@ -61,12 +62,21 @@ class Upload(Storable):
     def store(self, name: Revision) -> None:
         """Store the blob as ``name``: copy it inside the bucket if it is there already, else send it."""
         self.check_wanted()
-        bucket = self._services.bucket
+        bucket, started = self._services.bucket, time.monotonic()
         self.written.add(name)
         source = self._source()
-        if source is None or not self._copied(source, name):
+        if source is not None and self._copied(source, name):
+            self._services.last_copy = time.monotonic() - started
+        else:
             self.digest = bucket.put(*name, self.file.path, self.check_wanted, self.digest)
+            self._services.last_put = time.monotonic() - started
         self.stored, self._key, self.file.digest = name, bucket.keys.key(*name), self.digest
+
+    @property
+    def likely_seconds(self) -> float:
+        """The seconds that the next `store` is likely to take, as many as the last one of its kind."""
+        is_in_bucket = self._key is not None or self.staged is not None
+        return self._services.last_copy if is_in_bucket else self._services.last_put
 
     def _source(self) -> str | None:
         """Return the key of a whole copy in the bucket; None if there is none."""
