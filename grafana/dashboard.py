@@ -553,6 +553,13 @@ READS = row(
             "or fetched. Nearly 0: lower cache-size and restart, or find what else fills the disk.",
             query(gauge("s3blobs_cache_filesystem_free_bytes")),
         ),
+        panel("Links", "ops")(
+            "Links to blobs that applications asked for, and those that they were given, with presigned-urls. Fewer "
+            "given: the fallback has the blobs, a pack has removed them, the arguments are wrong, or the log says that "
+            "there are no credentials. What is read by a link is in no other panel.",
+            query(rate("s3blobs_presigned_url_requests_total"), "asked for"),
+            query(rate("s3blobs_presigned_urls_total"), "given"),
+        ),
     ],
 )
 

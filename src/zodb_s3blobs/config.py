@@ -27,6 +27,7 @@ from .fetch import Fetcher
 from .garbage.collector import Collector
 from .garbage.leftovers import abandoned_after
 from .lease import Lease
+from .linker import Linker
 from .metrics import Metrics
 from .monitoring import endpoint
 from .monitoring.exporter import Exported
@@ -34,6 +35,7 @@ from .monitoring.health import Health
 from .places import Places, PlaceTaken, place_of
 from .s3.bucket import Bucket
 from .s3.errors import SETTING_FOR_ERROR, BucketError
+from .s3.links import Signer
 from .settings import PATHS, bucket_settings, check_texts, make_absolute
 from .storage import Components, S3BlobStorage
 from .workers import DaemonPool
@@ -203,6 +205,7 @@ def _assemble(
     cache = Cache(config.cache_dir, config.cache_size, metrics)
     try:
         fetcher = Fetcher(bucket, cache, metrics, config.s3_concurrency, fallback)
+        linker = Linker(_signer(config, bucket), config.presigned_urls, fetcher.may_lack, metrics)
         commits = CommitServices(
             bucket,
             cache,
@@ -235,7 +238,7 @@ def _assemble(
             health.close()
 
         storage = S3BlobStorage(
-            base, Components(bucket, cache, fetcher, commits, lease, collector, exported, close_watch)
+            base, Components(bucket, cache, fetcher, linker, commits, lease, collector, exported, close_watch)
         )
     except BaseException:
         cache.close()
@@ -245,3 +248,20 @@ def _assemble(
     if not base.isReadOnly():  # a read-only storage deletes nothing, and must not take the lease from a server
         lease.start()
     return storage
+
+
+def _signer(config: Any, bucket: Bucket) -> Signer | None:
+    """Return what signs the links to the blobs of ``bucket``, None if the section gives no links."""
+    if not config.presigned_urls:
+        return None
+    if config.s3_sse_customer_key:
+        logger.warning(
+            "Bucket %s: presigned-urls has no effect, because a link cannot be followed without the key of "
+            "s3-sse-customer-key",
+            bucket.name,
+        )
+        return None
+    try:
+        return bucket.signer()
+    except BucketError as error:
+        raise _refuse(f"s3-public-endpoint-url: {error}") from None

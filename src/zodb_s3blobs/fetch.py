@@ -6,7 +6,7 @@ import time
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from .blobdir import BlobDirectory
+from .blobdir import BlobDirectory, BlobDirectoryError
 from .cache.files import Cache
 from .cache.store import Pin
 from .metrics import Metrics
@@ -99,6 +99,16 @@ class Fetcher:
     def fetch(self, oid: bytes, tid: bytes) -> Pin:
         """Return the blob's file, pinned. Waits for S3; raises the errors of `request`."""
         return self.request(oid, tid).result()
+
+    def may_lack(self, oid: bytes, tid: bytes) -> bool:
+        """Return whether the bucket may lack the committed blob (oid, tid): the fallback has it, or cannot be read.
+
+        Reads a directory; sends no request.
+        """
+        try:
+            return self._fallback is not None and self._fallback.find(oid, tid) is not None
+        except BlobDirectoryError:
+            return True
 
     def close(self) -> None:
         """Refuse new downloads."""

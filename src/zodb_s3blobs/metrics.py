@@ -175,6 +175,13 @@ class Metrics:
             "Blobs that came from fallback-blob-dir, because the bucket did not give them.",
         )
 
+        self.presigned_url_requests = self._counter(
+            "s3blobs_presigned_url_requests_total", "Links to blobs that were asked for."
+        )
+        self.presigned_urls = self._counter(
+            "s3blobs_presigned_urls_total", "Links to blobs that were given: signed, and not None."
+        )
+
     def _make_commits(self) -> None:
         """Make the instruments of commits."""
         self.vote_duration = self._histogram(

@@ -17,6 +17,7 @@ import ZConfig.datatypes
 
 from . import predecessor
 from .s3.client import BucketSettings
+from .s3.links import LONGEST
 
 #: How long, in seconds, the service may take to copy 64 MiB inside the bucket, unless upload-timeout is less.
 _COPY_TIMEOUT = 120.0
@@ -80,6 +81,14 @@ s3_read_timeout = _timeout("s3-read-timeout")
 s3_max_attempts = _datatype("s3-max-attempts", "integer", "a whole number of at least 1", 1)
 s3_stage_threshold = _datatype(
     "s3-stage-threshold", "byte-size", f"0 or at least 1KB, such as 4MB: {_BYTES}", 1 << 10, zero=True
+)
+presigned_urls = _datatype(
+    "presigned-urls",
+    "time-interval",
+    f"0 or a time with its unit, from 1s to 7d (the limit of S3), such as 1h: {_SECONDS}",
+    1,
+    LONGEST,
+    zero=True,
 )
 gc_retention = _datatype(
     "gc-retention", "time-interval", f"0 or a time with its unit, such as 30d: {_SECONDS}", 1, zero=True
@@ -149,6 +158,8 @@ def bucket_settings(config: Any) -> BucketSettings:
     endpoint = config.s3_endpoint_url
     if endpoint and not _is_endpoint(endpoint):
         raise ZConfig.ConfigurationError("s3-endpoint-url must be http(s)://host[:port][/path]")
+    if config.s3_public_endpoint_url and not _is_endpoint(config.s3_public_endpoint_url):
+        raise ZConfig.ConfigurationError("s3-public-endpoint-url must be http(s)://host[:port][/path]")
     if not re.fullmatch(r"[a-zA-Z0-9.\-_]{1,255}|arn:[\w.:/-]+", config.bucket_name):
         raise ZConfig.ConfigurationError(
             "bucket-name is not the name of a bucket: letters, digits, dots, hyphens and underscores"
@@ -177,6 +188,7 @@ def bucket_settings(config: Any) -> BucketSettings:
         bucket_name=config.bucket_name,
         s3_prefix=prefix,
         s3_endpoint_url=endpoint or None,
+        s3_public_endpoint_url=config.s3_public_endpoint_url or None,
         s3_region=config.s3_region or None,
         s3_access_key=config.s3_access_key or None,
         s3_secret_key=config.s3_secret_key or None,

@@ -28,6 +28,7 @@ from .commit.tids import Tids
 from .fetch import Fetcher
 from .garbage.collector import Collector
 from .lease import Lease
+from .linker import Linker
 from .metrics import Metrics
 from .monitoring.exporter import Exported
 from .s3.bucket import Bucket
@@ -44,6 +45,7 @@ class Components:
     bucket: Bucket
     cache: Cache
     fetcher: Fetcher
+    linker: Linker
     commits: CommitServices
     lease: Lease
     collector: Collector
@@ -55,6 +57,7 @@ class Components:
         """Give up threads, connections and the cache directory."""
         self.close_watch()
         self.fetcher.close()
+        self.linker.close()
         self.commits.close()
         self.bucket.close()
         self.cache.close()
@@ -370,6 +373,37 @@ class S3BlobStorage:
     def _fetch(self, oid: bytes, serial: bytes) -> Pin:
         requested = self.request_blob(oid, serial)
         return self.pinned(self.request_repeated(requested, oid, serial) or requested, oid, serial)
+
+    def presigned_url(
+        self,
+        oid: bytes,
+        serial: bytes,
+        content_type: str | None = None,
+        filename: str | None = None,
+        disposition: str | None = None,
+        seconds: float | None = None,
+    ) -> str | None:
+        """Return a URL by which a browser can read the blob from S3 for ``seconds``, by default for presigned-urls.
+
+        The answer of S3 has ``content_type``, and ``disposition`` ("inline" or "attachment") with ``filename``, in
+        which unsafe characters are replaced. None: the database has no blob (oid, serial), the bucket may lack it, or
+        the section gives no links. Sends no request to S3; may wait for new credentials. Any thread may call, except
+        for an instance of `new_instance`. Raises StorageError for wrong arguments, and if there are no credentials.
+        """
+        wanted = oid, serial, content_type, filename, disposition, seconds
+        with as_storage_error():
+            return self._components.linker.url(self._has_blob, wanted)
+
+    def request_presigned_url(self, owner: object, wanted: tuple) -> "Future[str | None]":
+        """Ask for a link with the arguments ``wanted`` of `presigned_url`, without waiting; ``owner``: who asks.
+
+        Raises the errors of `presigned_url` for wrong arguments. The future may fail with BucketError.
+        """
+        with as_storage_error():
+            return self._components.linker.request(self._has_blob, wanted, owner)
+
+    def _has_blob(self, oid: bytes, serial: bytes) -> bool:
+        return self.is_blob_record(self._base_adapter.record(oid, serial, any_thread=self._owns_components))
 
     def is_blob_record(self, record: bytes | None) -> bool:
         """Return whether ``record``, as the base stores it, is that of a blob."""

@@ -20,7 +20,16 @@ from tests.support.alert_rules import GRAFANA, alert_expressions
 from tests.support.dashboard_queries import dashboard_expressions
 from tests.support.prometheus_server import PrometheusServer, program
 from tests.support.speed import slow
-from tests.support.zeo_clients import blob, cached_path, commit_blob, commit_object, store_blob, wait_for, write
+from tests.support.zeo_clients import (
+    blob,
+    cached_path,
+    commit_blob,
+    commit_object,
+    name_of,
+    store_blob,
+    wait_for,
+    write,
+)
 from tests.support.zeo_server import ZEOServer
 from zodb_s3blobs.s3.keys import Keys
 
@@ -59,6 +68,7 @@ class Load:
         self.a_failed_cleanup()
         self.a_queue_for_the_lock()
         self.garbage_collections()
+        self.a_link()
         self.db.close()
 
     def misbehave(self, operation, **fault):
@@ -204,6 +214,11 @@ class Load:
         self.s3.behave()
         self.db.pack()
 
+    def a_link(self):
+        write(self.db, "linked", b"data")
+        with self.db.transaction() as connection:
+            assert self.db.storage._call("presigned_url", *name_of(connection.root()["linked"])) is not None
+
 
 @pytest.fixture(scope="module")
 def observed(running_s3, tmp_path_factory):
@@ -215,6 +230,7 @@ def observed(running_s3, tmp_path_factory):
     blob_dir = FilesystemHelper(str(tmp_path_factory.mktemp("site") / "blobs"), "bushy")
     blob_dir.create()
     options = {"cache_size": "10MB", "s3_max_attempts": 2, "fallback_blob_dir": blob_dir.base_dir}
+    options |= {"presigned_urls": "1h"}
     with ZEOServer(tmp_path_factory.mktemp("zeo"), running_s3, bucket, options=options, metrics=True) as server:
         # Each of these groups would wait a minute for its first turn.
         rules = (GRAFANA / "alerts.yml").read_text().replace("interval: 1m", "interval: 1s")

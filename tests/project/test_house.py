@@ -28,7 +28,7 @@ LAYERS = [
     },
     {"blobdir", "cache", "inflight", "s3"},
     {"arriving", "bases", "lease", "settings"},
-    {"fetch", "places"},
+    {"fetch", "linker", "places"},
     {"commit"},
     {"garbage", "monitoring", "vote"},
     {"storage"},

@@ -113,6 +113,13 @@ def everything_shown(error):
         ("s3-endpoint-url", "http://minio example.net"),
         ("s3-endpoint-url", "http://minio.example.net:http"),
         ("s3-endpoint-url", "http://minio.example.net:99999"),
+        ("s3-public-endpoint-url", "files.example.net"),
+        ("s3-public-endpoint-url", "https://user:hunter2@files.example.net"),
+        ("s3-public-endpoint-url", "https://files.example.net/?x"),
+        ("presigned-urls", "one hour"),
+        ("presigned-urls", "-1h"),
+        ("presigned-urls", "8d"),
+        ("presigned-urls", "604801s"),
         ("s3-use-ssl", "maybe"),
         ("s3-addressing-style", "virtuel"),
         ("s3-sse", "aes256"),
@@ -164,7 +171,7 @@ def test_a_bad_value_is_refused_with_its_key_named(section, refusal, key, value)
 # What ZConfig takes without a word, and means something else by it
 
 
-@pytest.mark.parametrize("key", ["upload-timeout", "gc-retention"])
+@pytest.mark.parametrize("key", ["upload-timeout", "gc-retention", "presigned-urls"])
 def test_a_time_without_a_unit_is_refused(section, refusal, key):
     name = key.replace("-", "_")
     sentence = refusal(read, section(**{name: "30"}))
@@ -191,6 +198,9 @@ def test_a_size_that_was_meant_in_another_unit_is_refused(section, refusal, key,
         ("gc_retention", "0", 0),
         ("gc_retention", "0d", 0),
         ("gc_retention", "30D", 30 * 86400),
+        ("presigned_urls", "0", 0),
+        ("presigned_urls", "90m", 5400),
+        ("presigned_urls", "7d", 7 * 86400),
     ],
 )
 def test_zero_and_what_has_a_unit_is_meant_as_it_is(section, key, value, meaning):
@@ -201,6 +211,7 @@ TEXTS = {
     "bucket_name": "blobs",
     "s3_prefix": "site1",
     "s3_endpoint_url": "http://minio.example.net",
+    "s3_public_endpoint_url": "https://files.example.net",
     "s3_region": "eu-central-1",
     "s3_ca_file": "/etc/ca.pem",
     "s3_addressing_style": "path",
@@ -379,10 +390,12 @@ def test_defaults(section):
     assert factory.config.cache_size == 1 << 30
     assert factory.config.upload_timeout == 600
     assert factory.config.metrics_address is None
+    assert factory.config.presigned_urls == 0
     assert vars(factory.settings) == {
         "bucket_name": "blobs",
         "s3_prefix": "",
         "s3_endpoint_url": None,
+        "s3_public_endpoint_url": None,
         "s3_region": None,
         "s3_access_key": None,
         "s3_secret_key": None,
@@ -428,6 +441,7 @@ def test_a_file_of_authorities_that_is_none_stops_the_start(section, tmp_path, c
         ("s3_prefix", "site/one/", "site/one"),
         ("s3_endpoint_url", "http://minio.example.net:9000", "http://minio.example.net:9000"),
         ("s3_endpoint_url", "https://[::1]:9000", "https://[::1]:9000"),
+        ("s3_public_endpoint_url", "https://files.example.net/s3", "https://files.example.net/s3"),
         ("s3_region", "eu-central-1", "eu-central-1"),
         ("s3_use_ssl", "off", False),
         ("s3_addressing_style", "virtual", "virtual"),
@@ -464,7 +478,7 @@ def test_a_metrics_address_is_a_host_and_a_port(section, value, meaning):
 def test_an_empty_value_is_no_value(section):
     # What $(NAME) leaves when the variable is set but empty.
     optional = ("s3_prefix", "s3_endpoint_url", "s3_region", "s3_access_key", "s3_secret_key", "s3_sse_customer_key")
-    more = ("s3_sse", "s3_sse_kms_key_id", "s3_storage_class", "s3_checksums")
+    more = ("s3_public_endpoint_url", "s3_sse", "s3_sse_kms_key_id", "s3_storage_class", "s3_checksums")
     assert settings(section(**dict.fromkeys((*optional, *more), ""))) == settings(section())
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from ZODB.utils import z64
 from zodb_s3blobs.cache.directory import path_in
 
 RECORD = zodb_pickle(Blob())
+#: The record of a Blob as a ZODB.DB stores it. Only of this one does ZODB say that it is that of a blob.
+BLOB_RECORD = pickle.dumps(Blob, 3) + pickle.dumps(None, 3)
 MAXTID = b"\x7f" + b"\xff" * 7
 MB = 1 << 20
 #: Far above what anything takes that does not wait for S3, far below the faults of these tests.
@@ -49,13 +52,13 @@ def commit_object(client, value="x"):
     return client.tpc_finish(txn)
 
 
-def commit_blob(client, data=b"data", oid=None):
+def commit_blob(client, data=b"data", oid=None, record=RECORD):
     """Returns (oid, tid)."""
     oid = oid or client.new_oid()
     txn = TransactionMetaData()
     client.tpc_begin(txn)
     try:
-        store_blob(client, oid, data, txn)
+        store_blob(client, oid, data, txn, record=record)
         client.tpc_vote(txn)
         return oid, client.tpc_finish(txn)
     except BaseException:
@@ -63,11 +66,16 @@ def commit_blob(client, data=b"data", oid=None):
         raise
 
 
-def store_blob(client, oid, data, txn, serial=ZERO):
+def store_blob(client, oid, data, txn, serial=ZERO, record=RECORD):
     path = os.path.join(client.temporaryDirectory(), os.urandom(4).hex())
     with open(path, "wb") as file:
         file.write(data)
-    client.storeBlob(oid, serial, RECORD, path, "", txn)
+    client.storeBlob(oid, serial, record, path, "", txn)
+
+
+def name_of(blob):
+    """The oid and the serial of a Blob, which is not loaded: that would fetch its file."""
+    return blob._p_oid, blob._p_jar._storage.load(blob._p_oid)[1]
 
 
 def blob(client, oid, tid):

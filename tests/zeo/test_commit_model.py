@@ -51,6 +51,7 @@ from zodb_s3blobs.commit.services import CommitServices
 from zodb_s3blobs.commit.tids import GRACE, LONGEST, ROUNDS, Tids
 from zodb_s3blobs.fetch import Fetcher
 from zodb_s3blobs.garbage.collector import Collector
+from zodb_s3blobs.linker import Linker
 from zodb_s3blobs.monitoring.exporter import Exported
 from zodb_s3blobs.storage import Components, S3BlobStorage
 from zodb_s3blobs.zeo import handler, voting
@@ -136,7 +137,8 @@ class Server:
             self.bucket, cache, commits.in_flight, commits.staging.is_live, Lease(), metrics, 0, 100, identity, DAY
         )
         self.commits = commits
-        return Components(self.bucket, cache, fetcher, commits, Lease(), collector, exported, lambda: None)
+        linker = Linker(None, 0, fetcher.may_lack, metrics)
+        return Components(self.bucket, cache, fetcher, linker, commits, Lease(), collector, exported, lambda: None)
 
     def waits_with_the_lock(self):
         """How many transactions waited for S3 with the commit lock, by reason."""

@@ -138,6 +138,21 @@ class BaseAdapter:
         finally:
             instance.release()
 
+    def record(self, oid: bytes, tid: bytes, any_thread: bool) -> bytes | None:
+        """Return the record of the committed revision (oid, tid), None if there is none.
+
+        ``any_thread``: do not use the base itself if it belongs to one thread, and may show an old state.
+        """
+        needs_own = any_thread and IMVCCStorage.providedBy(self._storage)
+        storage = self._storage.new_instance() if needs_own else self._storage
+        try:
+            return storage.loadSerial(oid, tid)
+        except POSKeyError:
+            return None
+        finally:
+            if needs_own:
+                storage.release()
+
     # The protocol `lease.Database`
 
     def identity(self) -> str:

@@ -11,6 +11,7 @@ from ..digest import SHA256, digest_of
 from .control import ControlObjects
 from .download import Stored, stored_in
 from .errors import BlobMismatch, BlobNotFound
+from .links import Signer
 
 
 class Bucket(ControlObjects):
@@ -49,6 +50,13 @@ class Bucket(ControlObjects):
         if digest not in (self._read_back(key, SHA256)[1] for _ in range(2)):
             raise self._different(key)
         self.put(oid, tid, filename)
+
+    def signer(self) -> Signer:
+        """Return a signer of links to the blobs; raises BucketError if boto3 rejects the settings.
+
+        The links cannot be used with SSE-C, whose key would have to be sent with the request.
+        """
+        return Signer(self.name, self.keys, self._connection)
 
     def _different(self, key: str) -> BlobMismatch:
         return BlobMismatch(

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -56,6 +56,7 @@ class BucketSettings:
     bucket_name: str
     s3_prefix: str = ""
     s3_endpoint_url: str | None = None
+    s3_public_endpoint_url: str | None = None
     s3_region: str | None = None
     s3_access_key: str | None = field(default=None, repr=False)
     s3_secret_key: str | None = field(default=None, repr=False)
@@ -89,7 +90,9 @@ class Connection:
         for name in _LOGGERS_THAT_LEAK:
             talkative = logging.getLogger(name)
             talkative.setLevel(max(talkative.getEffectiveLevel(), logging.INFO))
-        self.client = ask(f"set up the connection to bucket {settings.bucket_name}", lambda: _client(session, settings))
+        self._what = f"set up the connection to bucket {settings.bucket_name}"
+        self._boto3 = ask(self._what, lambda: boto3.session.Session(botocore_session=session))
+        self.client = self._new_client(settings)
         #: The address of the service; without s3-endpoint-url, boto3 may have found another address than Amazon's.
         self.endpoint_url: str = self.client.meta.endpoint_url
         self._proxies = botocore.utils.get_environ_proxies(self.endpoint_url)
@@ -103,6 +106,29 @@ class Connection:
             # Every service understands this checksum, and refuses a damaged body because of it.
             for operation in ("PutObject", "UploadPart", "DeleteObjects"):
                 events.register_last(f"before-call.s3.{operation}", _add_content_md5)
+
+    def _new_client(self, settings: BucketSettings, signature: str | None = None) -> Any:
+        return ask(self._what, lambda: _client(self._boto3, settings, signature))
+
+    def new_signer(self) -> Any:
+        """Return a boto3 client that signs links with the credentials of this one. The caller sends nothing with it.
+
+        The links lead to s3-public-endpoint-url, or to the service itself.
+        """
+        public, style = self._settings.s3_public_endpoint_url, self._settings.s3_addressing_style
+        if style == "auto" and re.search(
+            r"\.amazonaws\.com(\.cn)?$", urlsplit(public or self.endpoint_url).hostname or ""
+        ):
+            # By default boto3 signs links to s3.amazonaws.com, which knows neither new buckets nor all regions.
+            style = "virtual"
+        settings = replace(
+            self._settings,
+            s3_endpoint_url=public or self._settings.s3_endpoint_url,
+            s3_addressing_style=style,
+            s3_checksums="when_required",
+        )
+        # boto3 signs links with version 2 otherwise, which many services and KMS refuse.
+        return self._new_client(settings, "s3v4")
 
     def ask(self, what: str, call: Callable[[], T]) -> T:
         """Return the result of ``call``. Raises the errors of `errors.ask`, with hints from the settings."""
@@ -140,15 +166,16 @@ class Connection:
         return ""
 
 
-def _client(session: Any, settings: BucketSettings) -> Any:
+def _client(session: boto3.session.Session, settings: BucketSettings, signature: str | None) -> Any:
     config = botocore.config.Config(
         # botocore's own repetitions have a budget, which an outage uses up in seconds; after that they never resume.
         retries={"mode": "standard", "total_max_attempts": 1},
         request_checksum_calculation=settings.s3_checksums,
         response_checksum_validation=settings.s3_checksums,
         s3={"addressing_style": settings.s3_addressing_style},
+        signature_version=signature,
     )
-    return boto3.session.Session(botocore_session=session).client(
+    return session.client(
         "s3",
         endpoint_url=settings.s3_endpoint_url,
         region_name=settings.s3_region,

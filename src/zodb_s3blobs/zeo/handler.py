@@ -25,6 +25,7 @@ from ..monitoring import zeostats
 from ..openfiles import Listener
 from ..storage import S3BlobStorage
 from . import errors, startlog
+from .linking import LinkingHandler
 from .sending import SendingHandler, SentBlob
 from .stop import Stop
 from .voting import VotingHandler, is_id
@@ -137,6 +138,7 @@ def _register(
     stock_class: type = type(handler)
     handler.__class__ = _handler_class(mixin, stock_class)
     handler.bind_storage(blobs)
+    handler.admit_links()
     return result
 
 
@@ -145,10 +147,10 @@ def _handler_class(mixin: type, stock: type) -> type:
     return type(f"S3{mixin.__name__}", (mixin, stock), {})
 
 
-class DemoHandler(SendingHandler):
+class DemoHandler(SendingHandler, LinkingHandler):
     """The handler of a client of a demostorage that reads the blobs of one of our storages, in place of the stock one.
 
-    It stores into its changes, which are none of our business.
+    It stores into its changes, which are none of our business; blobs of the changes have no links.
     """
 
     storage: Any
@@ -167,7 +169,7 @@ class DemoHandler(SendingHandler):
         return True
 
 
-class BlobHandler(SendingHandler, VotingHandler):
+class BlobHandler(SendingHandler, VotingHandler, LinkingHandler):
     """The handler of a client of one of our storages; a mixin of the server's own handler class."""
 
     def notify_disconnected(self) -> None:
