@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -24,7 +25,7 @@ WRONG_MD5, WRONG_CRC32 = "AAAAAAAAAAAAAAAAAAAAAA==", "AAAAAA=="
 ROWS = [
     *("put and get", "checksums", "storage class", "encryption", "clock", "metadata", "absent blobs"),
     *("damaged uploads", "ranges", "list", "delete", "batch delete", "multipart", "unfinished uploads", "copy"),
-    *("staging", "If-None-Match", "If-Match", "owner lease", "clean-up"),
+    *("staging", "If-None-Match", "If-Match", "owner lease", "links", "clean-up"),
 ]
 OTHERS = ["1/blobs/1/2.blob", "1/owner.json", "1/check-mine", "blobs/1/2.blob"]
 
@@ -328,6 +329,40 @@ def test_what_the_server_needs_fails(s3, good, odd, left_as_it_was, faults, expe
         in_parts = name == "multipart" and "UploadPart" in faults
         of_copies = "s3-stage-threshold 0" if name in ("copy", "staging") else ""
         assert found[name]["set"] == ("s3-multipart-threshold 5GB" if in_parts else of_copies)
+
+
+def test_a_link_is_followed_to_the_public_endpoint(s3, good, check, left_as_it_was):
+    with Gate(s3.url, lambda ask: None) as public:
+        done = check(presigned_urls="1h", s3_public_endpoint_url=public.url)
+    assert re.search(rf"links +works +links to {urlsplit(public.url).netloc} can be followed", done.stdout)
+    [asked] = public.asked
+    assert (asked.method, "authorization" in asked.headers) == ("GET", False)
+    assert "X-Amz-Signature" not in done.stdout + done.stderr
+
+
+def _without_headers_asked_for(ask):
+    ask.path = re.sub(r"response-content-[^&]*&", "", ask.path)
+
+
+@pytest.mark.parametrize(
+    ("judge", "state", "words"),
+    slow_after(
+        2,
+        of=[
+            (None, "worked around", "no link can be followed from this machine (ConnectionRefusedError)"),
+            (lambda ask: error(403, "SignatureDoesNotMatch"), "fails", "HTTP 403: check s3-public-endpoint-url"),
+            (lambda ask: page(200), "fails", "a link leads to other bytes at "),
+            (_without_headers_asked_for, "worked around", "ignores the content type or the file name"),
+        ],
+        unpack=True,
+    ),
+)
+def test_what_is_wrong_with_links_is_told(s3, good, odd, left_as_it_was, judge, state, words):
+    with Gate(s3.url, judge) as public:
+        url = public.url if judge else "http://{}:{}".format(*free_address())
+        found = odd(status=3 if state == "fails" else 0, presigned_urls="1h", s3_public_endpoint_url=url)
+    assert states(found) == {"links": state}
+    assert words in found["links"]["meaning"]
 
 
 @slow
@@ -636,7 +671,7 @@ def test_that_nothing_can_be_stored_is_said_once(s3, check, left_as_it_was, faul
     s3.misbehave(operation="PutObject|CreateMultipartUpload", **fault)
     done = check(status=3, s3_max_attempts=1)
     found = rows(done)
-    assert list(found) == ["put and get", "storage class", "absent blobs", "(not tried)", "clean-up"]
+    assert list(found) == ["put and get", "storage class", "absent blobs", "links", "(not tried)", "clean-up"]
     assert done.stdout.count(words) == 1 and words in found["put and get"]
     assert "no blob can be stored: checksums, encryption, clock, metadata, " in found["(not tried)"]
     assert done.stdout.splitlines()[-1].endswith("did not pass: put and get")

@@ -11,7 +11,9 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from typing import Literal
+from urllib.error import HTTPError
 
 from ...revision import Revision
 from ...s3.download import PART
@@ -433,6 +435,33 @@ def _lease(scratch: Scratch) -> Outcome:
     return works("the owner lease is written, renewed and given back")
 
 
+#: What a link asks for that the service answers with: content type, file name, disposition.
+_WANTED = "text/x-check", "check.txt", "attachment"
+
+
+def _links(scratch: Scratch) -> Outcome:
+    if not scratch.section.config.presigned_urls:
+        return works("presigned-urls is not set")
+    if scratch.settings.s3_sse_customer_key:
+        return around("no link can be followed without the key of s3-sse-customer-key: presigned-urls has no effect")
+    name = scratch.put(SMALL)
+    try:
+        host, headers, data = scratch.follow_link(name, *_WANTED)
+    except HTTPError as error:
+        return fails(
+            f"the answer to a link is HTTP {error.code}: check s3-public-endpoint-url, which must lead to the service "
+            f"with host and path unchanged, and s3-region"
+        )
+    except (OSError, HTTPException) as error:
+        reason = type(getattr(error, "reason", error)).__name__
+        return around(f"no link can be followed from this machine ({reason}): try one in a browser")
+    if data != SMALL:
+        return fails(f"a link leads to other bytes at {host}: check s3-public-endpoint-url")
+    if headers.get_content_type() != _WANTED[0] or headers.get_filename() != _WANTED[1]:
+        return around("links can be followed, but the service ignores the content type or the file name in them")
+    return works(f"links to {host} can be followed")
+
+
 Check = Callable[[Scratch], Outcome]
 
 CHECKS: dict[str, Check] = {
@@ -455,4 +484,5 @@ CHECKS: dict[str, Check] = {
     "If-None-Match": _if_none_match,
     "If-Match": _if_match,
     "owner lease": _lease,
+    "links": _links,
 }

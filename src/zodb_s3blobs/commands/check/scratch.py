@@ -4,15 +4,19 @@ import contextlib
 import copy
 import os
 import re
+import ssl
 import threading
 import time
+import urllib.request
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from email.message import Message
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 from ZODB.utils import p64
 
@@ -23,7 +27,9 @@ from ...s3.bucket import Bucket
 from ...s3.download import PART
 from ...s3.errors import BlobNotFound, BucketError, TransferCancelled
 from ...s3.keys import Keys
+from ...s3.links import checked
 from ...s3.listing import ListedUpload
+from ...s3.objects import READ
 
 #: The codes of a BucketError for a missing permission.
 FORBIDDEN = {"AccessDenied", "403"}
@@ -37,6 +43,9 @@ _UNANSWERED = {"timeout", "connection", "server", "throttled", "foreign"}
 _REFUSED = {"auth", "quota", "archived", "request"}
 #: Codes of requests that were not even sent.
 _NEVER_SENT = {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError", "SSLError"}
+
+#: For how many seconds a link is valid: clocks may be that far apart.
+_VALIDITY = 900
 
 _GIVE_UP_AFTER = 3
 _MOST_PAGES = 100
@@ -256,6 +265,21 @@ class Scratch:
         except BlobNotFound:
             return False
         return True
+
+    def follow_link(self, name: Revision, *wanted: Any) -> tuple[str, Message, bytes]:
+        """Read the blob ``name`` by a link, as a browser does; return the host, and headers and bytes of the answer.
+
+        ``wanted``: the content type, the file name and the disposition. Raises OSError, and HTTPException, if there is
+        no answer, and HTTPError, which is an OSError, if the link is refused.
+        """
+        if self.unreadable is not None:
+            raise NotTried("no blob can be read")
+        url = self.bucket.signer().sign(checked(_VALIDITY, *name, *wanted))
+        context = ssl.create_default_context()
+        if self.settings.s3_ca_file:
+            context.load_verify_locations(self.settings.s3_ca_file)
+        with urllib.request.urlopen(url, timeout=self.settings.s3_read_timeout, context=context) as answer:
+            return urlsplit(url).netloc, answer.headers, answer.read(READ)
 
     # Deleting
 
