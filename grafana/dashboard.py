@@ -503,8 +503,8 @@ READS = row(
         ),
         panel("Reads", "ops")(
             "Reads of blobs in all chosen storages, readers that joined a download under way, and blobs that came from "
-            "fallback-blob-dir. Errors: the logs of the clients have them; see row S3. Many that join want the same "
-            "new blob, which is fetched once. While fallback is not 0, the blob directory is still needed.",
+            "fallback-blob-dir or fallbackbucket. Errors: the logs of the clients have them; see row S3. Many that "
+            "join want the same new blob, which is fetched once. While fallback is not 0, a fallback is still needed.",
             query(rate("s3blobs_load_duration_seconds_count", "result"), by="{{result}}"),
             overall(rate("s3blobs_download_waits_total", ALL), "joined"),
             overall(rate("s3blobs_fallback_reads_total", ALL), "fallback"),
@@ -512,9 +512,11 @@ READS = row(
         panel("Faults of blobs and cache", "short")(
             "Blobs that the bucket does not have, wrong checksums, and failed operations on cache-dir, of all chosen "
             "storages in one interval. missing: do not pack; look for older versions in the bucket. checksum: a proxy "
-            "or disk damages data. no checksum: read without one, as other software stored it. cache: the disk is "
-            "full or broken, or the permissions are wrong.",
+            "or disk damages data. no checksum: read without one, as other software stored it. fallback: "
+            "fallback-blob-dir or fallbackbucket could not be read; see the log. cache: the disk is full or broken, or "
+            "the permissions are wrong.",
             overall(increase("s3blobs_missing_blobs_total", ALL), "missing"),
+            overall(increase("s3blobs_fallback_failures_total", ALL), "fallback"),
             overall(increase("s3blobs_download_checksum_failures_total", ALL), "checksum"),
             overall(increase("s3blobs_download_unproven_total", ALL), "no checksum"),
             query(increase("s3blobs_cache_errors_total", "operation"), "cache", "{{operation}}"),

@@ -91,6 +91,21 @@ def bucket_name(s3):
     return s3.bucket(f"bucket-{next(_numbers)}")
 
 
+@pytest.fixture(scope="session")
+def running_other_s3():
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def other_s3(running_other_s3):
+    """A second service, with a log and faults of its own."""
+    running_other_s3.behave()
+    running_other_s3.forget()
+    yield running_other_s3
+    running_other_s3.behave()
+
+
 @pytest.fixture
 def settings(s3, bucket_name):
     """Makes the `BucketSettings` of that bucket; keywords replace single ones."""

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from . import __version__
-from .commands import adopt, check, demo, export, gc, migrate, verify, warm
+from .commands import adopt, check, demo, export, gc, migrate, status, verify, warm
 
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "check": check,
+    "status": status,
     "migrate": migrate,
     "verify": verify,
     "export": export,

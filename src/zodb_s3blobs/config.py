@@ -7,9 +7,11 @@ of the key. No error repeats a value, which may be a secret.
 import contextlib
 import logging
 import ssl
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import ZConfig
@@ -23,6 +25,7 @@ from .cache.directory import CacheDirectoryError
 from .cache.files import Cache
 from .commit.services import CommitServices
 from .commit.tids import Tids
+from .fallbacks import SECTION, FallbackBucket, FallbackDirectory, Fallbacks, Place
 from .fetch import Fetcher
 from .garbage.collector import Collector
 from .garbage.leftovers import abandoned_after
@@ -34,16 +37,21 @@ from .monitoring.exporter import Exported
 from .monitoring.health import Health
 from .places import Places, PlaceTaken, place_of
 from .s3.bucket import Bucket
+from .s3.client import BucketSettings
+from .s3.download import Downloads
 from .s3.errors import SETTING_FOR_ERROR, BucketError
 from .s3.links import Signer
-from .settings import PATHS, bucket_settings, check_texts, make_absolute
+from .s3.objects import Objects
+from .settings import PATHS, bucket_settings, check_texts, make_absolute, read_settings
 from .storage import Components, S3BlobStorage
 from .workers import DaemonPool
 from .zeo import handler as zeo
 
 logger = logging.getLogger(__name__)
 
-#: How long, in seconds, the start waits for the bucket before it goes on without an answer.
+AnyBucket = TypeVar("AnyBucket", bound=Objects)
+
+#: How long, in seconds, the start waits for the buckets before it goes on without an answer.
 _PROBE_TIMEOUT = 10.0
 
 _places = Places()
@@ -74,6 +82,13 @@ class S3BlobStorageFactory(BaseConfig):
         for key in PATHS:
             make_absolute(config, key)
         self.settings = bucket_settings(config)
+        #: The settings of ``<fallbackbucket>``, None without that section.
+        self.fallback_settings: BucketSettings | None = None
+        if config.fallbackbucket is not None:
+            with _naming_section():
+                check_texts(config.fallbackbucket)
+                make_absolute(config.fallbackbucket, "s3-ca-file")
+                self.fallback_settings = read_settings(config.fallbackbucket)
         if not config.cache_dir:
             raise ZConfig.ConfigurationError("cache-dir must name a directory")
 
@@ -94,17 +109,18 @@ class S3BlobStorageFactory(BaseConfig):
             bucket = self.open_bucket(exported.metrics)
             undo.callback(bucket.close)
             self._describe(bucket, exported.metrics)
-            _probe(bucket)
             try:
-                fallback = self.open_fallback()
+                fallbacks = self.open_fallbacks(bucket, exported.metrics)
             except BlobDirectoryError as error:
                 raise _refuse(f"fallback-blob-dir: {error}") from None
+            undo.callback(fallbacks.close)
+            _probe(bucket, fallbacks)
             base = self.config.base.open()
             undo.callback(base.close)
             try:
                 leave_place = _places.take(place_of(bucket), self._label, adapter_for(base))
                 undo.callback(leave_place)
-                storage = _assemble(self.config, base, bucket, fallback, exported, leave_place)
+                storage = _assemble(self.config, base, bucket, fallbacks, exported, leave_place)
             except UnsuitableBase as error:
                 raise _refuse(f"s3blobstorage: {error}") from None
             except PlaceTaken as error:
@@ -120,33 +136,38 @@ class S3BlobStorageFactory(BaseConfig):
         except endpoint.EndpointError as error:
             raise _refuse(f"metrics-address: {error}") from None
 
-    def open_fallback(self) -> BlobDirectory | None:
-        """Return the directory ``fallback-blob-dir``, None without that key. Raises BlobDirectoryError."""
-        return BlobDirectory(self.config.fallback_blob_dir) if self.config.fallback_blob_dir else None
+    def open_fallbacks(self, bucket: Bucket, metrics: Metrics) -> Fallbacks:
+        """Return the fallbacks of ``bucket``; sends no request. Raises `StartRefused` and BlobDirectoryError."""
+        places: list[Place] = []
+        if self.config.fallback_blob_dir:
+            places.append(FallbackDirectory(BlobDirectory(self.config.fallback_blob_dir), metrics))
+        if (other := self.open_fallback_bucket(bucket, metrics)) is not None:
+            places.append(other)
+        return Fallbacks(places)
+
+    def open_fallback_bucket(self, bucket: Bucket, metrics: Metrics) -> FallbackBucket | None:
+        """Return the second bucket beside ``bucket``, None without its section; sends no request. `StartRefused`."""
+        if self.fallback_settings is None:
+            return None
+        settings = replace(self.fallback_settings, s3_concurrency=self.settings.s3_concurrency, pace=self.settings.pace)
+        # Its requests are not those of the bucket, whose metrics and health tell of the bucket alone.
+        other = _open(Downloads, settings, Metrics(), f"{SECTION} ")
+        if place_of(other) == place_of(bucket):
+            other.close()
+            raise _refuse(
+                f"{SECTION}: it names the bucket and the s3-prefix of the section around it, so that it can add "
+                f"nothing: give one of the two another s3-prefix or bucket-name, or remove the section {SECTION}"
+            )
+        return FallbackBucket(other, metrics)
 
     def open_bucket(self, metrics: Metrics) -> Bucket:
         """Return the bucket alone; sends no request. Raises `StartRefused`."""
-        if self.settings.s3_ca_file:
-            _check_ca_file(self.settings.s3_ca_file)
-        try:
-            bucket = Bucket(self.settings, metrics)
-        except BucketError as error:
-            raise _misconfigured(error) from None
-        if self.settings.s3_sse_customer_key and not bucket.endpoint_url.startswith("https:"):
-            bucket.close()
-            raise _refuse(
-                "s3-sse-customer-key sends the key with every request and so needs TLS, but boto3 found another "
-                "endpoint in AWS_ENDPOINT_URL, AWS_ENDPOINT_URL_S3 or its configuration file: set s3-endpoint-url "
-                "to one with https://"
-            )
-        return bucket
+        return _open(Bucket, self.settings, metrics)
 
     def _describe(self, bucket: Bucket, metrics: Metrics) -> None:
-        url = urlsplit(bucket.endpoint_url)
-        address = url.netloc.rpartition("@")[2]  # boto3 may have found an endpoint with a password
-        endpoint_url, prefix = f"{url.scheme}://{address}{url.path}", self.settings.s3_prefix
-        metrics.storage_info.labels(bucket.name, prefix, endpoint_url).set(1)
-        logger.info("%s: bucket %s, prefix %s, endpoint %s", self._label, bucket.name, prefix or "none", endpoint_url)
+        endpoint_url = _endpoint(bucket)
+        metrics.storage_info.labels(bucket.name, bucket.keys.prefix, endpoint_url).set(1)
+        logger.info("%s: %s", self._label, _described(bucket))
 
     @property
     def _label(self) -> str:
@@ -154,17 +175,57 @@ class S3BlobStorageFactory(BaseConfig):
         return f"s3blobstorage {self.name or ''}".rstrip() + f" (cache-dir {self.config.cache_dir})"
 
 
-def _check_ca_file(path: str) -> None:
+@contextlib.contextmanager
+def _naming_section() -> Iterator[None]:
+    """Let a ConfigurationError of the body name the section of the second bucket."""
+    try:
+        yield
+    except ZConfig.ConfigurationError as error:
+        raise ZConfig.ConfigurationError(f"{SECTION} {error}") from None
+
+
+def _open(
+    kind: Callable[[BucketSettings, Metrics], AnyBucket], settings: BucketSettings, metrics: Metrics, section: str = ""
+) -> AnyBucket:
+    """Return a bucket of ``kind``; sends no request. Raises `StartRefused`, whose sentence begins with ``section``."""
+    if settings.s3_ca_file:
+        _check_ca_file(settings.s3_ca_file, section)
+    try:
+        bucket = kind(settings, metrics)
+    except BucketError as error:
+        raise _misconfigured(error, section) from None
+    if settings.s3_sse_customer_key and not bucket.endpoint_url.startswith("https:"):
+        bucket.close()
+        raise _refuse(
+            f"{section}s3-sse-customer-key sends the key with every request and so needs TLS, but boto3 found another "
+            f"endpoint in AWS_ENDPOINT_URL, AWS_ENDPOINT_URL_S3 or its configuration file: set s3-endpoint-url "
+            f"to one with https://"
+        )
+    return bucket
+
+
+def _endpoint(bucket: Objects) -> str:
+    """Return the address of the service without a password, which boto3 may have found in it."""
+    url = urlsplit(bucket.endpoint_url)
+    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
+
+
+def _described(bucket: Objects) -> str:
+    return f"bucket {bucket.name}, prefix {bucket.keys.prefix or 'none'}, endpoint {_endpoint(bucket)}"
+
+
+def _check_ca_file(path: str, section: str) -> None:
     try:
         ssl.create_default_context(cafile=path)
     except ssl.SSLError:
-        raise _refuse(f"s3-ca-file: {path} holds no certificates in PEM format") from None
+        raise _refuse(f"{section}s3-ca-file: {path} holds no certificates in PEM format") from None
     except OSError as error:
-        raise _refuse(f"s3-ca-file: {path} cannot be read: {error.strerror}") from None
+        raise _refuse(f"{section}s3-ca-file: {path} cannot be read: {error.strerror}") from None
 
 
-def _misconfigured(error: BucketError) -> StartRefused:
-    return _refuse(f"{SETTING_FOR_ERROR.get(error.code, 's3blobstorage')}: {error}")
+def _misconfigured(error: BucketError, section: str) -> StartRefused:
+    key = SETTING_FOR_ERROR.get(error.code, "" if section else "s3blobstorage")
+    return _refuse(f"{f'{section}{key}'.strip()}: {error}")
 
 
 def _refuse(sentence: str) -> StartRefused:
@@ -172,23 +233,34 @@ def _refuse(sentence: str) -> StartRefused:
     return StartRefused(sentence)
 
 
-def _probe(bucket: Bucket) -> None:
-    """Probe the bucket; raise StartRefused for a wrong setting, and only log what may be an outage."""
-    worker = DaemonPool(1, "s3blobs probe")
+def _probe(bucket: Bucket, fallbacks: Fallbacks) -> None:
+    """Probe the buckets; raise StartRefused for a wrong setting, and only log what may be an outage."""
+    others = [place.bucket for place in fallbacks.places if isinstance(place, FallbackBucket)]
+    worker = DaemonPool(1 + len(others), "s3blobs probe")
+    deadline = time.monotonic() + _PROBE_TIMEOUT
     try:
-        worker.submit(bucket.probe).result(_PROBE_TIMEOUT)
-        logger.info("Bucket %s answered", bucket.name)
-    except BucketError as error:
-        if error.code in SETTING_FOR_ERROR:
-            raise _misconfigured(error) from None
-        logger.error("%s. Starting anyway: objects and cached blobs are served, other blobs fail", error)
-    except FutureTimeout:
-        logger.error(
-            "Bucket %s did not answer within %g s. Starting anyway: objects and cached blobs are served, other blobs "
-            "fail until the bucket answers",
-            bucket.name,
-            _PROBE_TIMEOUT,
-        )
+        probes = [(probed, worker.submit(probed.probe)) for probed in (bucket, *others)]
+        for probed, probe in probes:
+            if probed is bucket:
+                section, meanwhile = "", "objects and cached blobs are served, other blobs fail"
+            else:
+                section, meanwhile = f"{SECTION}: ", f"blobs that only {SECTION} has fail"
+                logger.info("%s%s", section, _described(probed))
+            try:
+                probe.result(max(0.0, deadline - time.monotonic()))
+                logger.info("%sBucket %s answered", section, probed.name)
+            except BucketError as error:
+                if error.code in SETTING_FOR_ERROR:
+                    raise _misconfigured(error, "" if probed is bucket else f"{SECTION} ") from None
+                logger.error("%s%s. Starting anyway: %s", section, error, meanwhile)
+            except FutureTimeout:
+                logger.error(
+                    "%sBucket %s did not answer within %g s. Starting anyway: %s until the bucket answers",
+                    section,
+                    probed.name,
+                    _PROBE_TIMEOUT,
+                    meanwhile,
+                )
     finally:
         worker.shutdown(wait=False)
 
@@ -197,14 +269,15 @@ def _assemble(
     config: Any,
     base: Any,
     bucket: Bucket,
-    fallback: BlobDirectory | None,
+    fallbacks: Fallbacks,
     exported: Exported,
     leave_place: Callable[[], None],
 ) -> S3BlobStorage:
     metrics = exported.metrics
     cache = Cache(config.cache_dir, config.cache_size, metrics)
     try:
-        fetcher = Fetcher(bucket, cache, metrics, config.s3_concurrency, fallback)
+        health = Health(bucket)
+        fetcher = Fetcher(bucket, cache, metrics, config.s3_concurrency, fallbacks, health.trouble)
         linker = Linker(_signer(config, bucket), config.presigned_urls, fetcher.may_lack, metrics)
         commits = CommitServices(
             bucket,
@@ -230,7 +303,6 @@ def _assemble(
             kind.own_identity,
             abandoned_after(config.upload_timeout),
         )
-        health = Health(bucket)
 
         def close_watch() -> None:
             endpoint.leave(exported)

@@ -3,12 +3,15 @@
 import functools
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import closing
 from typing import NamedTuple
 
-from .blobdir import BlobDirectory, BlobDirectoryError
+from .blobdir import BlobDirectoryError
 from .cache.files import Cache
 from .cache.store import Pin
+from .fallbacks import Fallbacks, Found
 from .metrics import Metrics
 from .revision import Revision
 from .s3.bucket import Bucket
@@ -23,8 +26,9 @@ _SMALL = 1 << 20
 class Fetcher:
     """The reader of blobs through the cache. Any thread may call.
 
-    ``concurrency``: the number of parallel downloads of small blobs, and of large ones; ``fallback``: a blob directory
-    with blobs that the bucket does not have yet, or None.
+    ``concurrency``: the number of parallel downloads of small blobs, and of large ones; ``fallbacks``: where blobs are
+    that the bucket does not deliver, closed together with this object; ``trouble`` returns why the bucket does not
+    answer, None if it does, without waiting.
     """
 
     def __init__(
@@ -33,15 +37,20 @@ class Fetcher:
         cache: Cache,
         metrics: Metrics,
         concurrency: int = 16,
-        fallback: BlobDirectory | None = None,
+        fallbacks: Fallbacks | None = None,
+        trouble: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._bucket = bucket
         self._cache = cache
         self._metrics = metrics
-        self._fallback = fallback
+        self._fallbacks = fallbacks or Fallbacks()
+        self._replicas = self._fallbacks.in_s3()
+        self._trouble = trouble
         # Pools of their own, so that slow downloads never delay a commit.
         self._workers = DaemonPool(concurrency, "s3blobs download")
         self._large = DaemonPool(concurrency, "s3blobs large download")
+        # So that a fallback that does not answer delays no read from the bucket.
+        self._elsewhere = DaemonPool(concurrency, "s3blobs fallback")
         self._hit_duration = metrics.load_duration.labels("hit")
         self._lock = threading.Lock()
         self._waiting: dict[Revision, list[_Reader]] = {}
@@ -49,9 +58,9 @@ class Fetcher:
     def request(self, oid: bytes, tid: bytes, source: bytes | None = None, owner: object = None) -> "Future[Pin]":
         """Return a future of the blob's complete and verified file, pinned in the cache; on a hit it is already done.
 
-        Does not wait. The future fails with `BlobNotFound` if neither the bucket nor the fallback has the blob,
-        `BucketError` if S3 fails, `BlobDirectoryError` if the fallback cannot be read, and `CacheError` if the file
-        cannot be written. The caller must release the pin.
+        Does not wait. The future fails with `BlobNotFound` if neither the bucket nor a fallback has the blob,
+        `BucketError` if S3 fails, `BlobDirectoryError` if fallback-blob-dir cannot be read, and `CacheError` if the
+        file cannot be written. The caller must release the pin.
 
         ``source``: the tid of another revision with the same bytes, which is downloaded instead. ``owner``: who asks;
         owners have their turns at the workers, so that a client that wants one blob does not wait for all those of
@@ -101,19 +110,23 @@ class Fetcher:
         return self.request(oid, tid).result()
 
     def may_lack(self, oid: bytes, tid: bytes) -> bool:
-        """Return whether the bucket may lack the committed blob (oid, tid): the fallback has it, or cannot be read.
+        """Return whether the bucket may lack the committed blob (oid, tid), which then only a fallback has.
 
-        Reads a directory; sends no request.
+        What fallback-blob-dir has may not have been copied yet. With a fallback in S3 the bucket is asked, which waits
+        for S3; else no request is sent.
         """
         try:
-            return self._fallback is not None and self._fallback.find(oid, tid) is not None
-        except BlobDirectoryError:
+            if self._fallbacks.directories().look_up(oid, tid) is not None:
+                return True
+            return bool(self._replicas) and self._bucket.look_up(oid, tid) is None
+        except (BlobDirectoryError, BucketError):
             return True
 
     def close(self) -> None:
         """Refuse new downloads."""
-        self._workers.shutdown(wait=False)
-        self._large.shutdown(wait=False)
+        for pool in self._workers, self._large, self._elsewhere:
+            pool.shutdown(wait=False)
+        self._fallbacks.close()
 
     def _begin(self, name: Revision, source: bytes, owner: object) -> None:
         """Take the blob from the cache if an earlier process left it there, or begin its download."""
@@ -129,7 +142,7 @@ class Fetcher:
         try:
             pin = self._cache.prove(*name)
         except Exception as error:
-            self._finish(name, source, error)
+            self._fail(name, error)
             return
         if pin is None:
             self._open(name, source, owner)
@@ -137,13 +150,48 @@ class Fetcher:
             self._answer_all(name, pin, "hit")
 
     def _open(self, name: Revision, source: bytes, owner: object) -> None:
-        """Request the blob, whose answer gives its size; pass a large one on to the other pool."""
+        # While the bucket does not answer, each read would wait for it. A directory does not come first: nothing
+        # verifies what it has.
+        if self._replicas and self._bucket.last_answer[0] is not None and self._trouble() is not None:
+            self._elsewhere.submit_all(owner, [functools.partial(self._open_replica, name, source, owner)])
+        else:
+            self._open_in_bucket(name, source, owner)
+
+    def _open_replica(self, name: Revision, source: bytes, owner: object) -> None:
+        """Ask the fallback in S3 first, then the bucket."""
         try:
-            opened = self._bucket.open(name[0], source)
+            found = self._replicas.open(name.oid, source, BlobNotFound("The bucket has not been asked"))
+        except Exception:
+            self._workers.submit_all(owner, [functools.partial(self._open_in_bucket, name, source, owner)])
+        else:
+            self._go_on(name, source, owner, found, found.size)
+
+    def _open_in_bucket(self, name: Revision, source: bytes, owner: object) -> None:
+        """Request the blob, whose answer gives its size."""
+        try:
+            opened = self._bucket.open(name.oid, source)
+        except (BlobNotFound, BucketError) as error:
+            if self._fallbacks:
+                self._elsewhere.submit_all(owner, [functools.partial(self._open_fallback, name, source, owner, error)])
+            else:
+                self._fail(name, error)
         except Exception as error:
-            self._finish(name, source, error)
-            return
-        if opened.stored.size <= _SMALL:
+            self._fail(name, error)
+        else:
+            self._go_on(name, source, owner, opened, opened.stored.size)
+
+    def _open_fallback(self, name: Revision, source: bytes, owner: object, error: BlobNotFound | BucketError) -> None:
+        """Ask the fallbacks for a blob that the bucket did not deliver because of ``error``."""
+        try:
+            found = self._fallbacks.open(name.oid, source, error)
+        except Exception as failure:
+            self._fail(name, failure)
+        else:
+            self._go_on(name, source, owner, found, found.size)
+
+    def _go_on(self, name: Revision, source: bytes, owner: object, opened: Opened | Found, size: int) -> None:
+        """Download the blob of ``size`` bytes, which is ``opened``; pass a large one on to the other pool."""
+        if size <= _SMALL:
             self._finish(name, source, opened)
             return
         begun = opened if self._large.has_free_thread else None
@@ -151,15 +199,18 @@ class Fetcher:
             opened.close()  # do not keep the connection open meanwhile
         self._large.submit_all(owner, [functools.partial(self._finish, name, source, begun)])
 
-    def _finish(self, name: Revision, source: bytes, begun: "Opened | Exception | None") -> None:
+    def _finish(self, name: Revision, source: bytes, begun: Opened | Found | None) -> None:
         try:
             pin = self._download(*name, source, begun)
         except BaseException as error:
-            for reader in self._end(name):
-                self._metrics.load_duration.labels("error").observe(time.monotonic() - reader.asked)
-                reader.future.set_exception(error)
+            self._fail(name, error)
         else:
             self._answer_all(name, pin, "miss")
+
+    def _fail(self, name: Revision, error: BaseException) -> None:
+        for reader in self._end(name):
+            self._metrics.load_duration.labels("error").observe(time.monotonic() - reader.asked)
+            reader.future.set_exception(error)
 
     def _answer_all(self, name: Revision, pin: Pin, result: str) -> None:
         first, *others = self._end(name)
@@ -174,15 +225,13 @@ class Fetcher:
         with self._lock:  # from here on no reader can join
             return self._waiting.pop(name)
 
-    def _download(self, oid: bytes, tid: bytes, source: bytes, begun: "Opened | Exception | None") -> Pin:
+    def _download(self, oid: bytes, tid: bytes, source: bytes, begun: Opened | Found | None) -> Pin:
         file = None
         try:
             file = self._cache.new_file()
             with self._cache.writing():
-                stored = get(self._bucket, self._fallback, oid, source, file, begun)
-            if stored is None:
-                self._metrics.fallback_reads.inc()
-            elif stored.is_proven:
+                stored = get(self._bucket, self._fallbacks, oid, source, file, begun)
+            if stored is not None and stored.is_proven:
                 file.digest = stored.digest
             return file.publish(oid, tid)
         except BaseException:
@@ -190,32 +239,31 @@ class Fetcher:
                 file.discard()
             raise
         finally:
-            if isinstance(begun, Opened):
+            if begun is not None:
                 begun.close()
 
 
 def get(
     bucket: Bucket,
-    fallback: BlobDirectory | None,
+    fallbacks: Fallbacks,
     oid: bytes,
     tid: bytes,
     file: Target,
-    begun: Opened | Exception | None = None,
+    begun: Opened | Found | None = None,
 ) -> Stored | None:
-    """Write blob (oid, tid) into the empty ``file``; return what the bucket has, None if it came from the fallback.
+    """Write blob (oid, tid) into the empty ``file``; return the metadata of its object, None if it was a file.
 
-    ``begun``: the result or error of `Bucket.open`, if it was called. Waits for S3; raises the errors of `Bucket.get`
-    and `BlobDirectory.copy`.
+    ``begun``: the blob as the bucket or a fallback opened it, if one did; the caller closes it. Waits for S3; raises
+    the errors of `Bucket.get` and `Fallbacks.open`.
     """
+    if isinstance(begun, Found):
+        return begun.copy(file)
     try:
-        if isinstance(begun, Exception):
-            raise begun
         return bucket.get(oid, tid, file, begun)
-    except (BlobNotFound, BucketError):
-        # The fallback's copy has the same bytes, so it also serves during an outage of the bucket.
-        if fallback is None or not fallback.copy(oid, tid, file):
-            raise
-        return None
+    except (BlobNotFound, BucketError) as error:
+        # A fallback's copy has the same bytes, so it also serves during an outage of the bucket.
+        with closing(fallbacks.open(oid, tid, error)) as found:
+            return found.copy(file)
 
 
 class _Reader(NamedTuple):

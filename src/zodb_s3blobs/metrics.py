@@ -172,7 +172,10 @@ class Metrics:
         )
         self.fallback_reads = self._counter(
             "s3blobs_fallback_reads_total",
-            "Blobs that came from fallback-blob-dir, because the bucket did not give them.",
+            "Blobs that came from fallback-blob-dir or fallbackbucket, because the bucket did not give them.",
+        )
+        self.fallback_failures = self._counter(
+            "s3blobs_fallback_failures_total", "Reads of fallback-blob-dir or fallbackbucket that failed."
         )
 
         self.presigned_url_requests = self._counter(

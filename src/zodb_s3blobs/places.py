@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from .bases.adapter import BaseAdapter
 from .errors import S3BlobsError
-from .s3.bucket import Bucket
+from .s3.objects import Objects
 
 #: Endpoint, bucket and prefix.
 Place = tuple[str, str, str]
@@ -58,7 +58,7 @@ class Places:
         return give_back
 
 
-def place_of(bucket: Bucket) -> Place:
+def place_of(bucket: Objects) -> Place:
     """Return the place of ``bucket`` and its prefix, equal for all spellings of its endpoint."""
     url = urlsplit(bucket.endpoint_url)
     host = (url.hostname or "").lower()

@@ -1,4 +1,4 @@
-"""The settings of the ``<s3blobstorage>`` section: datatypes of its keys, and what must hold for any bucket and disk.
+"""The settings of ``<s3blobstorage>`` and ``<fallbackbucket>``: datatypes, and what must hold for any bucket and disk.
 
 component.xml describes the keys. Every invalid value is refused with the name of its key, if possible when the
 configuration is read. No error repeats a value, which may be a secret.
@@ -9,8 +9,9 @@ import binascii
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import ZConfig
 import ZConfig.datatypes
@@ -26,6 +27,10 @@ _COPY_TIMEOUT = 120.0
 _LONGEST_PREFIX = 900
 
 _MB = 1 << 20
+
+#: What S3 allows as tags of an object.
+_MOST_TAGS = 10
+_TAG_KEY, _TAG_VALUE = re.compile(r"[\w .:/=+@-]{1,128}"), re.compile(r"[\w .:/=+@-]{0,256}")
 
 
 def _datatype(
@@ -113,7 +118,7 @@ def metrics_address(text: str) -> tuple[str, int] | None:
 #: The keys that name a file or a directory.
 PATHS = ("s3-ca-file", "cache-dir", "fallback-blob-dir")
 
-_SECRETS = ("s3-access-key", "s3-secret-key", "s3-sse-customer-key")
+_SECRETS = ("s3-access-key", "s3-secret-key", "s3-session-token", "s3-sse-customer-key")
 
 
 def check_texts(config: Any) -> None:
@@ -153,13 +158,11 @@ def make_absolute(config: Any, key: str) -> None:
         setattr(config, attribute, os.path.join(os.getcwd(), path))
 
 
-def bucket_settings(config: Any) -> BucketSettings:
-    """Return the checked S3 settings of the section; ConfigurationError names the key of the first invalid one."""
+def read_settings(config: Any) -> BucketSettings:
+    """Return the checked settings of a bucket that is only read; ConfigurationError names the first invalid key."""
     endpoint = config.s3_endpoint_url
     if endpoint and not _is_endpoint(endpoint):
         raise ZConfig.ConfigurationError("s3-endpoint-url must be http(s)://host[:port][/path]")
-    if config.s3_public_endpoint_url and not _is_endpoint(config.s3_public_endpoint_url):
-        raise ZConfig.ConfigurationError("s3-public-endpoint-url must be http(s)://host[:port][/path]")
     if not re.fullmatch(r"[a-zA-Z0-9.\-_]{1,255}|arn:[\w.:/-]+", config.bucket_name):
         raise ZConfig.ConfigurationError(
             "bucket-name is not the name of a bucket: letters, digits, dots, hyphens and underscores"
@@ -172,39 +175,58 @@ def bucket_settings(config: Any) -> BucketSettings:
     if bool(config.s3_access_key) != bool(config.s3_secret_key):
         given, missing = ("access", "secret") if config.s3_access_key else ("secret", "access")
         raise ZConfig.ConfigurationError(f"s3-{given}-key is set, but s3-{missing}-key is not: set both or neither")
+    if config.s3_session_token and not config.s3_access_key:
+        raise ZConfig.ConfigurationError(
+            "s3-session-token is set, but s3-access-key and s3-secret-key are not: set all three, or none, and boto3 "
+            "finds and renews credentials by itself"
+        )
     _one_of("s3-addressing-style", config.s3_addressing_style, ("auto", "path", "virtual"))
-    if config.s3_sse:
-        _one_of("s3-sse", config.s3_sse, ("AES256", "aws:kms"))
-    if config.s3_sse_kms_key_id and config.s3_sse != "aws:kms":
-        raise ZConfig.ConfigurationError("s3-sse-kms-key-id needs s3-sse aws:kms")
-    if " " in (config.s3_sse_kms_key_id or ""):
-        raise ZConfig.ConfigurationError("s3-sse-kms-key-id must be the id, alias or ARN of a key, without blanks")
     checksums: Any = config.s3_checksums or ("when_required" if endpoint else "when_supported")
     _one_of("s3-checksums", checksums, ("when_supported", "when_required"))
-    if config.s3_storage_class and not re.fullmatch("[A-Z0-9_]+", config.s3_storage_class):
-        raise ZConfig.ConfigurationError("s3-storage-class must be a name in capitals, such as STANDARD_IA")
     tls = endpoint.startswith("https:") if endpoint else config.s3_use_ssl
     return BucketSettings(
         bucket_name=config.bucket_name,
         s3_prefix=prefix,
         s3_endpoint_url=endpoint or None,
-        s3_public_endpoint_url=config.s3_public_endpoint_url or None,
         s3_region=config.s3_region or None,
         s3_access_key=config.s3_access_key or None,
         s3_secret_key=config.s3_secret_key or None,
+        s3_session_token=config.s3_session_token or None,
         s3_use_ssl=config.s3_use_ssl,
         s3_ca_file=config.s3_ca_file or None,
         s3_addressing_style=config.s3_addressing_style,
-        s3_sse_customer_key=_customer_key(config.s3_sse_customer_key, tls, config.s3_sse),
-        s3_sse=config.s3_sse or None,
-        s3_sse_kms_key_id=config.s3_sse_kms_key_id or None,
-        s3_storage_class=config.s3_storage_class or None,
+        s3_sse_customer_key=_customer_key(config.s3_sse_customer_key, tls),
         s3_checksums=checksums,
-        s3_multipart_threshold=config.s3_multipart_threshold,
-        s3_concurrency=config.s3_concurrency,
         s3_connect_timeout=config.s3_connect_timeout,
         s3_read_timeout=config.s3_read_timeout,
         s3_max_attempts=config.s3_max_attempts,
+    )
+
+
+def bucket_settings(config: Any) -> BucketSettings:
+    """Return the checked S3 settings of the section; ConfigurationError names the key of the first invalid one."""
+    settings = read_settings(config)
+    if config.s3_public_endpoint_url and not _is_endpoint(config.s3_public_endpoint_url):
+        raise ZConfig.ConfigurationError("s3-public-endpoint-url must be http(s)://host[:port][/path]")
+    if config.s3_sse:
+        _one_of("s3-sse", config.s3_sse, ("AES256", "aws:kms"))
+        if settings.s3_sse_customer_key:
+            raise ZConfig.ConfigurationError("s3-sse-customer-key and s3-sse exclude each other: set one of them")
+    if config.s3_sse_kms_key_id and config.s3_sse != "aws:kms":
+        raise ZConfig.ConfigurationError("s3-sse-kms-key-id needs s3-sse aws:kms")
+    if " " in (config.s3_sse_kms_key_id or ""):
+        raise ZConfig.ConfigurationError("s3-sse-kms-key-id must be the id, alias or ARN of a key, without blanks")
+    if config.s3_storage_class and not re.fullmatch("[A-Z0-9_]+", config.s3_storage_class):
+        raise ZConfig.ConfigurationError("s3-storage-class must be a name in capitals, such as STANDARD_IA")
+    return replace(
+        settings,
+        s3_public_endpoint_url=config.s3_public_endpoint_url or None,
+        s3_sse=config.s3_sse or None,
+        s3_sse_kms_key_id=config.s3_sse_kms_key_id or None,
+        s3_storage_class=config.s3_storage_class or None,
+        s3_tagging=_tagging(config.s3_tagging),
+        s3_multipart_threshold=config.s3_multipart_threshold,
+        s3_concurrency=config.s3_concurrency,
         copy_timeout=min(max(_COPY_TIMEOUT, config.s3_read_timeout), config.upload_timeout),
     )
 
@@ -229,7 +251,7 @@ def _prefix(text: str) -> str:
     return prefix
 
 
-def _customer_key(encoded: str | None, tls: bool, sse: str | None) -> bytes | None:
+def _customer_key(encoded: str | None, tls: bool) -> bytes | None:
     if not encoded:
         return None
     if not tls:
@@ -237,8 +259,6 @@ def _customer_key(encoded: str | None, tls: bool, sse: str | None) -> bytes | No
             "s3-sse-customer-key sends the key with every request and so needs TLS: use an https:// s3-endpoint-url "
             "and s3-use-ssl true"
         )
-    if sse:
-        raise ZConfig.ConfigurationError("s3-sse-customer-key and s3-sse exclude each other: set one of them")
     try:
         key = base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError):
@@ -248,6 +268,27 @@ def _customer_key(encoded: str | None, tls: bool, sse: str | None) -> bytes | No
             "s3-sse-customer-key must be 32 bytes in base64, as `openssl rand -base64 32` makes them"
         )
     return key
+
+
+def _tagging(text: str | None) -> str | None:
+    """Return the tags in ``text`` as a URL query with all special characters encoded; None without tags."""
+    if not text:
+        return None
+    try:
+        tags = parse_qsl(text, keep_blank_values=True, strict_parsing=True, errors="strict")
+    except ValueError:
+        tags = []
+    if not tags or not all(_TAG_KEY.fullmatch(key) and _TAG_VALUE.fullmatch(value) for key, value in tags):
+        raise ZConfig.ConfigurationError(
+            "s3-tagging must be in the form of a URL query, such as project=plone&env=prod: names of 1 to 128 and "
+            "values of up to 256 characters, which are letters, digits, blanks (written +) and _ . : / = + - @ (= and "
+            "+ written %3D and %2B)"
+        )
+    if len(tags) > _MOST_TAGS or len(dict(tags)) < len(tags):
+        raise ZConfig.ConfigurationError(f"s3-tagging must have at most {_MOST_TAGS} tags, each with a name of its own")
+    if any(key.lower().startswith("aws:") for key, _ in tags):
+        raise ZConfig.ConfigurationError("s3-tagging must not have names that begin with aws:, which are Amazon's own")
+    return urlencode(tags, quote_via=quote)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -23,9 +23,9 @@ from tests.support.zeo_server import CONFIG, FILESTORAGE, SECTION, free_address
 SECRET = "test-secret"
 WRONG_MD5, WRONG_CRC32 = "AAAAAAAAAAAAAAAAAAAAAA==", "AAAAAA=="
 ROWS = [
-    *("put and get", "checksums", "storage class", "encryption", "clock", "metadata", "absent blobs"),
-    *("damaged uploads", "ranges", "list", "delete", "batch delete", "multipart", "unfinished uploads", "copy"),
-    *("staging", "If-None-Match", "If-Match", "owner lease", "links", "clean-up"),
+    *("put and get", "checksums", "storage class", "tagging", "encryption", "clock", "metadata"),
+    *("absent blobs", "damaged uploads", "ranges", "list", "delete", "batch delete", "multipart", "unfinished uploads"),
+    *("copy", "staging", "If-None-Match", "If-Match", "owner lease", "links", "clean-up"),
 ]
 OTHERS = ["1/blobs/1/2.blob", "1/owner.json", "1/check-mine", "blobs/1/2.blob"]
 
@@ -671,7 +671,15 @@ def test_that_nothing_can_be_stored_is_said_once(s3, check, left_as_it_was, faul
     s3.misbehave(operation="PutObject|CreateMultipartUpload", **fault)
     done = check(status=3, s3_max_attempts=1)
     found = rows(done)
-    assert list(found) == ["put and get", "storage class", "absent blobs", "links", "(not tried)", "clean-up"]
+    assert list(found) == [
+        "put and get",
+        "storage class",
+        "tagging",
+        "absent blobs",
+        "links",
+        "(not tried)",
+        "clean-up",
+    ]
     assert done.stdout.count(words) == 1 and words in found["put and get"]
     assert "no blob can be stored: checksums, encryption, clock, metadata, " in found["(not tried)"]
     assert done.stdout.splitlines()[-1].endswith("did not pass: put and get")
@@ -746,6 +754,16 @@ def refuses(**wanted):
                 {"storage class": ["InvalidStorageClass", "it works without s3-storage-class", "remove the key"]},
             ),
             (
+                {"s3_tagging": "project=plone"},
+                refuses(tagging=(501, "NotImplemented")),
+                {"tagging": ["NotImplemented", "it works without s3-tagging", "does not know tags"]},
+            ),
+            (
+                {"s3_tagging": "project=plone", "s3_sse": "AES256"},
+                refuses(tagging=(403, "AccessDenied")),
+                {"tagging": ["AccessDenied", "it works without s3-tagging", "allow s3:PutObjectTagging"]},
+            ),
+            (
                 {"s3_sse": "aws:kms", "s3_max_attempts": 1},
                 refuses(server_side_encryption=(500, "InternalError")),
                 {"encryption": ["InternalError (HTTP 500)", "it works without s3-sse"]},
@@ -807,6 +825,29 @@ def test_a_class_that_the_service_ignores_is_told(s3, odd, left_as_it_was):
     found = odd(s3_storage_class="STANDARD_IA", status=3)
     assert states(found) == {**MOTO, "storage class": "worked around"}
     assert "stores blobs as STANDARD" in found["storage class"]["meaning"]
+
+
+def test_tags_are_read_back_and_a_service_that_drops_them_is_told(s3, odd, left_as_it_was):
+    found = odd(s3_tagging="project=plone&env=a+b", status=3)
+    assert states(found) == MOTO
+    making = [one for name in ("PutObject", "CopyObject", "CreateMultipartUpload") for one in s3.requests(name)]
+    assert all(request.headers["x-amz-tagging"] == "project=plone&env=a%20b" for request in making)
+
+    def drop(ask):
+        ask.headers.pop("x-amz-tagging", None)
+
+    def drop_of_copies(ask):
+        if "x-amz-copy-source" in ask.headers:
+            drop(ask)
+
+    with Gate(s3.url, drop_of_copies) as gate:  # as Ceph 16
+        found = odd(endpoint=gate.url, s3_tagging="project=plone", status=3)
+    assert found["tagging"]["meaning"] == "the service stores copies without the tags of s3-tagging"
+
+    with Gate(s3.url, drop) as gate:
+        found = odd(endpoint=gate.url, s3_tagging="project=plone", status=3)
+    assert states(found) == {**MOTO, "tagging": "worked around"}
+    assert found["tagging"]["meaning"] == "the service stores objects without the tags of s3-tagging"
 
 
 @slow

@@ -26,7 +26,8 @@ from zodb_s3blobs.cache.directory import path_in
 
 SECRET = "test-secret"
 FILESTORAGE = "<filestorage>\n path {dir}/Data.fs\n</filestorage>"
-OF_BLOBS = ["marked", "fallback", "undone", "missing", "damaged", "different", "archived", "failed"]
+OF_BLOBS = ["marked", "fallback", "fallbackbucket", "undone"]
+OF_BLOBS += ["missing", "damaged", "different", "archived", "failed"]
 WORDS = ["good", *OF_BLOBS, "dead", "others", "retained", "newer", "unknown", "copy"]
 WORDS_WITH_CHECKSUM = ["good", "unproven", *WORDS[1:]]
 WORDS_WITH_SAMPLE = ["good", "unread", *WORDS_WITH_CHECKSUM[1:]]

@@ -16,6 +16,7 @@ NAMES = {
     "S3BlobsBucketUnavailable",
     "S3BlobsBlobMissing",
     "S3BlobsChecksumFailure",
+    "S3BlobsFallbackFails",
     "S3BlobsVoteFailures",
     "S3BlobsUploadSlow",
     "S3BlobsS3ErrorRate",

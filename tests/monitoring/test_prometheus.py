@@ -115,7 +115,12 @@ class Load:
         with pytest.raises(POSKeyError):
             blob(self.cold(*name), *name)
         self.blob_dir.createPathForOID(name[0])
-        Path(self.blob_dir.getBlobFilename(*name)).write_bytes(b"as it was before the move")
+        path = Path(self.blob_dir.getBlobFilename(*name))
+        path.symlink_to(path)
+        with pytest.raises(StorageError):
+            blob(self.cold(*name), *name)
+        path.unlink()
+        path.write_bytes(b"as it was before the move")
         assert blob(self.cold(*name), *name) == b"as it was before the move"
 
     def an_undo_and_a_conflict(self):
@@ -393,6 +398,7 @@ def test_what_has_happened_fires_at_once(prometheus):
         "S3BlobsBlobMissing",
         "S3BlobsChecksumFailure",
         "S3BlobsCleanupFailures",
+        "S3BlobsFallbackFails",
         "S3BlobsGCFailing",
         "S3BlobsS3AuthFailures",
         "S3BlobsVoteFailures",

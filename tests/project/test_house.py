@@ -27,7 +27,7 @@ LAYERS = [
         "workers",
     },
     {"blobdir", "cache", "inflight", "s3"},
-    {"arriving", "bases", "lease", "settings"},
+    {"arriving", "bases", "fallbacks", "lease", "settings"},
     {"fetch", "linker", "places"},
     {"commit"},
     {"garbage", "monitoring", "vote"},

@@ -32,6 +32,7 @@ SERVERS = {
     "several-storages.conf": ["main", "archive"],
     "zlib.conf": ["1"],
     "encrypted.conf": ["1"],
+    "staging.conf": ["1"],
 }
 CLIENTS = ["client-zope.conf", "zope-relstorage.conf"]
 #: Those that a server in production starts from.
@@ -214,10 +215,12 @@ def test_zope_runs_the_relstorage_file_in_several_processes(s3, bucket_name, tmp
 # What is said of the keys
 
 
-def keys():
-    """The keys of component.xml, each with its default as the manual's table shows it."""
-    section = ElementTree.parse(PACKAGE / "component.xml").find("sectiontype")
-    return {key.get("name"): _default(key) for key in section.findall("key")}
+def keys(section="s3blobstorage"):
+    """The keys of a section in component.xml, each with its default as the manual's table shows it."""
+    sections = {found.get("name"): found for found in ElementTree.parse(PACKAGE / "component.xml").iter("sectiontype")}
+    extended = sections[section].get("extends")
+    inherited = keys(extended) if extended else {}
+    return inherited | {key.get("name"): _default(key) for key in sections[section].findall("key")}
 
 
 def _default(key):
@@ -246,6 +249,13 @@ def test_the_table_of_the_manual_has_every_key_with_its_default_and_a_meaning():
     assert all(meaning for _, _, meaning in rows)
 
 
+def test_the_keys_of_the_second_bucket_are_the_first_of_the_table():
+    text = part_of_manual("### A second bucket to read from")
+    first, last = re.search(r"Its keys are those of the table above from `([\w-]+)` to `([\w-]+)`", text).groups()
+    names = list(keys())
+    assert names[names.index(first) : names.index(last) + 1] == list(keys("fallbackbucket"))
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
 def test_a_key_that_is_spoken_of_exists(path):
     spoken_of = re.findall(r"\b(?<![-.#])(?:s3-[a-z-]*[a-z]|cache-dir|upload-[a-z]+)\b(?!-\*)", path.read_text())
@@ -269,6 +279,12 @@ def test_runzeo_accepts_a_configuration_of_the_manuals(read_as_runzeo, tmp_path,
     assert read["names"]
     if "<s3blobstorage" in text and "read-only" not in text:
         assert read["transaction_timeout"] >= 60
+
+
+def test_the_policy_of_the_second_bucket_is_json_and_allows_nothing_but_reading():
+    [text] = re.findall(r"(?ms)^```json\n(.*?)^```$", part_of_manual("### A second bucket to read from"))
+    actions = {action for statement in json.loads(text)["Statement"] for action in statement["Action"]}
+    assert actions == {"s3:ListBucket", "s3:GetObject"}
 
 
 def test_the_bucket_policy_of_the_manual_is_json_and_explains_each_action():

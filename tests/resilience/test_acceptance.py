@@ -14,6 +14,7 @@ import os
 import shutil
 import threading
 import uuid
+from dataclasses import replace
 
 import pytest
 import transaction
@@ -57,26 +58,28 @@ def service(unchecked_service):
 
 
 @pytest.fixture
-def unchecked_bucket(unchecked_service, no_pauses):
-    bucket = Bucket(
-        BucketSettings(
-            bucket_name=unchecked_service.bucket,
-            s3_prefix="prefix",
-            s3_endpoint_url=unchecked_service.endpoint,
-            s3_region=unchecked_service.region,
-            s3_access_key=unchecked_service.access,
-            s3_secret_key=unchecked_service.secret,
-            s3_addressing_style="path",
-            s3_ca_file=unchecked_service.ca,
-            s3_checksums=unchecked_service.checksums,
-            s3_sse_customer_key=unchecked_service.customer_key,
-            # As the table of keys says of a service that fails on parts.
-            s3_multipart_threshold=5 << 30 if unchecked_service.lacks("multipart") else 8 << 20,
-            s3_read_timeout=1 if unchecked_service.rate else 30,
-            copy_timeout=3 if unchecked_service.rate else 120,
-        ),
-        Metrics(),
+def unchecked_settings(unchecked_service):
+    return BucketSettings(
+        bucket_name=unchecked_service.bucket,
+        s3_prefix="prefix",
+        s3_endpoint_url=unchecked_service.endpoint,
+        s3_region=unchecked_service.region,
+        s3_access_key=unchecked_service.access,
+        s3_secret_key=unchecked_service.secret,
+        s3_addressing_style="path",
+        s3_ca_file=unchecked_service.ca,
+        s3_checksums=unchecked_service.checksums,
+        s3_sse_customer_key=unchecked_service.customer_key,
+        # As the table of keys says of a service that fails on parts.
+        s3_multipart_threshold=5 << 30 if unchecked_service.lacks("multipart") else 8 << 20,
+        s3_read_timeout=1 if unchecked_service.rate else 30,
+        copy_timeout=3 if unchecked_service.rate else 120,
     )
+
+
+@pytest.fixture
+def unchecked_bucket(unchecked_settings, no_pauses):
+    bucket = Bucket(unchecked_settings, Metrics())
     yield bucket
     bucket.close()
 
@@ -168,6 +171,19 @@ def test_a_copy_has_the_same_bytes(service, bucket, file, read, size):
     with pytest.raises(BlobNotFound):
         insist(bucket.copy, OID, p64(8), p64(9))
     assert service.keys("prefix/blobs/") == {bucket.keys.key(OID, p64(1)), bucket.keys.key(OID, p64(2))}
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_a_blob_of_another_place_at_the_service_is_copied(service, bucket, unchecked_settings, file, read, size):
+    data = os.urandom(size)
+    other = Bucket(replace(unchecked_settings, s3_prefix="other"), Metrics())
+    insist(other.put, OID, p64(1), file(data))
+    found = insist(other.look_up, OID, p64(1))
+    insist_on_copy(service, bucket, bucket.copy_from, other, OID, p64(1), found)
+    assert read(OID, p64(1)) == data
+    assert insist(bucket.look_up, OID, p64(1)) == found
+    assert service.keys("prefix/") == {bucket.keys.key(OID, p64(1))}
+    other.close()
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])

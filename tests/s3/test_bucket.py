@@ -597,6 +597,54 @@ def test_a_copy_of_an_absent_blob_is_not_found(bucket):
         bucket.copy(OID, TID, OTHER_TID)
 
 
+def test_a_blob_of_another_bucket_is_copied_if_it_is_still_the_one_that_was_found(s3, bucket, open_bucket, put, stored):
+    put(b"data")
+    other = open_bucket(s3_prefix="other")
+    found = bucket.look_up(OID, TID)
+    s3.forget()
+    other.copy_from(bucket, OID, TID, found)
+    (request,) = s3.requests()
+    assert request.operation == "CopyObject"
+    assert request.headers["x-amz-copy-source"] == f"{bucket.name}/{KEY}"
+    assert request.headers["x-amz-copy-source-if-match"] == found.etag != ""
+    assert stored(f"other/{KEY}")[0] == b"data"
+    assert other.look_up(OID, TID) == found
+
+
+def test_a_large_blob_of_another_bucket_is_copied_in_parts(small_copies, s3, bucket, open_bucket, put, stored):
+    data = os.urandom(PART + 1)
+    put(data)
+    other = open_bucket(s3_prefix="other")
+    found = bucket.look_up(OID, TID)
+    other.copy_from(bucket, OID, TID, found)
+    assert {one.headers["x-amz-copy-source-if-match"] for one in s3.requests("UploadPartCopy")} == {found.etag}
+    assert stored(f"other/{KEY}")[0] == data
+    assert other.look_up(OID, TID).digest == found.digest
+
+
+def test_each_bucket_has_a_customer_key_of_its_own_in_a_copy(s3, open_bucket, put):
+    put(b"data")
+    other_key = b"another key that has 32 bytes...."[:32]
+    s3.misbehave(headers=ANSWERS_AS_IF_ENCRYPTED)
+    source, target = (
+        open_bucket(s3_sse_customer_key=CUSTOMER_KEY),
+        open_bucket(s3_prefix="other", s3_sse_customer_key=other_key),
+    )
+    target.copy_from(source, OID, TID, source.look_up(OID, TID))
+    headers = s3.requests("CopyObject")[0].headers
+    assert base64.b64decode(headers["x-amz-copy-source-server-side-encryption-customer-key"]) == CUSTOMER_KEY
+    assert base64.b64decode(headers["x-amz-server-side-encryption-customer-key"]) == other_key
+
+
+def test_an_error_of_a_copy_names_both_buckets(s3, bucket, open_bucket, put):
+    put(b"data")
+    other = open_bucket(s3_prefix="other")
+    found = bucket.look_up(OID, TID)
+    s3.misbehave(operation="CopyObject", status=403, code="AccessDenied")
+    with pytest.raises(BucketError, match=f"Could not copy {KEY} of bucket {bucket.name} to other/{KEY} in bucket"):
+        other.copy_from(bucket, OID, TID, found)
+
+
 def test_a_copy_that_fails_after_the_answer_began_is_tried_again(s3, bucket, put, stored):
     put(b"data")
     s3.misbehave(operation="CopyObject", status=200, code="InternalError", times=1)

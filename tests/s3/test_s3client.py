@@ -374,6 +374,18 @@ def test_a_private_authority_is_trusted_if_it_is_named(open_bucket, new_file, tm
 
 
 @quick
+@pytest.mark.parametrize("code", ["ExpiredToken", "InvalidToken"])
+def test_a_session_token_that_has_ended_is_named(s3, open_bucket, new_file, code):
+    s3.misbehave(operation="PutObject", status=400, code=code)
+    with pytest.raises(BucketError) as caught:
+        open_bucket(s3_session_token="a-token").put(OID, TID, new_file(b"data"))
+    assert "s3-session-token is set, and ends some hours after it was issued" in str(caught.value)
+    assert caught.value.reason == "auth" and "a-token" not in str(caught.value)
+    with pytest.raises(BucketError) as caught:
+        open_bucket().put(OID, TID, new_file(b"data"))
+    assert "s3-session-token" not in str(caught.value)
+
+
 @pytest.mark.parametrize("endpoint", ["{url}/{bucket}", "{url}/x/{bucket}/"])
 def test_the_name_of_the_bucket_in_the_endpoint_is_found(s3, bucket_name, open_bucket, endpoint):
     bucket = open_bucket(s3_endpoint_url=endpoint.format(url=s3.url, bucket=bucket_name), s3_max_attempts=1)

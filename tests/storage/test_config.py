@@ -30,7 +30,8 @@ from zodb_s3blobs.places import place_of
 ACCESS_KEY = "AKIAOFTHISTEST"
 SECRET_KEY = "secret-key-of-this-test"
 CUSTOMER_KEY = base64.b64encode(b"customer key of this test, 32 by").decode()
-SECRETS = (ACCESS_KEY, SECRET_KEY, CUSTOMER_KEY)
+TOKEN = "session/token+of==this-test"
+SECRETS = (ACCESS_KEY, SECRET_KEY, CUSTOMER_KEY, TOKEN)
 
 MAPPING = "<mappingstorage/>"
 FILES = "<filestorage>\n path {dir}/Data.fs\n</filestorage>"
@@ -125,6 +126,19 @@ def everything_shown(error):
         ("s3-sse", "aes256"),
         ("s3-sse", "SSE-C"),
         ("s3-storage-class", "standard ia"),
+        ("s3-tagging", "zope"),
+        ("s3-tagging", "project: plone"),
+        ("s3-tagging", "=zope"),
+        ("s3-tagging", "team=zope&"),
+        ("s3-tagging", "project=plone&&env=prod"),
+        ("s3-tagging", "project=plone,env=prod;*"),
+        ("s3-tagging", "project=%FF"),
+        ("s3-tagging", "project=%0A"),
+        ("s3-tagging", f"{'k' * 129}=v"),
+        ("s3-tagging", f"k={'v' * 257}"),
+        ("s3-tagging", "&".join(f"k{number}=v" for number in range(11))),
+        ("s3-tagging", "project=plone&project=zope"),
+        ("s3-tagging", "aws:project=plone"),
         ("s3-checksums", "always"),
         ("s3-multipart-threshold", "large"),
         ("s3-multipart-threshold", "1MB"),
@@ -169,6 +183,69 @@ def test_a_bad_value_is_refused_with_its_key_named(section, refusal, key, value)
 
 
 # What ZConfig takes without a word, and means something else by it
+
+
+# The second bucket
+
+
+def second(base=MAPPING, **keys):
+    """A base with a ``<fallbackbucket>`` beside it; keywords are the keys of that section, with _ for -."""
+    lines = [f"{key.replace('_', '-')} {value}" for key, value in {"bucket_name": "other", **keys}.items()]
+    return "\n".join(["<fallbackbucket>", *lines, "</fallbackbucket>", base])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bucket-name", "two words"),
+        ("s3-prefix", "a//b"),
+        ("s3-region", "somewhere in Europe"),
+        ("s3-region", "eu # the nearest"),
+        ("s3-endpoint-url", "http://user:hunter2@minio.example.net"),
+        ("s3-addressing-style", "virtuel"),
+        ("s3-checksums", '"when_required"'),
+        ("s3-ca-file", "~/ca.pem"),
+        ("s3-access-key", ACCESS_KEY),
+        ("s3-sse-customer-key", "short"),
+    ],
+)
+def test_a_bad_value_of_the_second_bucket_is_refused_with_its_section_and_key_named(section, refusal, key, value):
+    assert refusal(read, section(second(**{key.replace("-", "_"): value}))).startswith(f"<fallbackbucket> {key}")
+
+
+@pytest.mark.parametrize(("key", "value"), [("s3-read-timeout", "soon"), ("s3-max-attempts", "0"), ("s3-use-ssl", "?")])
+def test_a_bad_number_of_the_second_bucket_is_refused_with_its_line(section, refusal, key, value):
+    text = section(second(**{key.replace("-", "_"): value}))
+    line = next(number for number, line in enumerate(text.splitlines(), 1) if line.startswith(key))
+    said = refusal(read, text)
+    assert said.startswith(f"{key} must be ") and f"(line {line})" in said
+
+
+@pytest.mark.parametrize("key", ["cache-dir", "s3-storage-class", "s3-sse", "upload-timeout", "gc-retention"])
+def test_the_second_bucket_has_no_key_that_is_for_writing(section, refusal, key):
+    assert f"'{key}' is not a known key name" in refusal(read, section(second(**{key.replace("-", "_"): "x"})))
+
+
+def test_the_second_bucket_needs_a_name_and_there_is_only_one(section, refusal):
+    assert "bucket-name" in refusal(read, section(f"<fallbackbucket>\n</fallbackbucket>\n{MAPPING}"))
+    assert "fallbackbucket" in refusal(read, section(second(second())))
+
+
+def test_the_second_bucket_has_settings_of_its_own(section):
+    around = {"s3_region": "eu-central-1", "s3_access_key": ACCESS_KEY, "s3_secret_key": SECRET_KEY}
+    inside = {
+        "s3_prefix": "site1/",
+        "s3_endpoint_url": "https://s3.example.net",
+        "s3_sse_customer_key": CUSTOMER_KEY,
+        "s3_read_timeout": "7s",
+    }
+    found = read(section(second(**inside), **around)).fallback_settings
+    assert (found.bucket_name, found.s3_prefix, found.s3_endpoint_url) == ("other", "site1", "https://s3.example.net")
+    assert (found.s3_region, found.s3_access_key, found.s3_secret_key) == (None, None, None)
+    assert found.s3_sse_customer_key == base64.b64decode(CUSTOMER_KEY)
+    assert (found.s3_read_timeout, found.s3_connect_timeout) == (7, 5)
+    assert not any(secret in repr(found) for secret in SECRETS)
+    assert read(section(**around)).fallback_settings is None
 
 
 @pytest.mark.parametrize("key", ["upload-timeout", "gc-retention", "presigned-urls"])
@@ -217,6 +294,7 @@ TEXTS = {
     "s3_addressing_style": "path",
     "s3_sse": "AES256",
     "s3_storage_class": "STANDARD_IA",
+    "s3_tagging": "project=plone",
     "s3_checksums": "when_required",
     "cache_dir": "/var/cache/blobs",
     "fallback_blob_dir": "/var/blobs",
@@ -239,7 +317,7 @@ def test_quotes_around_a_value_are_refused(section, refusal, key, quoted):
     assert f"{key.replace('_', '-')} must be written without quotes" in sentence
 
 
-@pytest.mark.parametrize("key", [*TEXTS, "s3_access_key", "s3_secret_key", "s3_sse_customer_key"])
+@pytest.mark.parametrize("key", [*TEXTS, "s3_access_key", "s3_secret_key", "s3_session_token", "s3_sse_customer_key"])
 @pytest.mark.parametrize("value", ["{}\n", "{}\r", "{}\x00", "{}\N{NO-BREAK SPACE}", " {}", "\x1b[1m{}", "{}\udcff"])
 def test_what_cannot_be_seen_in_the_value_of_a_variable_is_refused(section, refusal, monkeypatch, key, value):
     # A file that is read into a variable ends with a line break.
@@ -316,6 +394,9 @@ def test_a_required_key_that_is_missing_or_empty_is_refused(section, refusal, ke
         ({"s3_access_key": ACCESS_KEY}, ["s3-access-key", "s3-secret-key"]),
         ({"s3_secret_key": SECRET_KEY}, ["s3-access-key", "s3-secret-key"]),
         ({"s3_access_key": ACCESS_KEY, "s3_secret_key": ""}, ["s3-access-key", "s3-secret-key"]),
+        ({"s3_session_token": TOKEN}, ["s3-session-token", "s3-access-key", "s3-secret-key"]),
+        ({"s3_session_token": TOKEN, "s3_access_key": "", "s3_secret_key": ""}, ["s3-session-token"]),
+        ({"s3_session_token": TOKEN, "s3_access_key": ACCESS_KEY}, ["s3-access-key", "s3-secret-key"]),
         ({"s3_sse_kms_key_id": "some-key"}, ["s3-sse-kms-key-id", "s3-sse"]),
         ({"s3_sse": "aws:kms", "s3_sse_kms_key_id": "two words"}, ["s3-sse-kms-key-id"]),
         ({"s3_sse": "AES256", "s3_sse_kms_key_id": "some-key"}, ["s3-sse-kms-key-id", "s3-sse"]),
@@ -399,6 +480,7 @@ def test_defaults(section):
         "s3_region": None,
         "s3_access_key": None,
         "s3_secret_key": None,
+        "s3_session_token": None,
         "s3_use_ssl": True,
         "s3_ca_file": None,
         "s3_addressing_style": "auto",
@@ -406,6 +488,7 @@ def test_defaults(section):
         "s3_sse": None,
         "s3_sse_kms_key_id": None,
         "s3_storage_class": None,
+        "s3_tagging": None,
         "s3_checksums": "when_supported",
         "s3_multipart_threshold": 8 << 20,
         "s3_concurrency": 16,
@@ -413,6 +496,7 @@ def test_defaults(section):
         "s3_read_timeout": 30,
         "s3_max_attempts": 3,
         "copy_timeout": 120,
+        "pace": None,
     }
 
 
@@ -447,6 +531,10 @@ def test_a_file_of_authorities_that_is_none_stops_the_start(section, tmp_path, c
         ("s3_addressing_style", "virtual", "virtual"),
         ("s3_sse", "aws:kms", "aws:kms"),
         ("s3_storage_class", "STANDARD_IA", "STANDARD_IA"),
+        ("s3_tagging", "project=plone&env=prod", None),
+        ("s3_tagging", "a+b=c%20d&empty=", "a%20b=c%20d&empty="),
+        ("s3_tagging", "Ort=M\xfcnchen:/=+@.-_", "Ort=M%C3%BCnchen%3A%2F%3D%20%40.-_"),
+        ("s3_tagging", f"{'k' * 128}={'v' * 256}", None),
         ("s3_checksums", "when_required", "when_required"),
         ("s3_multipart_threshold", "5GB", 5 << 30),
         ("s3_concurrency", "4", 4),
@@ -479,7 +567,20 @@ def test_an_empty_value_is_no_value(section):
     # What $(NAME) leaves when the variable is set but empty.
     optional = ("s3_prefix", "s3_endpoint_url", "s3_region", "s3_access_key", "s3_secret_key", "s3_sse_customer_key")
     more = ("s3_public_endpoint_url", "s3_sse", "s3_sse_kms_key_id", "s3_storage_class", "s3_checksums")
-    assert settings(section(**dict.fromkeys((*optional, *more), ""))) == settings(section())
+    last = ("s3_session_token", "s3_tagging")
+    assert settings(section(**dict.fromkeys((*optional, *more, *last), ""))) == settings(section())
+
+
+def test_a_session_token_goes_with_both_keys_and_is_shown_nowhere(section, s3, bucket_name):
+    keys = {"s3_access_key": ACCESS_KEY, "s3_secret_key": SECRET_KEY, "s3_session_token": TOKEN}
+    factory = read(section(bucket_name=bucket_name, s3_endpoint_url=s3.url, s3_region="us-east-1", **keys))
+    assert factory.settings.s3_session_token == TOKEN
+    assert TOKEN not in repr(factory.settings)
+    bucket = factory.open_bucket(Metrics())
+    bucket.probe()
+    bucket.close()
+    (request,) = s3.requests("ListObjects")
+    assert request.headers["x-amz-security-token"] == TOKEN
 
 
 def test_checksums_that_every_service_understands_are_the_default_beside_an_endpoint(section):

@@ -10,6 +10,7 @@ from ZODB.utils import p64
 from tests.support.counts import value
 from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.digest import digest_of
+from zodb_s3blobs.fallbacks import FallbackBucket, Fallbacks
 from zodb_s3blobs.fetch import Fetcher
 from zodb_s3blobs.metrics import Metrics
 from zodb_s3blobs.s3.download import PART
@@ -288,3 +289,58 @@ def test_an_object_without_sha256_is_compared_after_a_restart_as_well(
 def test_a_fetched_file_is_read_only(fetcher, blob):
     with fetcher.fetch(OID, TID) as path:
         assert os.stat(path).st_mode & 0o222 == 0
+
+
+# Fallbacks; test_fallback.py and test_fallback_bucket.py have them in a real server
+
+
+@pytest.fixture
+def beside(open_bucket, cache, metrics):
+    """Makes a `Fetcher` with another prefix as its fallback; returns it and the bucket of that prefix."""
+    fetchers = []
+
+    def make(**keywords):
+        other = open_bucket(s3_prefix="other")
+        fallbacks = Fallbacks([FallbackBucket(other, metrics)])
+        fetchers.append(Fetcher(open_bucket(), cache, metrics, fallbacks=fallbacks, **keywords))
+        return fetchers[-1], other
+
+    yield make
+    for fetcher in fetchers:
+        fetcher.close()
+
+
+def test_whether_the_bucket_lacks_a_blob_is_asked_only_where_a_fallback_may_have_it(
+    s3, fetcher, beside, bucket, new_file
+):
+    other_fetcher, other = beside()
+    bucket.put(OID, TID, new_file(DATA))
+    other.put(OID, p64(3), new_file(DATA))
+    s3.forget()
+    assert not fetcher.may_lack(OID, TID)
+    assert s3.requests() == []
+    assert not other_fetcher.may_lack(OID, TID)
+    assert other_fetcher.may_lack(OID, p64(3))
+    assert [request.operation for request in s3.requests()] == ["HeadObject"] * 2
+    s3.misbehave(operation="HeadObject", status=403)
+    assert other_fetcher.may_lack(OID, TID)
+
+
+def test_large_blobs_of_a_fallback_wait_for_each_other_and_delay_no_small_one(s3, beside, new_file, metrics):
+    fetcher, other = beside(concurrency=1)
+    large = [p64(number) for number in range(10, 13)]
+    for oid in large:
+        other.put(oid, TID, new_file(os.urandom(PART + 1)))
+    other.put(OID, TID, new_file(DATA))
+    s3.forget()
+    # Of the bucket, which has none, and of the fallback: the second part of the first large one does not arrive.
+    s3.misbehave(operation="GetObject", times=2)
+    s3.misbehave(operation="GetObject", times=1, stall=True)
+    first = fetcher.request(large[0], TID)
+    s3.wait_for("GetObject", 3)
+    waiting = [fetcher.request(oid, TID) for oid in large[1:]]
+    assert read(fetcher.fetch(OID, TID)) == DATA
+    assert not any(future.done() for future in (first, *waiting))
+    s3.behave()
+    assert [len(read(future.result(30))) for future in (first, *waiting)] == [PART + 1] * 3
+    assert value(metrics, "s3blobs_fallback_reads_total") == 4

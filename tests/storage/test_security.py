@@ -50,7 +50,8 @@ ACCESS_KEY = "AKIAOFTHESECURITYTEST"
 SECRET_KEY = "secret-key-of-the-security-test"
 CUSTOMER_KEY = b"customer key of a security test."
 #: In all the forms in which it could come out.
-SECRETS = (ACCESS_KEY, SECRET_KEY, CUSTOMER_KEY.decode(), base64.b64encode(CUSTOMER_KEY).decode())
+TOKEN = "session-token-of-the-security-test"
+SECRETS = (ACCESS_KEY, SECRET_KEY, CUSTOMER_KEY.decode(), base64.b64encode(CUSTOMER_KEY).decode(), TOKEN)
 
 OID, TID = p64(1), p64(2)
 #: What would move the cursor, forge a line of the log, or hide what comes after it.
@@ -435,7 +436,11 @@ FAULTS = {
 def test_no_failure_shows_a_secret(s3, bucket_name, open_bucket, open_cache, new_file, caplog, capfd, fault):
     caplog.set_level(logging.DEBUG)  # the root logger's, as somebody has set it who looks for something else
     bucket = open_bucket(
-        s3_access_key=ACCESS_KEY, s3_secret_key=SECRET_KEY, s3_sse_customer_key=CUSTOMER_KEY, s3_max_attempts=1
+        s3_access_key=ACCESS_KEY,
+        s3_secret_key=SECRET_KEY,
+        s3_session_token=TOKEN,
+        s3_sse_customer_key=CUSTOMER_KEY,
+        s3_max_attempts=1,
     )
     small, large = new_file(b"data"), new_file(os.urandom(9 << 20))
     target = open_cache().new_file()

@@ -47,6 +47,23 @@ SECTION = """
 </s3blobstorage>
 """
 
+FALLBACK = """
+<fallbackbucket>
+  bucket-name {bucket}
+  s3-prefix {prefix}
+  s3-endpoint-url {endpoint}
+  s3-access-key test
+  s3-secret-key test-secret
+  {options}
+</fallbackbucket>
+"""
+
+
+def fallback_bucket(s3, bucket, prefix="1", **options):
+    """The text of a ``<fallbackbucket>``; keywords are more of its keys. It goes beside the base of a section."""
+    lines = "\n".join(f"{key.replace('_', '-')} {value}" for key, value in options.items())
+    return FALLBACK.format(bucket=bucket, prefix=prefix, endpoint=s3.url, options=lines)
+
 
 _random = random.SystemRandom()
 

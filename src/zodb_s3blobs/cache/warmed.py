@@ -12,7 +12,6 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,23 +73,21 @@ class WarmFolder:
             self._complained.add(path)
             logger.warning("Ignoring %s: %s", path, why)
 
-    def new_file(self, pace: Callable[[int], None] = lambda size: None) -> "NewWarmFile":
-        """Create an empty file. ``pace`` is called with the number of bytes before each write. Raises OSError."""
+    def new_file(self) -> "NewWarmFile":
+        """Create an empty file. Raises OSError."""
         fd, path = tempfile.mkstemp(prefix=_NEW, dir=self.path)
         os.close(fd)
-        return NewWarmFile(path, pace)
+        return NewWarmFile(path)
 
 
 class NewWarmFile:
     """A file of a blob that is being fetched. The methods raise the OSErrors of the disk."""
 
-    def __init__(self, path: str, pace: Callable[[int], None]) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
-        self._pace = pace
 
     def write_at(self, data: bytes, position: int) -> None:
         """Write ``data`` at ``position`` bytes from the start. Several threads may write to different positions."""
-        self._pace(len(data))
         with open(self.path, "r+b") as file:
             file.seek(position)
             file.write(data)

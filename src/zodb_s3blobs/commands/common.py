@@ -8,21 +8,29 @@ import sqlite3
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ZConfig.datatypes import stock_datatypes
 from ZODB.POSException import StorageError
 
 from ..bases import adapter_for
 from ..cache.directory import CacheDirectoryError
-from ..config import StartRefused
+from ..config import S3BlobStorageFactory, StartRefused
 from ..database.survey import Report
 from ..errors import S3BlobsError
+from ..fallbacks import Fallbacks
 from ..lease import NotOwner, standing
+from ..metrics import Metrics
+from ..s3.bandwidth import Bandwidth
 from ..s3.bucket import Bucket
 
 logger = logging.getLogger(__name__)
+
+#: The bytes a second for which one connection is enough.
+_OF_A_CONNECTION = 4 << 20
 
 # The exit statuses; 2 is argparse's.
 EXIT_OK = 0
@@ -34,6 +42,37 @@ FALLBACK = 6  # the bucket lacks blobs that clients can still read
 
 #: The errors of a directory that cannot be written.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+@contextmanager
+def opened(section: S3BlobStorageFactory) -> Iterator[tuple[Bucket, Fallbacks]]:
+    """Open the bucket and the fallbacks of ``section`` for the body.
+
+    Waits for S3. Raises StartRefused, BlobDirectoryError, and BucketError if the second bucket cannot be listed.
+    """
+    metrics = Metrics()
+    with closing(section.open_bucket(metrics)) as bucket, closing(section.open_fallbacks(bucket, metrics)) as fallbacks:
+        fallbacks.probe()
+        yield bucket, fallbacks
+
+
+class LocalFile:
+    """A local file for an upload or a download, made with ``data``."""
+
+    def __init__(self, path: str, data: bytes = b"") -> None:
+        self.path = path
+        with open(path, "wb") as file:
+            file.write(data)
+
+    def write_at(self, data: bytes, position: int) -> None:
+        """Write ``data`` at ``position`` bytes from the start."""
+        with open(self.path, "r+b") as file:
+            file.seek(position)
+            file.write(data)
+
+    def clear(self) -> None:
+        """Truncate the file to zero bytes."""
+        os.truncate(self.path, 0)
 
 
 def check_owner(bucket: Bucket, storage: Any, must_be_ours: bool = False) -> bool:
@@ -54,6 +93,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-C", "--configure", metavar="FILE", type=Path, required=True, help="the server's zeo.conf")
     parser.add_argument("--storage", metavar="NAME", help="which storage, where there are several")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_max_bandwidth(parser: argparse.ArgumentParser) -> None:
+    """Declare the option ``--max-bandwidth``."""
+    parser.add_argument(
+        "--max-bandwidth",
+        metavar="SIZE",
+        type=size,
+        help="send and receive at most so many bytes a second, such as 20MB, all transfers together",
+    )
+
+
+def limit_bandwidth(section: S3BlobStorageFactory, rate: int | None) -> int:
+    """Let all buckets that ``section`` opens from now on keep ``rate`` bytes a second together; None: no limit.
+
+    Return how many transfers to make at a time.
+    """
+    if rate is not None:
+        # Connections that wait for their turn for long are closed by the service.
+        threads = min(section.settings.s3_concurrency, max(1, rate // _OF_A_CONNECTION))
+        section.settings = replace(section.settings, pace=Bandwidth(rate), s3_concurrency=threads)
+    return section.settings.s3_concurrency
+
+
+def size(text: str) -> int:
+    """Return ``text``, the value of an option, as a number of bytes above 0."""
+    try:
+        number = stock_datatypes["byte-size"](text)
+    except ValueError:
+        number = 0
+    if number <= 0:
+        raise argparse.ArgumentTypeError("must be a number of bytes above 0, such as 500MB or 20GB")
+    return number
 
 
 def directory(text: str) -> str:

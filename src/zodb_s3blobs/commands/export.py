@@ -18,8 +18,9 @@ from ..blobdir import BlobDirectory, BlobDirectoryError, NewBlobFile
 from ..database import zeoconf
 from ..database.blob_index import Named
 from ..database.survey import Outcome, Report, Survey, failure
-from ..metrics import Metrics
+from ..fallbacks import Fallbacks, Found
 from ..s3.bucket import Bucket
+from ..s3.download import Opened
 from ..s3.errors import BlobMismatch, BlobNotFound, BucketError
 from . import common
 
@@ -27,9 +28,9 @@ logger = logging.getLogger(__name__)
 
 _MEANINGS = {
     "copied": "blobs of the database that were copied, and have the right SHA-256 unless fallback-blob-dir had them",
-    "unproven": "were copied, but carry no SHA-256 in the bucket: compared by their size or MD5 alone",
+    "unproven": "were copied, but carry no SHA-256 in their bucket: compared by their size or MD5 alone",
     "there": "were in the directory already",
-    "missing": "neither in the bucket nor in fallback-blob-dir",
+    "missing": "neither in the bucket nor in a fallback",
     "archived": "in an archive: restore them, and run it again",
     "failed": "could not be read, or are damaged in the bucket",
 }
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="the blob directory; made if it is missing, or contains nothing but lost+found or tmp",
     )
+    common.add_max_bandwidth(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,15 +59,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     served = zeoconf.find(arguments.configure, arguments.storage)
-    config = served.section.config
-    fallback = served.section.open_fallback()
-    with closing(served.section.open_bucket(Metrics())) as bucket, Survey(served) as survey:
+    threads = common.limit_bandwidth(served.section, arguments.max_bandwidth)
+    with common.opened(served.section) as (bucket, fallbacks), Survey(served) as survey:
         common.check_owner(bucket, survey.storage)
         directory = BlobDirectory.create(arguments.to_blob_dir)
         with closing(directory):
-            report = survey.run(
-                "Exporting", lambda blob: _copy(blob, bucket, fallback, directory), bucket, config.s3_concurrency
-            )
+            report = survey.run("Exporting", lambda blob: _copy(blob, bucket, fallbacks, directory), bucket, threads)
     return common.conclude("export", report, _MEANINGS, _verdict(report, directory), arguments.json)
 
 
@@ -78,7 +77,7 @@ def _verdict(report: Report, directory: BlobDirectory) -> str:
     return f"All blobs of the database are in {directory.path}."
 
 
-def _copy(blob: Named, bucket: Bucket, fallback: BlobDirectory | None, directory: BlobDirectory) -> Outcome:
+def _copy(blob: Named, bucket: Bucket, fallbacks: Fallbacks, directory: BlobDirectory) -> Outcome:
     oid, tid = blob.oid, blob.tid
     try:
         path = directory.find(oid, tid)
@@ -86,7 +85,7 @@ def _copy(blob: Named, bucket: Bucket, fallback: BlobDirectory | None, directory
             return Outcome(oid, tid, "there", os.path.getsize(path))
         file = directory.new_file()
         try:
-            word, reason = _fetch(oid, tid, bucket, fallback, file)
+            word, reason = _fetch(oid, tid, bucket, fallbacks, file)
             size = os.path.getsize(file.path)
             file.publish(oid, tid)
         finally:
@@ -116,17 +115,18 @@ def _is_right(blob: Named, path: str, bucket: Bucket) -> bool:
     return True
 
 
-def _fetch(
-    oid: bytes, tid: bytes, bucket: Bucket, fallback: BlobDirectory | None, file: NewBlobFile
-) -> tuple[str, str]:
+def _fetch(oid: bytes, tid: bytes, bucket: Bucket, fallbacks: Fallbacks, file: NewBlobFile) -> tuple[str, str]:
     """Write the blob into ``file``; return its word, and the reason of the bucket's failure, or "".
 
-    Raises the errors of `fetch.get`, unless the fallback has the blob.
+    Raises the errors of `fetch.get`.
     """
+    begun: Opened | Found
+    reason = ""
     try:
-        opened = bucket.open(oid, tid)
+        begun = bucket.open(oid, tid)
     except (BlobNotFound, BucketError) as error:
-        fetch.get(bucket, fallback, oid, tid, file, error)
-        return "copied", getattr(error, "reason", "")
-    is_from_bucket = fetch.get(bucket, fallback, oid, tid, file, opened)
-    return "copied" if opened.stored.is_proven or not is_from_bucket else "unproven", ""
+        begun = fallbacks.open(oid, tid, error)
+        reason = getattr(error, "reason", "")
+    with closing(begun):
+        stored = fetch.get(bucket, fallbacks, oid, tid, file, begun)
+    return "copied" if stored is None or stored.is_proven else "unproven", reason

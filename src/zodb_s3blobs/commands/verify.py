@@ -13,9 +13,10 @@ revision, and overwrites none.
 
 Exit status, the first of these that applies: 3 blobs are missing, damaged, different or archived, so that clients
 cannot read them, or may read wrong bytes; 1 the check could not be completed; 6 clients can read all blobs, but some
-are only in fallback-blob-dir, or need --repair: the bucket does not have everything; 5 blobs are unproven; 4 dead
-objects are in the bucket, which the next pack deletes; 0 all is well. Damaged copies in cache-dir and fallback-blob-dir
-are listed, and do not change the status.
+are only in fallback-blob-dir or fallbackbucket, or need --repair: the bucket does not have everything; 5 blobs are
+unproven; 4 dead objects are in the bucket, which the next pack deletes; 0 all is well. Damaged copies in cache-dir and
+fallback-blob-dir are listed, and do not change the status. Blobs that only fallbackbucket has are looked up there, and
+not read.
 """
 
 import argparse
@@ -24,18 +25,17 @@ import re
 import stat
 import time
 import zlib
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from ..bases.adapter import repeated
-from ..blobdir import BlobDirectory, BlobDirectoryError
+from ..blobdir import BlobDirectoryError
 from ..cache.directory import path_in
 from ..database import object_paths, zeoconf
 from ..database.blob_index import Named
 from ..database.survey import Outcome, Report, Survey, failure
+from ..fallbacks import Copy, FallbackDirectory, Fallbacks, Place
 from ..garbage.scan import scan_beside_a_server
-from ..metrics import Metrics
 from ..progress import showing
 from ..s3.bucket import Bucket
 from ..s3.errors import BlobDamaged, BlobNotFound, BucketError
@@ -57,9 +57,10 @@ _UNPROVEN = {
 _MEANINGS = {
     "marked": "referenced blobs that carry a garbage mark (the database was restored); the next pack removes the mark",
     "fallback": "in fallback-blob-dir alone: zodb-s3blobs migrate copies them",
+    "fallbackbucket": "in fallbackbucket alone: zodb-s3blobs migrate copies them",
     "undone": "without an object after an undo by zodb-s3blobs 1.2.1, and read from the revision that it went back to: "
     "zodb-s3blobs verify --repair copies them",
-    "missing": "neither in the bucket nor in fallback-blob-dir",
+    "missing": "neither in the bucket nor in a fallback",
     "damaged": "in the bucket, but with other bytes than were stored",
     "different": "in the bucket without SHA-256, and of another size than in fallback-blob-dir: one of them is damaged",
     "archived": "in an archive, where clients cannot read them: restore them, and end the lifecycle rule or tier that "
@@ -77,10 +78,14 @@ _MEANINGS = {
 _LOST = ("missing", "damaged", "different", "archived")
 
 #: The words that exclude "all is well", the worst first.
-_TROUBLES = (*_LOST, "failed", "fallback", "undone", "unproven", "dead", "copy")
+_TROUBLES = (*_LOST, "failed", "fallback", "fallbackbucket", "undone", "unproven", "dead", "copy")
 
 #: Word of blobs that clients can read though the bucket lacks them -> the command that copies them.
-_CURES = {"fallback": "zodb-s3blobs migrate", "undone": "zodb-s3blobs verify --repair"}
+_CURES = {
+    "fallback": "zodb-s3blobs migrate",
+    "fallbackbucket": "zodb-s3blobs migrate",
+    "undone": "zodb-s3blobs verify --repair",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="give revisions that an undo by zodb-s3blobs 1.2.1 made the objects that they lack; before the first pack",
     )
+    common.add_max_bandwidth(parser)
 
 
 def _sample(text: str) -> tuple[int, int]:
@@ -121,8 +127,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         )
     served = zeoconf.find(arguments.configure, arguments.storage)
     config = served.section.config
-    fallback = served.section.open_fallback()
-    with closing(served.section.open_bucket(Metrics())) as bucket, Survey(served) as survey:
+    threads = common.limit_bandwidth(served.section, arguments.max_bandwidth)
+    with common.opened(served.section) as (bucket, fallbacks), Survey(served) as survey:
         is_ours = common.check_owner(bucket, survey.storage, must_be_ours=arguments.repair)
         scan = scan_beside_a_server(survey.storage, bucket, config.gc_retention)
         with showing("Listing the bucket", "objects") as progress:
@@ -131,13 +137,13 @@ def _verify(arguments: argparse.Namespace) -> int:
             survey.storage,
             bucket,
             config.cache_dir,
-            fallback,
+            fallbacks,
             scan.marks,
             arguments.checksum,
             arguments.sample or (1, 1),
             arguments.repair,
         )
-        report = survey.run("Verifying", look, bucket, config.s3_concurrency)
+        report = survey.run("Verifying", look, bucket, threads)
         for state in ("dead", "retained", "newer", "unknown"):
             report.objects[state], report.sizes[state] = scan.found[state].objects, scan.found[state].bytes
         if not is_ours:  # seemingly dead blobs and perhaps-only copies belong to the other database
@@ -185,7 +191,7 @@ def _verdict(report: Report, arguments: argparse.Namespace) -> str:
     if status in (common.EXIT_DAMAGED, common.EXIT_ERROR):
         return f"Not well{counts}."
     if status == common.FALLBACK:
-        cures = [cure for word, cure in _CURES.items() if report.objects[word]]
+        cures = list(dict.fromkeys(cure for word, cure in _CURES.items() if report.objects[word]))
         copy = "copies" if len(cures) == 1 else "copy"
         return f"All blobs can be read, but the bucket lacks some, which {' and '.join(cures)} {copy}{counts}."
     if status == common.EXIT_UNPROVEN:
@@ -205,14 +211,6 @@ def _basis(arguments: argparse.Namespace) -> str:
 
 
 @dataclass(frozen=True)
-class _Copy:
-    """A file outside the bucket that is a copy of a blob; ``size`` in bytes."""
-
-    path: str
-    size: int
-
-
-@dataclass(frozen=True)
 class _Look:
     """The verification of one blob. ``marks``: those of the last pack; ``sample``: the part to read, as N of T.
 
@@ -225,7 +223,7 @@ class _Look:
     storage: Any
     bucket: Bucket
     cache_dir: str
-    fallback: BlobDirectory | None
+    fallbacks: Fallbacks
     marks: dict[bytes, int]
     checksum: bool
     sample: tuple[int, int]
@@ -236,13 +234,15 @@ class _Look:
         oid, tid = blob.oid, blob.tid
         cached = _regular_file(path_in(self.cache_dir, oid, tid))
         try:
-            kept = self._in_fallback(oid, tid)
-        except BlobDirectoryError as error:
+            place, kept = self._in_fallback(blob) or (None, None)
+        except (BlobDirectoryError, BucketError) as error:
             if blob.size is None:
-                return Outcome(oid, tid, "failed", trouble=f"{self._missing(blob)}; {error}")
+                trouble, reason = f"{self._missing(blob)}; {error}", getattr(error, "reason", "")
+                return Outcome(oid, tid, "failed", trouble=trouble, reason=reason)
             kept = None
         if blob.size is None and kept is not None:
-            return Outcome(oid, tid, "fallback", kept.size)
+            word = "fallback" if isinstance(place, FallbackDirectory) else "fallbackbucket"
+            return Outcome(oid, tid, word, kept.size)
         advice = _advice(blob, cached or kept)
         try:
             if blob.size is None:
@@ -255,16 +255,10 @@ class _Look:
         except BucketError as error:
             return failure(oid, tid, blob.size or 0, error, advice)
 
-    def _in_fallback(self, oid: bytes, tid: bytes) -> _Copy | None:
-        path = self.fallback.find(oid, tid) if self.fallback is not None else None
-        if path is None:
-            return None
-        try:
-            return _Copy(path, os.path.getsize(path))
-        except FileNotFoundError:
-            return None  # packed away meanwhile
-        except OSError as error:
-            raise BlobDirectoryError(f"the blob file {path} cannot be read: {error.strerror}") from None
+    def _in_fallback(self, blob: Named) -> tuple[Place, Copy] | None:
+        """Return which fallback has ``blob``, and where. One in S3 is asked only for what the bucket lacks."""
+        asked = self.fallbacks if blob.size is None else self.fallbacks.directories()
+        return asked.look_up(blob.oid, blob.tid)
 
     def _missing(self, blob: Named) -> str:
         return f"{self.bucket.keys.key(blob.oid, blob.tid)} is not in bucket {self.bucket.name}"
@@ -308,7 +302,7 @@ class _Look:
             )
         return Outcome(blob.oid, blob.tid, "missing", trouble=f"{self._missing(blob)}{advice}")
 
-    def _in_bucket(self, blob: Named, size: int, cached: _Copy | None, kept: _Copy | None, advice: str) -> Outcome:
+    def _in_bucket(self, blob: Named, size: int, cached: Copy | None, kept: Copy | None, advice: str) -> Outcome:
         """Return the outcome of ``blob``, whose object has ``size`` bytes. Raises the errors of `Bucket.verify`."""
         oid, tid = blob.oid, blob.tid
         key = self.bucket.keys.key(oid, tid)
@@ -342,38 +336,38 @@ class _Look:
         return zlib.crc32(blob.oid + blob.tid) % parts == part - 1
 
 
-def _of_unproven(blob: Named, fact: str, cached: _Copy | None, kept: _Copy | None) -> Outcome:
+def _of_unproven(blob: Named, fact: str, cached: Copy | None, kept: Copy | None) -> Outcome:
     """Return the outcome of a ``blob`` whose object carries no SHA-256; ``cached``, ``kept``: copies of other sizes."""
     size = blob.size or 0
     which = "one of the two is damaged, and nothing shows which: compare both with a backup"
     if kept is not None:
-        trouble = f"{fact}, but {kept.path} has {kept.size} bytes: {which}"
+        trouble = f"{fact}, but {kept.where} has {kept.size} bytes: {which}"
         return Outcome(blob.oid, blob.tid, "different", size, trouble)
-    trouble = f"{fact}, but {cached.path} in cache-dir has {cached.size} bytes: {which}" if cached is not None else ""
+    trouble = f"{fact}, but {cached.where} in cache-dir has {cached.size} bytes: {which}" if cached is not None else ""
     return Outcome(blob.oid, blob.tid, "unproven", size, trouble)
 
 
-def _of_copy(blob: Named, key: str, copy: _Copy, trouble: str) -> Outcome:
+def _of_copy(blob: Named, key: str, copy: Copy, trouble: str) -> Outcome:
     """Return the outcome of a ``copy`` whose size differs from that of the object, which is proven."""
-    reason = f"{copy.path} has {copy.size} bytes, but {key} has {blob.size} and the right SHA-256: {trouble}"
+    reason = f"{copy.where} has {copy.size} bytes, but {key} has {blob.size} and the right SHA-256: {trouble}"
     return Outcome(blob.oid, blob.tid, "copy", copy.size, reason)
 
 
-def _advice(blob: Named, copy: _Copy | None) -> str:
+def _advice(blob: Named, copy: Copy | None) -> str:
     """Return the advice about a ``copy`` of a ``blob`` that the bucket does not deliver; "" without a copy."""
     if copy is None:
         return ""
     size = f" of {copy.size} bytes" if copy.size != blob.size else ""
-    return f"; {copy.path} is a copy{size}"
+    return f"; {copy.where} is a copy{size}"
 
 
-def _regular_file(path: str) -> _Copy | None:
+def _regular_file(path: str) -> Copy | None:
     """Return the regular file at ``path``; None if it is missing, unreadable, or not a regular file."""
     try:
         found = os.lstat(path)
     except OSError:
         return None
-    return _Copy(path, found.st_size) if stat.S_ISREG(found.st_mode) else None
+    return Copy(path, found.st_size) if stat.S_ISREG(found.st_mode) else None
 
 
 def _is_restored_for_a_while(key: str, size: int, bucket: Bucket) -> bool:

@@ -12,25 +12,23 @@ import argparse
 import os
 import stat
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ZConfig.datatypes import stock_datatypes
 from ZODB.POSException import POSKeyError
 
+from .. import fetch
 from ..bases.adapter import repeated
-from ..blobdir import BlobDirectory
 from ..cache.directory import blob_files, block_of, cannot_write, path_in, refuse_foreign
 from ..cache.index import on_disk
 from ..cache.warmed import WarmFolder
 from ..database import object_paths, zeoconf
 from ..database.blob_index import Named
 from ..database.survey import Outcome, Report, Survey, failure
-from ..metrics import Metrics
+from ..digest import SHA256, digest_of
+from ..fallbacks import Fallbacks
 from ..revision import Revision
 from ..s3.bucket import Bucket
 from ..s3.errors import BlobNotFound, BucketError
@@ -41,16 +39,13 @@ _MEANINGS = {
     "there": "were in the cache already, or wait there for the server",
     "left": "larger than the room that the cache has left",
     "elsewhere": "not in the bucket, but clients can read them: zodb-s3blobs verify tells why",
-    "missing": "neither in the bucket nor in fallback-blob-dir",
+    "missing": "neither in the bucket nor in a fallback",
     "archived": "in an archive: restore them, and run it again",
     "failed": "could not be read, or are damaged in the bucket",
 }
 
 #: The words of blobs that cannot be warmed.
 _TROUBLES = ("missing", "archived", "failed")
-
-#: The bytes a second for which one connection is enough.
-_OF_A_CONNECTION = 4 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,22 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size",
         metavar="SIZE",
-        type=_bytes,
+        type=common.size,
         help="fill the cache up to this size, such as 20GB; never above cache-size",
     )
-    parser.add_argument(
-        "--max-bandwidth", metavar="SIZE", type=_bytes, help="fetch at most so many bytes a second, such as 10MB"
-    )
-
-
-def _bytes(text: str) -> int:
-    try:
-        size = stock_datatypes["byte-size"](text)
-    except ValueError:
-        size = 0
-    if size <= 0:
-        raise argparse.ArgumentTypeError("must be a number of bytes above 0, such as 500MB or 20GB")
-    return size
+    common.add_max_bandwidth(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -90,13 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _warm(arguments: argparse.Namespace) -> int:
     served = zeoconf.find(arguments.configure, arguments.storage)
     config = served.section.config
-    pace = _Pace(arguments.max_bandwidth)
-    if arguments.max_bandwidth is not None:
-        # Connections that wait for their turn for long are closed by the service.
-        config.s3_concurrency = min(config.s3_concurrency, max(1, arguments.max_bandwidth // _OF_A_CONNECTION))
-    fallback = served.section.open_fallback()
+    threads = common.limit_bandwidth(served.section, arguments.max_bandwidth)
     limit = min(config.cache_size, arguments.size or config.cache_size)
-    with closing(served.section.open_bucket(Metrics())) as bucket, Survey(served) as survey:
+    with common.opened(served.section) as (bucket, fallbacks), Survey(served) as survey:
         common.check_owner(bucket, survey.storage)
         survey.list_bucket(bucket)
         blobs = _current(survey)
@@ -104,8 +83,8 @@ def _warm(arguments: argparse.Namespace) -> int:
             blobs = iter(_under(arguments.under, list(blobs), survey.storage))
         cache = _Cache.open(config.cache_dir)
         plan = _Plan.make(blobs, cache, limit)
-        fetch = _Fetch(survey.storage, bucket, fallback, cache, pace)
-        report = survey.run("Fetching", fetch, bucket, config.s3_concurrency, plan.blobs)
+        work = _Fetch(survey.storage, bucket, fallbacks, cache, plan.room)
+        report = survey.run("Fetching", work, bucket, threads, plan.blobs)
         report.objects.update(plan.others.objects)
         report.sizes.update(plan.others.sizes)
     return common.conclude("warm", report, _MEANINGS, _verdict(report, limit), arguments.json)
@@ -143,25 +122,6 @@ def _under(path: str, blobs: list[Named], storage: Any) -> list[Named]:
             f"there is no blob at {path} or below it: write the path as zodb-s3blobs verify shows paths"
         )
     return found
-
-
-class _Pace:
-    """A limit of ``rate`` bytes a second, None for no limit. Any thread may call."""
-
-    def __init__(self, rate: int | None) -> None:
-        self._rate = rate
-        self._lock = threading.Lock()
-        self._free_at = time.monotonic()
-
-    def __call__(self, size: int) -> None:
-        """Wait until ``size`` bytes more keep the limit."""
-        if self._rate is None:
-            return
-        with self._lock:
-            # The bytes have arrived already: they are paid for afterwards.
-            self._free_at = max(self._free_at, time.monotonic()) + size / self._rate
-            until = self._free_at
-        time.sleep(max(0.0, until - time.monotonic()))
 
 
 @dataclass
@@ -215,27 +175,45 @@ def _size_of(path: str) -> int | None:
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
+class _Room:
+    """The ``size`` in bytes that the cache still has. Any thread may call."""
+
+    def __init__(self, size: int, block: int) -> None:
+        self._size = size
+        self._block = block
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> bool:
+        """Take the room of a file of ``size`` bytes; return False if there is not so much."""
+        needed = on_disk(size, self._block)
+        with self._lock:
+            if needed > self._size:
+                return False
+            self._size -= needed
+            return True
+
+
 @dataclass
 class _Plan:
-    """The ``blobs`` to fetch, and the report of the ``others``."""
+    """The ``blobs`` to fetch, and the report of the ``others``.
+
+    ``room``: what is left for the blobs that the bucket lacks, whose sizes are not known yet.
+    """
 
     blobs: list[Named]
     others: Report
+    room: _Room
 
     @classmethod
     def make(cls, blobs: Iterator[Named], cache: _Cache, limit: int) -> "_Plan":
         """Choose of ``blobs`` those that the ``cache`` has room for below ``limit`` bytes, the first ones first."""
-        plan = cls([], Report())
-        room = limit - cache.size
+        plan = cls([], Report(), _Room(limit - cache.size, cache.block))
         for blob in blobs:
             size = cache.size_of(blob)
             if size is not None:
                 plan.others.add(Outcome(blob.oid, blob.tid, "there", size))
-            elif blob.size is None:
+            elif blob.size is None or plan.room.take(blob.size):
                 plan.blobs.append(blob)
-            elif (needed := on_disk(blob.size, cache.block)) <= room:
-                plan.blobs.append(blob)
-                room -= needed
             else:
                 plan.others.add(Outcome(blob.oid, blob.tid, "left", blob.size))
         return plan
@@ -247,37 +225,42 @@ class _Fetch:
 
     storage: Any
     bucket: Bucket
-    fallback: BlobDirectory | None
+    fallbacks: Fallbacks
     cache: _Cache
-    pace: _Pace
+    room: _Room
 
     def __call__(self, blob: Named) -> Outcome:
-        """Return the outcome of ``blob``. Waits for S3."""
+        """Return the outcome of ``blob``. Waits for S3. Raises BlobDirectoryError."""
         oid, tid = blob.oid, blob.tid
-        if blob.size is None:
-            return self._elsewhere(blob)
+        found = None
         try:
-            file = self.cache.folder.new_file(self.pace)
+            if blob.size is None:
+                lacking = BlobNotFound(f"{self.bucket.keys.key(oid, tid)} is not in bucket {self.bucket.name}")
+                found = self.fallbacks.open(oid, tid, lacking)
+                if not self.room.take(found.size):
+                    return Outcome(oid, tid, "left", found.size)
+            file = self.cache.folder.new_file()
             try:
-                stored = self.bucket.get(oid, tid, file)
-                file.publish(Revision(oid, tid), stored.sha256_of(file.path))
+                stored = fetch.get(self.bucket, self.fallbacks, oid, tid, file, found)
+                size = os.path.getsize(file.path)
+                digest = stored.sha256_of(file.path) if stored is not None else digest_of(SHA256, file.path)
+                file.publish(Revision(oid, tid), digest)
             finally:
                 file.discard()
         except BlobNotFound as error:
+            if self._repeats(blob):
+                return Outcome(oid, tid, "elsewhere")
             return Outcome(oid, tid, "missing", trouble=str(error))
         except BucketError as error:
-            return failure(oid, tid, blob.size, error)
+            return failure(oid, tid, blob.size or 0, error)
         except OSError as error:
             raise cannot_write(self.cache.path, error) from error
-        return Outcome(oid, tid, "fetched", stored.size)
+        finally:
+            if found is not None:
+                found.close()
+        return Outcome(oid, tid, "fetched", size)
 
-    def _elsewhere(self, blob: Named) -> Outcome:
-        """Return the outcome of a ``blob`` that the bucket lacks. Raises BlobDirectoryError."""
-        oid, tid = blob.oid, blob.tid
-        if self.fallback is not None and self.fallback.find(oid, tid) is not None:
-            return Outcome(oid, tid, "elsewhere")
-        source = repeated(self.storage, oid, tid)  # an undo by zodb-s3blobs 1.2.1
-        if source is not None and self.bucket.look_up(oid, source) is not None:
-            return Outcome(oid, tid, "elsewhere")
-        trouble = f"{self.bucket.keys.key(oid, tid)} is not in bucket {self.bucket.name}"
-        return Outcome(oid, tid, "missing", trouble=trouble)
+    def _repeats(self, blob: Named) -> bool:
+        """Return whether ``blob`` repeats an earlier revision that the bucket has: an undo by zodb-s3blobs 1.2.1."""
+        source = repeated(self.storage, blob.oid, blob.tid) if blob.size is None else None
+        return source is not None and self.bucket.look_up(blob.oid, source) is not None

@@ -163,7 +163,7 @@ class UndoCopy(Storable):
         try:
             bucket.copy(self.oid, source, name.tid)
         except (BlobNotFound, BucketError) as error:
-            # Some services cannot copy, or not what is encrypted. Or it is only in fallback-blob-dir.
+            # Some services cannot copy, or not what is encrypted. Or it is only in a fallback.
             _raise_timeout(error)
             logger.warning("%s; uploading it again instead", error)
             self.check_wanted()

@@ -69,6 +69,17 @@ def find(path: Path, name: str | None = None) -> Served:
 
     Raises ConfigurationError. A file that runzeo refuses ends this process like runzeo.
     """
+    ours = all_in(path)
+    if name is None and len(ours) == 1:
+        return next(iter(ours.values()))
+    if name in ours:
+        return ours[name]
+    names = ", ".join(ours) or "none"
+    raise ConfigurationError(f"name one of the storages with s3blobstorage of {path} with --storage: {names}")
+
+
+def all_in(path: Path) -> dict[str, Served]:
+    """Return the storages of the file ``path`` with an ``<s3blobstorage>``, by their names. Raises `find`'s errors."""
     if not path.is_file():
         raise ConfigurationError(f"there is no file {path}: name the zeo.conf of the server with -C")
     options = _Options()
@@ -80,13 +91,7 @@ def find(path: Path, name: str | None = None) -> Served:
             f"{path}, or a file that it includes, is not in UTF-8 (line {line}): save it in that encoding"
         ) from None
     found = {storage.name: (storage, _inside(storage)) for storage in options.storages}
-    ours = {name: Served(opener, section) for name, (opener, section) in found.items() if section is not None}
-    if name is None and len(ours) == 1:
-        return next(iter(ours.values()))
-    if name in ours:
-        return ours[name]
-    names = ", ".join(ours) or "none"
-    raise ConfigurationError(f"name one of the storages with s3blobstorage of {path} with --storage: {names}")
+    return {name: Served(opener, section) for name, (opener, section) in found.items() if section is not None}
 
 
 class _Options(ZEOOptions):

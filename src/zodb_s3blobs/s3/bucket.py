@@ -9,20 +9,13 @@ import os
 
 from ..digest import SHA256, digest_of
 from .control import ControlObjects
-from .download import Stored, stored_in
-from .errors import BlobMismatch, BlobNotFound
+from .download import Stored
+from .errors import BlobMismatch
 from .links import Signer
 
 
 class Bucket(ControlObjects):
     """The blobs below one prefix of one bucket. The constructor sends no request."""
-
-    def look_up(self, oid: bytes, tid: bytes) -> Stored | None:
-        """Return size and checksum of blob (oid, tid), None if the bucket does not have the blob."""
-        try:
-            return stored_in(self._head(self.keys.key(oid, tid)))
-        except BlobNotFound:
-            return None
 
     def find(self, oid: bytes, tid: bytes, filename: str) -> Stored | None:
         """Return size and checksum of blob (oid, tid), None if the bucket does not have the blob.

@@ -25,7 +25,7 @@ import botocore.httpsession
 import botocore.session
 import botocore.utils
 
-from .errors import BucketError, ForeignAnswer, ask, code_and_reason, code_of, interruption
+from .errors import NOT_IMPLEMENTED, BucketError, ForeignAnswer, ask, code_and_reason, code_of, interruption
 
 T = TypeVar("T")
 
@@ -60,6 +60,7 @@ class BucketSettings:
     s3_region: str | None = None
     s3_access_key: str | None = field(default=None, repr=False)
     s3_secret_key: str | None = field(default=None, repr=False)
+    s3_session_token: str | None = field(default=None, repr=False)
     s3_use_ssl: bool = True
     s3_ca_file: str | None = None
     s3_addressing_style: Literal["auto", "path", "virtual"] = "auto"
@@ -67,6 +68,8 @@ class BucketSettings:
     s3_sse: str | None = None
     s3_sse_kms_key_id: str | None = None
     s3_storage_class: str | None = None
+    #: The tags of new objects in the form of a URL query.
+    s3_tagging: str | None = None
     s3_checksums: Literal["when_supported", "when_required"] = "when_required"
     s3_multipart_threshold: int = 8 << 20
     s3_concurrency: int = 16
@@ -75,6 +78,8 @@ class BucketSettings:
     s3_max_attempts: int = 3
     #: How long the service may take to copy up to 64 MiB inside the bucket; it is silent until it is done.
     copy_timeout: float = 120
+    #: Called with the bytes of each transfer; waits as long as a limit demands. None: no limit.
+    pace: Callable[[int], None] | None = None
 
 
 class Connection:
@@ -106,6 +111,14 @@ class Connection:
             # Every service understands this checksum, and refuses a damaged body because of it.
             for operation in ("PutObject", "UploadPart", "DeleteObjects"):
                 events.register_last(f"before-call.s3.{operation}", _add_content_md5)
+        if settings.s3_tagging:
+            # Here, for every new object. s3transfer tags the result of a copy in parts only afterwards, which a policy
+            # that demands tags refuses.
+            tags = {"Tagging": settings.s3_tagging}
+            for operation in "PutObject", "CreateMultipartUpload":
+                events.register_first(f"before-parameter-build.s3.{operation}", _adding(tags))
+            copied = {**tags, "TaggingDirective": "REPLACE"}
+            events.register_first("before-parameter-build.s3.CopyObject", _adding(copied))
 
     def _new_client(self, settings: BucketSettings, signature: str | None = None) -> Any:
         return ask(self._what, lambda: _client(self._boto3, settings, signature))
@@ -159,6 +172,12 @@ class Connection:
             )
         if error.code == "SSLError" and self._settings.s3_ca_file and "is not trusted" in str(error):
             return ". s3-ca-file is set, and the file does not hold that authority"
+        if self._settings.s3_tagging and "forbids s3:PutObject" in str(error):
+            return ". s3-tagging is set, so s3:PutObjectTagging is needed as well"
+        if self._settings.s3_tagging and error.code in NOT_IMPLEMENTED:
+            return ". s3-tagging is set: remove it if the service does not know tags"
+        if self._settings.s3_session_token and error.code in ("ExpiredToken", "InvalidToken", "TokenRefreshRequired"):
+            return ". s3-session-token is set, and ends some hours after it was issued: set all three anew, and restart"
         wrong_place = error.reason == "foreign" or error.code in ("NoSuchBucket", "404", "InvalidBucketName")
         inside = (endpoint.hostname or "").startswith(f"{bucket.lower()}.") or bucket in endpoint.path.split("/")
         if wrong_place and self._settings.s3_endpoint_url and inside:
@@ -181,6 +200,7 @@ def _client(session: boto3.session.Session, settings: BucketSettings, signature:
         region_name=settings.s3_region,
         aws_access_key_id=settings.s3_access_key,
         aws_secret_access_key=settings.s3_secret_key,
+        aws_session_token=settings.s3_session_token,
         use_ssl=settings.s3_use_ssl,
         config=config,
     )
@@ -338,6 +358,15 @@ def _is_page(headers: Any, body: bytes) -> bool:
         return False  # some services send errors and empty answers as HTML
     content_type = (headers.get("content-type") or "").lower()
     return content_type.startswith(("text/html", "application/xhtml", "application/json")) or bool(_PAGE.match(body))
+
+
+def _adding(more: dict[str, str]) -> Callable[..., None]:
+    """Return an event handler that adds ``more`` to the parameters of an operation."""
+
+    def add(params: dict[str, Any], **kwargs: Any) -> None:
+        params.update(more)
+
+    return add
 
 
 def _parse_timestamp(value: Any) -> datetime.datetime:

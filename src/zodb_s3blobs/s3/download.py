@@ -10,13 +10,13 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import botocore.exceptions
 
 from ..digest import SHA256, digest_of
-from .errors import BlobDamaged, BucketError
+from .errors import BlobDamaged, BlobNotFound, BucketError
 from .objects import READ, Objects
 
 logger = logging.getLogger(__name__)
@@ -45,11 +45,12 @@ class Target(Sink, Protocol):
 
 @dataclass(frozen=True)
 class Stored:
-    """The metadata of an object: ``size`` in bytes; ``digest`` in hex by ``algorithm``, "" if unknown."""
+    """The metadata of an object: ``size`` in bytes; ``digest`` in hex by ``algorithm``, "" if unknown; its ``etag``."""
 
     size: int
     algorithm: str
     digest: str
+    etag: str = field(default="", compare=False)
 
     @property
     def is_proven(self) -> bool:
@@ -66,6 +67,13 @@ class Stored:
 
 class Downloads(Objects):
     """The downloads from a bucket."""
+
+    def look_up(self, oid: bytes, tid: bytes) -> Stored | None:
+        """Return size and checksum of blob (oid, tid), None if the bucket does not have the blob."""
+        try:
+            return stored_in(self._head(self.keys.key(oid, tid)))
+        except BlobNotFound:
+            return None
 
     def verify(self, oid: bytes, tid: bytes) -> Stored:
         """Read blob (oid, tid) and check it, without keeping it; return the size and checksum that matched.
@@ -279,7 +287,8 @@ def stored_in(answer: dict[str, Any]) -> Stored:
     """Return the size and the checksum of an object from the answer to GET or HEAD."""
     size, sha256 = answer["ContentLength"], sha256_in(answer["Metadata"])
     # Objects stored by other software have no SHA-256.
-    return Stored(size, SHA256, sha256) if sha256 else Stored(size, "md5", md5_of(answer))
+    algorithm, digest = (SHA256, sha256) if sha256 else ("md5", md5_of(answer))
+    return Stored(size, algorithm, digest, answer.get("ETag", ""))
 
 
 def sha256_in(metadata: dict[str, str]) -> str:

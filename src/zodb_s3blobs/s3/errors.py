@@ -407,6 +407,7 @@ _ADVICE_BY_WORDS = {
     r"^KMS\.": "; check s3-sse-kms-key-id, and whether the credentials may use that key",
     "(?i)Encryption|^InvalidSSE|ServerSide": "; check s3-sse and s3-sse-customer-key",
     "(?i)StorageClass": "; check s3-storage-class",
+    "^InvalidTag": "; check s3-tagging",
 }
 
 #: Result of `_cause` -> advice, which comes before all others.

@@ -5,6 +5,7 @@ the answer, or with the end of the body if the caller reads one. The handlers ru
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from botocore.utils import determine_content_length
@@ -37,10 +38,14 @@ _UNANSWERED = {"timeout", "connection", "server", "throttled", "foreign"}
 
 
 class S3Events:
-    """The event handlers of one client. An operation that its caller cancels is not counted as a failure."""
+    """The event handlers of one client. An operation that its caller cancels is not counted as a failure.
 
-    def __init__(self, client: Any, metrics: Metrics) -> None:
+    ``pace`` is called with the size in bytes of each body: before a request is sent, and after bytes have arrived.
+    """
+
+    def __init__(self, client: Any, metrics: Metrics, pace: Callable[[int], None] | None = None) -> None:
         self._metrics = metrics
+        self._pace = pace or (lambda size: None)
         #: Reason why the last operation had no proper answer, None if it had one; and its end by `time.monotonic`.
         self.last_answer: tuple[str | None, float] = "the bucket has not answered yet", time.monotonic()
         events = client.meta.events
@@ -56,9 +61,11 @@ class S3Events:
             operation = request.context[_KEY] = _Operation(name, operation_name)
             self._metrics.s3_inflight.labels(name).inc()
         self._metrics.s3_attempts.labels(operation.name).inc()
-        self._metrics.s3_sent_bytes.inc(
-            int(request.headers.get("X-Amz-Decoded-Content-Length") or determine_content_length(request.body) or 0)
-        )
+        decoded = request.headers.get("X-Amz-Decoded-Content-Length")
+        size = int(decoded or determine_content_length(request.body) or 0)
+        # Before the request is signed: its signature holds for minutes only.
+        self._pace(size)
+        self._metrics.s3_sent_bytes.inc(size)
 
     def _response_received(
         self, response_dict: Any, parsed_response: Any, context: dict, exception: Exception | None, **kwargs: Any
@@ -69,7 +76,7 @@ class S3Events:
                 self._attempt_failed(operation, code_and_reason(exception)[1])
             return
         if isinstance(response_dict["body"], bytes):  # or it has not come yet
-            self._metrics.s3_received_bytes.inc(len(response_dict["body"]))
+            self.received(len(response_dict["body"]))
         if _reason(operation, parsed_response) is not None:
             self._attempt_failed(operation, str(_status(parsed_response)))
 
@@ -92,8 +99,9 @@ class S3Events:
             self._ended(operation, reason, code, answered=False)
 
     def received(self, count: int) -> None:
-        """Count ``count`` bytes read from a body."""
+        """Count ``count`` bytes read from a body; wait until they keep the limit."""
         self._metrics.s3_received_bytes.inc(count)
+        self._pace(count)
 
     def body_ended(self, operation: "_Operation", error: BaseException | None) -> None:
         """Record the end of a body that was read or given up; ``error``: the reason if it failed."""

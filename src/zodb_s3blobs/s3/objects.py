@@ -54,7 +54,7 @@ class Objects:
         self._connection = Connection(settings)
         self._client = self._connection.client
         self._metrics = metrics
-        self._events = S3Events(self._client, metrics)
+        self._events = S3Events(self._client, metrics, settings.pace)
         self.endpoint_url: str = self._connection.endpoint_url
         pool_name = f"s3blobs {settings.bucket_name}"
         # A pool of its own: a part must never wait for the download that waits for that part.

@@ -22,7 +22,7 @@ from ..digest import SHA256, digest_of
 from ..metrics import Metrics
 from ..workers import DaemonPool
 from .client import BucketSettings
-from .download import PART, Downloads, md5_of, sha256_in
+from .download import PART, Downloads, Stored, md5_of, sha256_in
 from .errors import NOT_IMPLEMENTED, BlobDamaged, BlobNotFound, BucketError, TransferCancelled, local_file
 
 logger = logging.getLogger(__name__)
@@ -277,15 +277,35 @@ class Uploads(Downloads):
         """
         self._copy(source, self.keys.key(oid, tid), size, {SHA256: digest})
 
+    def copy_from(self, other: Downloads, oid: bytes, tid: bytes, stored: Stored) -> None:
+        """Copy blob (oid, tid) of the bucket ``other`` into this bucket, inside the service that both are at.
+
+        ``stored``: the metadata of the source, which must be proven. The request is made with the credentials of this
+        bucket. Raises the errors of `copy`; BucketError too if these may not read ``other``, or the source has changed.
+        """
+        source, metadata = other.keys.key(oid, tid), {SHA256: stored.digest}
+        self._copy(source, self.keys.key(oid, tid), stored.size, metadata, of=other, etag=stored.etag)
+
     def _copy(
-        self, source: str, key: str, size: int, metadata: dict[str, str], content_type: str | None = None
+        self,
+        source: str,
+        key: str,
+        size: int,
+        metadata: dict[str, str],
+        content_type: str | None = None,
+        of: Downloads | None = None,
+        etag: str = "",
     ) -> None:
-        what = f"copy {source} to {key} in bucket {self.name}"
-        place = {"Bucket": self.name, "Key": source}
+        """Copy the object ``source`` of the bucket ``of``, by default this one; ``etag``: the one that it must have."""
+        of = of or self
+        elsewhere = f" of bucket {of.name}" if of is not self else ""
+        what = f"copy {source}{elsewhere} to {key} in bucket {self.name}"
+        place = {"Bucket": of.name, "Key": source}
         # Some services lose the metadata of a copy, and so the checksum, unless the request repeats it.
         options = {"Metadata": metadata, "MetadataDirective": "REPLACE"}
         options |= {"ContentType": content_type} if content_type else {}
-        options |= {**self._write_options, **self._key_options, **self._copy_source_key_options}
+        options |= {"CopySourceIfMatch": etag} if etag else {}
+        options |= {**self._write_options, **self._key_options, **of._copy_source_key_options}
         try:
             if size > COPY_PART and self._can_copy_parts:
                 try:

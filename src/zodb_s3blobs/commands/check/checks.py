@@ -9,17 +9,17 @@ import random
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
-from typing import Literal
 from urllib.error import HTTPError
 
 from ...revision import Revision
 from ...s3.download import PART
 from ...s3.errors import BlobNotFound, BucketError, code_of
+from . import upload_keys
 from .diagnosis import SMALL
-from .scratch import FORBIDDEN, Scratch, is_answered, is_refusal
+from .outcome import Outcome, around, fails, works
+from .scratch import FORBIDDEN, NotTried, Scratch, is_refusal
 
 _ONE_REQUEST = 5 << 30  # the largest s3-multipart-threshold: nothing larger goes into one request
 
@@ -27,42 +27,6 @@ _ONE_REQUEST = 5 << 30  # the largest s3-multipart-threshold: nothing larger goe
 _APART, _TOO_FAR_APART = 60, 900
 
 _NOT_MET = {"PreconditionFailed", "412"}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of a check; ``set``: the key of the section that helps, with its value.
-
-    ``error``: the cause, and part of the ``meaning``; ``rest``: the other part of the meaning; ``same_as``: the earlier
-    check that failed for the same cause.
-    """
-
-    state: Literal["works", "worked around", "fails", "not tried"]
-    meaning: str
-    set: str = ""
-    error: BucketError | None = None
-    rest: str = ""
-    same_as: str = ""
-
-
-def works(meaning: str) -> Outcome:
-    """Return the outcome of a check that succeeded."""
-    return Outcome("works", meaning)
-
-
-def around(meaning: str, set: str = "", error: BucketError | None = None) -> Outcome:
-    """Return the outcome of a check whose failure, because of ``error``, the server works around."""
-    return Outcome("worked around", f"{error}; {meaning}" if error else meaning, set, error, meaning)
-
-
-def fails(meaning: str, set: str = "", error: BucketError | None = None) -> Outcome:
-    """Return the outcome of a check that failed; ``error``: the refusal of the service, if there was one."""
-    return Outcome("fails", meaning, set, error)
-
-
-def not_tried(meaning: str) -> Outcome:
-    """Return the outcome of a check that could not be made; ``meaning``: the reason."""
-    return Outcome("not tried", meaning)
 
 
 def _put_and_get(scratch: Scratch) -> Outcome:
@@ -80,73 +44,6 @@ def _put_and_get(scratch: Scratch) -> Outcome:
     return works(
         "small and empty blobs come back as they were stored" + (", with " + ", ".join(without) if without else "")
     )
-
-
-def _checksums(scratch: Scratch) -> Outcome:
-    wrong = scratch.wrong.get("s3-checksums")
-    if wrong is None:
-        scratch.put(SMALL)
-        return works(f"uploads with s3-checksums {scratch.settings.s3_checksums} are accepted")
-    meaning = f"{wrong.error}; uploads work with {wrong.instead}, and the other checks use it"
-    return fails(meaning, f"s3-checksums {wrong.instead}")
-
-
-def _storage_class(scratch: Scratch) -> Outcome:
-    wrong = scratch.wrong.get("s3-storage-class")
-    if wrong is not None:
-        return fails(
-            f"{wrong.error}; it works without s3-storage-class, and the other checks go without: remove the key, or "
-            f"give it a class that the service has, and whose objects can be read at once"
-        )
-    wanted = scratch.settings.s3_storage_class
-    if not wanted:
-        return works("s3-storage-class is not set")
-    applied = scratch.read("head_object", scratch.put(SMALL)).get("StorageClass") or "STANDARD"
-    if applied != wanted:
-        return around(f"the service stores blobs as {applied} whatever s3-storage-class says")
-    return works(f"s3-storage-class {wanted} is applied")
-
-
-_ABOUT_ENCRYPTION = {
-    "s3-sse": "remove s3-sse, or set up that encryption at the service",
-    "s3-sse-kms-key-id": (
-        "name a key of KMS that exists, and that the credentials may use (kms:GenerateDataKey and kms:Decrypt)"
-    ),
-    "s3-sse-customer-key": (
-        "a service or a policy may forbid it, as AWS does for new buckets: allow SSE-C there, or use s3-sse"
-    ),
-}
-
-
-def _encryption(scratch: Scratch) -> Outcome:
-    for key, advice in _ABOUT_ENCRYPTION.items():
-        wrong = scratch.wrong.get(key)
-        if wrong is not None and wrong.instead:
-            meaning = f"{wrong.error}; with {key} {wrong.instead} it works, and the other checks use it"
-            return fails(f"{meaning}: a policy may demand that uploads ask for encryption", f"{key} {wrong.instead}")
-        if wrong is not None:
-            # An error without a code is our own, and has its own advice.
-            more = f": {advice}" if wrong.error.code else ""
-            return fails(f"{wrong.error}; it works without {key}, and the other checks go without{more}")
-    settings = scratch.settings
-    name = scratch.put(SMALL)  # fails if the service ignores s3-sse-customer-key
-    head = scratch.read("head_object", name)
-    if settings.s3_sse_customer_key:
-        try:
-            scratch.bucket.ask("get_object", Key=scratch.key(name))
-        except BucketError as error:
-            if not is_answered(error):
-                raise
-            return works("s3-sse-customer-key is applied: no blob can be read without the key")
-        return fails("blobs can be read without s3-sse-customer-key, so they are not encrypted: use s3-sse")
-    applied, kms_key = head.get("ServerSideEncryption"), settings.s3_sse_kms_key_id
-    if settings.s3_sse and applied != settings.s3_sse:
-        return fails(f"the service does not apply s3-sse {settings.s3_sse}, but {applied or 'no encryption'}")
-    if kms_key and "alias/" not in kms_key and kms_key not in (head.get("SSEKMSKeyId") or ""):
-        return fails("the service encrypts with another key than s3-sse-kms-key-id")
-    if settings.s3_sse:
-        return works(f"s3-sse {applied} is applied")
-    return works(f"s3-sse is not set; the service reports {applied or 'no encryption'}")
 
 
 def _clock(scratch: Scratch) -> Outcome:
@@ -462,13 +359,29 @@ def _links(scratch: Scratch) -> Outcome:
     return works(f"links to {host} can be followed")
 
 
+def _fallback_bucket(scratch: Scratch) -> Outcome:
+    fallback = scratch.fallback
+    if fallback is None:
+        raise NotTried("the section has no fallbackbucket")
+    where = f"below {fallback.bucket.keys.blobs} of bucket {fallback.bucket.name}"
+    name = fallback.find_any()
+    if name is None:
+        return fails(f"there is no blob {where}: check bucket-name and s3-prefix in fallbackbucket")
+    found = fallback.open(*name)
+    if found is None:
+        return fails(f"a blob {where} is listed, and cannot be found")
+    found.close()
+    return works(f"blobs {where} are listed and read")
+
+
 Check = Callable[[Scratch], Outcome]
 
 CHECKS: dict[str, Check] = {
     "put and get": _put_and_get,
-    "checksums": _checksums,
-    "storage class": _storage_class,
-    "encryption": _encryption,
+    "checksums": upload_keys.checksums,
+    "storage class": upload_keys.storage_class,
+    "tagging": upload_keys.tagging,
+    "encryption": upload_keys.encryption,
     "clock": _clock,
     "metadata": _metadata,
     "absent blobs": _absent,
@@ -485,4 +398,5 @@ CHECKS: dict[str, Check] = {
     "If-Match": _if_match,
     "owner lease": _lease,
     "links": _links,
+    "fallback bucket": _fallback_bucket,
 }

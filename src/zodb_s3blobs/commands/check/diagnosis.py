@@ -30,6 +30,7 @@ _WITHOUT: dict[str, dict[str, Any]] = {
     "s3-sse": {"s3_sse": None, "s3_sse_kms_key_id": None},
     "s3-sse-customer-key": {"s3_sse_customer_key": None},
     "s3-storage-class": {"s3_storage_class": None},
+    "s3-tagging": {"s3_tagging": None},
 }
 
 #: Time limit in seconds of a connection that only identifies the server.

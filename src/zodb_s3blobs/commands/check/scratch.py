@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import os
 import re
 import ssl
 import threading
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit
 from ZODB.utils import p64
 
 from ...config import S3BlobStorageFactory
+from ...fallbacks import FallbackBucket
 from ...metrics import Metrics
 from ...revision import Revision
 from ...s3.bucket import Bucket
@@ -30,6 +30,7 @@ from ...s3.keys import Keys
 from ...s3.links import checked
 from ...s3.listing import ListedUpload
 from ...s3.objects import READ
+from ..common import LocalFile
 
 #: The codes of a BucketError for a missing permission.
 FORBIDDEN = {"AccessDenied", "403"}
@@ -90,25 +91,6 @@ class Former:
     kept: dict[str, BucketError] = field(default_factory=dict)
 
 
-class File:
-    """A local file for an upload or a download."""
-
-    def __init__(self, path: str, data: bytes = b"") -> None:
-        self.path = path
-        with open(path, "wb") as file:
-            file.write(data)
-
-    def write_at(self, data: bytes, position: int) -> None:
-        """Write ``data`` at ``position`` bytes from the start."""
-        with open(self.path, "r+b") as file:
-            file.seek(position)
-            file.write(data)
-
-    def clear(self) -> None:
-        """Truncate the file to zero bytes."""
-        os.truncate(self.path, 0)
-
-
 def is_answered(error: BucketError) -> bool:
     """Return whether the service gave a proper answer, which may be a refusal."""
     return error.reason not in _UNANSWERED
@@ -137,6 +119,8 @@ class Scratch:
         self._files = self._blobs = self._silences = 0
         self._buckets: list[Bucket] = []
         self.bucket = self.open()
+        #: The second bucket of the section, which is only read; None if the section has none.
+        self.fallback = self._open_fallback()
         #: The errors that keep all blobs from being stored, and from being read, if known.
         self.unwritable: BucketError | None = None
         self.unreadable: BucketError | None = None
@@ -159,6 +143,10 @@ class Scratch:
         self._buckets.append(section.open_bucket(Metrics()))
         return self._buckets[-1]
 
+    def _open_fallback(self) -> FallbackBucket | None:
+        with contextlib.closing(self.section.open_bucket(Metrics())) as bucket:
+            return self.section.open_fallback_bucket(bucket, Metrics())
+
     def use(self, **changes: Any) -> None:
         """Change the settings of all further requests."""
         self.bucket = self.open(**changes)
@@ -168,6 +156,8 @@ class Scratch:
         """Close the connections of all buckets."""
         for bucket in self._buckets:
             bucket.close()
+        if self.fallback is not None:
+            self.fallback.close()
 
     # Storing
 
@@ -176,10 +166,10 @@ class Scratch:
         """True if the bucket may have an object or upload of this check, or one is on its way."""
         return bool(self._objects or self.uploads or self._has_begun_parts)
 
-    def file(self, data: bytes = b"") -> File:
+    def file(self, data: bytes = b"") -> LocalFile:
         """Return a new file with ``data`` in it."""
         self._files += 1
-        return File(f"{self._directory}/{self._files}", data)
+        return LocalFile(f"{self._directory}/{self._files}", data)
 
     def name(self, oid: bytes | None = None, tid: int = 1) -> Revision:
         """Return the name of a new blob, by default with a new oid."""
