@@ -13,7 +13,8 @@ DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 #: What the servers themselves export has no storage label.
 WITHOUT_STORAGE = ("up", "process_", "zeo_event_loop_", "s3blobs_build_info")
-#: What a number is told apart by: storages, servers, or nothing.
+#: What a number is told apart by: storages, servers, or nothing. Panels of three kinds of numbers or more do not tell
+#: storages apart: Grafana gives a legend three lines at most.
 EACH = "instance, storage"
 SERVER = "instance"
 ALL = ""
@@ -59,7 +60,7 @@ def share_of_hits(hits, requests):
 
 
 def quantile(q, name, by=EACH, **labels):
-    return f"histogram_quantile({q}, {rate(name + '_bucket', by + ', le', **labels)})"
+    return f"histogram_quantile({q}, {rate(name + '_bucket', f'{by}, le' if by else 'le', **labels)})"
 
 
 def age(name):
@@ -127,7 +128,7 @@ def below(warning, critical):
 HEALTHY = [("green", None)]
 ANY = [("green", None), ("red", 1e-9)]
 HITS = below(0.8, 0.5)
-WRITE_TIME, READ_TIME, BLOCKED_TIME, LOCKED_TIME = above(10, 60), above(5, 30), above(1, 5), above(60, 300)
+WRITE_TIME, READ_TIME, BLOCKED_TIME, LOCKED_TIME = above(10, 60), above(5, 30), above(1, 5), above(60, 120)
 HELD_TIME = above(1, 10)
 FAILED = above(0.05, 0.25)
 GC_AGE = above(8 * 86400, 10 * 86400)
@@ -138,11 +139,17 @@ OWNER = {0: ("one", "green"), 1: ("CONFLICT", "red")}
 #: The labels that tables show, in this order, before their figures.
 COLUMNS = {"instance": "Server", "storage": "Storage", "version": "Version", "bucket": "Bucket", "prefix": "Prefix"}
 COLUMNS |= {"endpoint": "Endpoint", "zeo": "ZEO", "zodb": "ZODB", "boto3": "boto3", "python": "Python"}
+#: Columns that need more than the others, in pixels.
+WIDTHS = {"Server": 140, "Storage": 100, "Endpoint": 230}
 ORGANIZED = {
     "excludeByName": {"Time": True, "job": True},
     "indexByName": {name: place for place, name in enumerate(COLUMNS)},
     "renameByName": COLUMNS,
 }
+#: The unit of what is whole numbers, few enough to be written out.
+COUNT = "none"
+#: How far an axis goes at least. Beside a line of zeros Grafana would draw one to 100, which is 10000% or 1.67 minutes.
+SOFT_TOPS = {COUNT: 4, "short": 4, "ops": 0.1, "s": 0.01, "percentunit": 0.01, "bytes": 1024, "Bps": 1000}
 #: What a garbage collection finds in the bucket.
 STATES = {"live": "green", "dead": "orange", "retained": "blue", "newer": "yellow", "unknown": "red"}
 
@@ -158,9 +165,14 @@ def overall(expr, legend=""):
     return query(expr, legend, by="")
 
 
-def p50_p99(name, legend="", **labels):
+def p50_p99(name):
     """Two queries: what is usual, and what the slowest of a hundred are."""
-    return [query(quantile(q, name, **labels), f"p{100 * q:.0f} {legend}".strip()) for q in (0.5, 0.99)]
+    return [query(quantile(q, name), f"p{100 * q:.0f}") for q in (0.5, 0.99)]
+
+
+def overall_p50_p99(name, legend, **labels):
+    """As `p50_p99`, of all together."""
+    return [overall(quantile(q, name, ALL, **labels), f"p{100 * q:.0f} {legend}") for q in (0.5, 0.99)]
 
 
 def by_state(name):
@@ -191,8 +203,9 @@ def stat_options(calc, color, graph):
         "colorMode": color,
         "graphMode": graph,
         "justifyMode": "auto",
-        "orientation": "auto",
+        "orientation": "horizontal",
         "textMode": "auto",
+        "wideLayout": False,  # the curve behind the figure, not beside it; for that they need 100 pixels of height
     }
 
 
@@ -204,32 +217,46 @@ LINES_OPTIONS = {
 #: For each kind: Grafana's type, the height, how it asks, its options.
 KINDS = {
     "state": ("stat", 4, {"instant": True}, stat_options("lastNotNull", "background", "none")),
-    "figure": ("stat", 4, {"range": True}, stat_options("lastNotNull", "value", "area")),
+    "figure": ("stat", 5, {"range": True}, stat_options("lastNotNull", "value", "area")),
     "worst": ("stat", 4, {"range": True}, stat_options("max", "background", "area")),
     "lines": ("timeseries", 7, {"range": True}, LINES_OPTIONS),
     "stack": ("timeseries", 7, {"range": True}, LINES_OPTIONS),
-    "table": ("table", 4, {"instant": True, "format": "table"}, {"showHeader": True, "cellHeight": "sm"}),
+    "table": ("table", 5, {"instant": True, "format": "table"}, {"showHeader": True, "cellHeight": "sm"}),
 }
 
 
-def lines_style(kind, thresholds):
+def style(kind, unit, thresholds):
+    """What only this kind of panel has. Without minWidth, a column takes 150 pixels, and one has to scroll."""
+    if kind == "table":
+        return {"minWidth": 60, "wrapHeaderText": True}
+    if kind not in ("lines", "stack"):
+        return {}
     return {
+        "axisSoftMax": SOFT_TOPS[unit],
         "drawStyle": "line",
         "fillOpacity": 40 if kind == "stack" else 8,
-        "lineWidth": 1,
-        "showPoints": "auto",
+        "lineWidth": 0 if kind == "stack" else 1,  # in a stack, lines and points of zeros are a false edge
+        "showPoints": "never" if kind == "stack" else "auto",
         "spanNulls": False,
         "stacking": {"mode": "normal" if kind == "stack" else "none", "group": "A"},
         "thresholdsStyle": {"mode": "off" if thresholds == HEALTHY else "dashed"},
     }
 
 
-def override(kind, ref, alone, special):
-    """What is special about one query of a panel."""
-    matcher = {"id": "byFrameRefID", "options": ref}
-    if kind == "table":  # Grafana calls its column so
-        matcher = {"id": "byName", "options": "Value" if alone else f"Value #{ref}"}
-    return {"matcher": matcher, "properties": [{"id": key, "value": value} for key, value in special.items()]}
+def override(matcher, which, special):
+    """What is special about one query of a panel, or one column of a table."""
+    properties = [{"id": key, "value": value} for key, value in special.items()]
+    return {"matcher": {"id": matcher, "options": which}, "properties": properties}
+
+
+def overrides(grafana_type, asked):
+    """What is special in a panel. ``asked``: its queries and their letters."""
+    special = [(ref, one["special"]) for ref, one in asked if one["special"]]
+    if grafana_type != "table":
+        return [override("byFrameRefID", ref, properties) for ref, properties in special]
+    names = {ref: "Value" if len(asked) == 1 else f"Value #{ref}" for ref, _ in asked}  # so Grafana calls the columns
+    widths = [override("byName", column, {"custom.width": width}) for column, width in WIDTHS.items()]
+    return [*widths, *(override("byName", names[ref], properties) for ref, properties in special)]
 
 
 def panel(title, unit, kind="lines", thresholds=HEALTHY, texts=None, empty="no data", top=None, width=0):
@@ -244,10 +271,13 @@ def panel(title, unit, kind="lines", thresholds=HEALTHY, texts=None, empty="no d
         "min": 0,
         "noValue": empty,
         "color": {"mode": "palette-classic" if grafana_type == "timeseries" else "thresholds"},
-        "custom": lines_style(kind, thresholds) if grafana_type == "timeseries" else {},
+        "custom": style(kind, unit, thresholds),
     }
+    if unit == COUNT:
+        defaults["decimals"] = 0
     if top is not None:
         defaults["max"] = top
+        defaults["custom"].pop("axisSoftMax", None)  # Grafana would obey it instead
     result = {
         "type": grafana_type,
         "title": title,
@@ -261,13 +291,12 @@ def panel(title, unit, kind="lines", thresholds=HEALTHY, texts=None, empty="no d
 
     def with_queries(description, *queries):
         asked = list(zip("ABCDEFGHIJKLM", queries, strict=False))
-        specials = [override(kind, ref, len(queries) == 1, one["special"]) for ref, one in asked if one["special"]]
         targets = [
             {"refId": ref, "datasource": DATASOURCE, "editorMode": "code", **how}
             | {"expr": one["expr"], "legendFormat": one["legend"]}
             for ref, one in asked
         ]
-        shown = {"defaults": defaults, "overrides": specials}
+        shown = {"defaults": defaults, "overrides": overrides(grafana_type, asked)}
         return {**result, "description": description, "fieldConfig": shown, "targets": targets}
 
     return with_queries
@@ -283,12 +312,12 @@ def row(title, *lines):
 OVERVIEW = row(
     "Overview",
     [
-        panel("Servers", "none", "state", texts=UP, empty="no server")(
+        panel("Servers", COUNT, "state", texts=UP, empty="no server")(
             "Whether Prometheus reaches the metrics endpoint of every server. If DOWN: the table below says which. "
             "See whether the process runs, then its log; then metrics-address, firewall and scrape configuration.",
             overall(f"min({SERVERS_UP})"),
         ),
-        panel("Bucket", "none", "state", texts=UP)(
+        panel("Bucket", COUNT, "state", texts=UP)(
             "Whether the last request to every bucket was answered. If DOWN: objects and cached blobs are still "
             "served, commits with blobs and cold reads fail. Row S3, Failures by reason, says why.",
             overall(f"min({series('s3blobs_bucket_up')})"),
@@ -304,7 +333,7 @@ OVERVIEW = row(
             "commit lock. ZEO's transaction-timeout ends it at last.",
             overall(f"max({lasting('zeo_commit_lock_held_since_timestamp_seconds')})"),
         ),
-        panel("Failed votes", "short", "worst", thresholds=ANY)(
+        panel("Failed votes", COUNT, "worst", thresholds=ANY)(
             "Commits with blobs that were refused: the most in one interval of what is shown. Not 0: users got errors, "
             "and nothing was committed. Failures in row Commits and uploads has the reason.",
             overall(increase("s3blobs_vote_failures_total", ALL)),
@@ -331,7 +360,7 @@ OVERVIEW = row(
             "shown. Not 0: row S3 has the reasons. A few are survived by trying again later; above 5% users notice.",
             overall(f"max({S3_FAILURES})"),
         ),
-        panel("Missing or damaged blobs", "short", "worst", thresholds=ANY)(
+        panel("Missing or damaged blobs", COUNT, "worst", thresholds=ANY)(
             "Reads of a blob that the bucket does not have, or that arrived with a wrong checksum: the most in one "
             "interval of what is shown. Not 0: do not pack. The log names oid, tid and key: look for the object in "
             "older versions of the bucket or a backup.",
@@ -347,12 +376,12 @@ OVERVIEW = row(
             column(STORAGES_UP, "Up", texts=UP),
             column(gauge("s3blobs_bucket_up"), "Bucket", texts=UP),
             column(gauge("s3blobs_bucket_owner_conflict"), "Owner", texts=OWNER),
-            column(HIT_RATIO, "Cache hits", "percentunit", HITS),
-            column(P99_VOTE, "Vote, p99", "s", WRITE_TIME),
-            column(P99_COLD_READ, "Cold read, p99", "s", READ_TIME),
-            column(S3_FAILURES, "S3 failures", "percentunit", FAILED),
-            column(increase("s3blobs_vote_failures_total"), "Failed votes", thresholds=ANY),
-            column(increase("s3blobs_missing_blobs_total"), "Missing blobs", thresholds=ANY),
+            column(HIT_RATIO, "Hits", "percentunit", HITS),
+            column(P99_VOTE, "Vote p99", "s", WRITE_TIME),
+            column(P99_COLD_READ, "Cold p99", "s", READ_TIME),
+            column(S3_FAILURES, "S3 failed", "percentunit", FAILED),
+            column(increase("s3blobs_vote_failures_total"), "Votes failed", thresholds=ANY),
+            column(increase("s3blobs_missing_blobs_total"), "Missing", thresholds=ANY),
             column(age("zeo_last_transaction_timestamp_seconds"), "Last commit", "s"),
             column(age("s3blobs_upload_last_success_timestamp_seconds"), "Last upload", "s"),
             column(long_age("s3blobs_gc_last_success_timestamp_seconds"), "Last GC", "s", GC_AGE),
@@ -360,7 +389,7 @@ OVERVIEW = row(
         ),
     ],
     [
-        panel("Errors", "short")(
+        panel("Errors", COUNT)(
             "All that failed in all chosen storages, in one interval each; 0 is normal. The line that rises says which "
             "row to go to. Where several rise together, S3 operations are the cause and the others follow.",
             overall(increase("s3blobs_s3_operation_failures_total", ALL), "S3 operations"),
@@ -376,7 +405,7 @@ OVERVIEW = row(
 CLIENTS = row(
     "Clients and event loop",
     [
-        panel("Clients", "short")(
+        panel("Clients", COUNT)(
             "Connections of ZEO clients. A sudden drop: clients or the network went away, or the server cut them off; "
             "see the logs of both sides. A steady rise: clients that do not close their connections.",
             query(gauge("zeo_connections")),
@@ -388,11 +417,11 @@ CLIENTS = row(
             query(rate("zeo_stores_total"), "stores"),
         ),
         panel("Transactions", "ops")(
-            "All transactions, with or without blobs. Many conflicts: several clients change the same object; find it "
-            "in their logs. Failed votes are no aborts here: see Failed votes.",
-            query(rate("zeo_commits_total"), "commits"),
-            query(rate("zeo_aborts_total"), "aborts"),
-            query(rate("zeo_conflicts_total"), "conflicts"),
+            "All transactions of all chosen storages, with or without blobs. Many conflicts: several clients change "
+            "the same object; find it in their logs. Failed votes are no aborts here: see Failed votes.",
+            overall(rate("zeo_commits_total", ALL), "commits"),
+            overall(rate("zeo_aborts_total", ALL), "aborts"),
+            overall(rate("zeo_conflicts_total", ALL), "conflicts"),
         ),
     ],
     [
@@ -404,10 +433,10 @@ CLIENTS = row(
             query(quantile(0.99, "zeo_event_loop_lag_seconds", SERVER), "p99", "{{instance}}"),
             query(lasting("zeo_event_loop_blocked_since_timestamp_seconds", SERVER), "blocked for", "{{instance}}"),
         ),
-        panel("Commit queue", "short", thresholds=above(5, 20))(
-            "Transactions under way, and those of them that wait for the commit lock. A queue that does not empty: "
+        panel("Commit queue", COUNT, thresholds=above(5, 20))(
+            "Transactions that are open, and those of them that wait for the commit lock. A queue that does not empty: "
             "whoever has the lock is slow; see the next panel.",
-            query(gauge("zeo_active_transactions"), "under way"),
+            query(gauge("zeo_active_transactions"), "open"),
             query(gauge("zeo_commit_lock_waiting"), "waiting"),
         ),
         panel("Commit lock", "s", thresholds=LOCKED_TIME)(
@@ -429,17 +458,17 @@ COMMITS = row(
             *p50_p99("s3blobs_vote_duration_seconds"),
         ),
         panel("Transactions with blobs", "ops")(
-            "Transactions with blobs, the blobs that were uploaded, and those that a retry after a conflict did not "
-            "have to send again. Finished well below voted: votes fail, see the next panel; or clients give up. No "
-            "uploads although people commit files: clients do not reach the server. Many reused: many conflicts; see "
-            "Transactions.",
-            query(rate("s3blobs_transactions_voted_total"), "voted"),
-            query(rate("s3blobs_transactions_finished_total"), "finished"),
-            query(rate("s3blobs_transactions_aborted_total"), "aborted"),
-            query(rate("s3blobs_upload_duration_seconds_count"), "blobs uploaded"),
-            query(rate("s3blobs_uploads_reused_total"), "blobs reused"),
+            "Transactions with blobs of all chosen storages, the blobs that were uploaded, and those that a retry "
+            "after a conflict did not have to send again. Finished well below voted: votes fail, see the next panel; "
+            "or clients give up. No uploads although people commit files: clients do not reach the server. Many "
+            "reused: many conflicts; see Transactions.",
+            overall(rate("s3blobs_transactions_voted_total", ALL), "voted"),
+            overall(rate("s3blobs_transactions_finished_total", ALL), "finished"),
+            overall(rate("s3blobs_transactions_aborted_total", ALL), "aborted"),
+            overall(rate("s3blobs_upload_duration_seconds_count", ALL), "blobs uploaded"),
+            overall(rate("s3blobs_uploads_reused_total", ALL), "blobs reused"),
         ),
-        panel("Failures", "short")(
+        panel("Failures", COUNT)(
             "Failed votes of all chosen storages by reason, and uploads that an abort could not delete; in one "
             "interval. bucket: S3 did not take a blob. timeout: upload-timeout was over. cache: see the disk of "
             "cache-dir. missing: an undo wants a blob that is gone. client: shared-blob-dir must be off. Cleaning up: "
@@ -456,10 +485,10 @@ COMMITS = row(
             *p50_p99("s3blobs_upload_duration_seconds"),
         ),
         panel("Sizes of blobs", "bytes")(
-            "Sizes of the blobs that are uploaded and downloaded, estimated. Much larger than usual: they explain "
-            "long votes and cold reads; consider a larger cache-size.",
-            *p50_p99("s3blobs_upload_size_bytes", "upload"),
-            *p50_p99("s3blobs_download_size_bytes", "download"),
+            "Sizes of the blobs that are uploaded and downloaded, of all chosen storages, estimated. Much larger than "
+            "usual: they explain long votes and cold reads; consider a larger cache-size.",
+            *overall_p50_p99("s3blobs_upload_size_bytes", "upload"),
+            *overall_p50_p99("s3blobs_download_size_bytes", "download"),
         ),
         panel("Not yet committed", "bytes")(
             "Blobs that wait on the disk of the cache for the end of their transaction; they must fit there besides "
@@ -481,11 +510,12 @@ COMMITS = row(
             query(rate("s3blobs_commit_lock_waits_total", "reason"), by="{{reason}}"),
         ),
         panel("Reserved tids", "ops")(
-            "Tids reserved for transactions with blobs, and those lost because others did not wait. Who lost its tid "
+            "Tids reserved for transactions with blobs, and those lost because others did not wait, of all chosen "
+            "storages. Who lost its tid "
             "copies its blobs inside the bucket to a new one. A few overtaken: large blobs, which is normal. Nearly as "
             "many as reserved: uploads are slow, see Upload time.",
-            query(rate("s3blobs_reservations_total"), "reserved"),
-            query(rate("s3blobs_reservations_overtaken_total"), "overtaken"),
+            overall(rate("s3blobs_reservations_total", ALL), "reserved"),
+            overall(rate("s3blobs_reservations_overtaken_total", ALL), "overtaken"),
         ),
     ],
 )
@@ -495,11 +525,12 @@ READS = row(
     [
         panel("Wait for a blob", "s", thresholds=READ_TIME)(
             "How long a reader waits for a blob, from the cache (hit) and from the bucket (miss), and the part of it "
-            "that is the download. Slow downloads of blobs of the usual size: see Operation time in row S3. Misses "
-            "slower than downloads: they wait for their turn, see In flight. Slow hits: the disk of cache-dir.",
-            *p50_p99("s3blobs_load_duration_seconds", "hit", result="hit"),
-            *p50_p99("s3blobs_load_duration_seconds", "miss", result="miss"),
-            query(quantile(0.99, "s3blobs_download_duration_seconds"), "p99 download"),
+            "that is the download, of all chosen storages. Slow downloads of blobs of the usual size: see Operation "
+            "time in row S3. Misses slower than downloads: they wait for their turn, see In flight. Slow hits: the "
+            "disk of cache-dir.",
+            *overall_p50_p99("s3blobs_load_duration_seconds", "hit", result="hit"),
+            *overall_p50_p99("s3blobs_load_duration_seconds", "miss", result="miss"),
+            overall(quantile(0.99, "s3blobs_download_duration_seconds", ALL), "p99 download"),
         ),
         panel("Reads", "ops")(
             "Reads of blobs in all chosen storages, readers that joined a download under way, and blobs that came from "
@@ -509,17 +540,19 @@ READS = row(
             overall(rate("s3blobs_download_waits_total", ALL), "joined"),
             overall(rate("s3blobs_fallback_reads_total", ALL), "fallback"),
         ),
-        panel("Faults of blobs and cache", "short")(
+        panel("Faults of blobs and cache", COUNT)(
             "Blobs that the bucket does not have, wrong checksums, and failed operations on cache-dir, of all chosen "
             "storages in one interval. missing: do not pack; look for older versions in the bucket. checksum: a proxy "
             "or disk damages data. no checksum: read without one, as other software stored it. fallback: "
             "fallback-blob-dir or fallbackbucket could not be read; see the log. cache: the disk is full or broken, or "
-            "the permissions are wrong.",
+            "the permissions are wrong. cache damaged: files that were not as they had been written, and were fetched "
+            "again; a few after a power cut, else check the disk.",
             overall(increase("s3blobs_missing_blobs_total", ALL), "missing"),
             overall(increase("s3blobs_fallback_failures_total", ALL), "fallback"),
             overall(increase("s3blobs_download_checksum_failures_total", ALL), "checksum"),
             overall(increase("s3blobs_download_unproven_total", ALL), "no checksum"),
             query(increase("s3blobs_cache_errors_total", "operation"), "cache", "{{operation}}"),
+            overall(increase("s3blobs_cache_damaged_total", ALL), "cache damaged"),
         ),
     ],
     [
@@ -530,11 +563,11 @@ READS = row(
             query(HIT_BYTES_RATIO, "bytes"),
         ),
         panel("Cache traffic", "Bps")(
-            "Bytes that readers wanted, those that the cache had, and those that it threw out. Thrown out nearly as "
-            "much as wanted: the cache is too small for what is read.",
-            query(rate("s3blobs_cache_requested_bytes_total"), "wanted"),
-            query(rate("s3blobs_cache_hit_bytes_total"), "served"),
-            query(rate("s3blobs_cache_evicted_bytes_total"), "thrown out"),
+            "Bytes that readers wanted, those that the caches had, and those that they threw out, of all chosen "
+            "storages. Thrown out nearly as much as wanted: a cache is too small for what is read; see Hit ratio.",
+            overall(rate("s3blobs_cache_requested_bytes_total", ALL), "wanted"),
+            overall(rate("s3blobs_cache_hit_bytes_total", ALL), "served"),
+            overall(rate("s3blobs_cache_evicted_bytes_total", ALL), "thrown out"),
         ),
         panel("Least recently used", "s", thresholds=below(86400, 3600))(
             "How long the blob that goes next has not been used: so far back the cache reaches. Minutes instead of "
@@ -543,7 +576,7 @@ READS = row(
         ),
     ],
     [
-        panel("Cache size", "bytes")(
+        panel("Cache size", "bytes", width=12)(
             "The cache, its limit, and what is in use and cannot go now. Above the limit for long: pinned blobs, large "
             "or slowly read, keep it there, or files cannot be deleted; see Faults of blobs and cache, and the log.",
             query(gauge("s3blobs_cache_size_bytes"), "size"),
@@ -556,11 +589,11 @@ READS = row(
             query(gauge("s3blobs_cache_filesystem_free_bytes")),
         ),
         panel("Links", "ops")(
-            "Links to blobs that applications asked for, and those that they were given, with presigned-urls. Fewer "
-            "given: the fallback has the blobs, a pack has removed them, the arguments are wrong, or the log says that "
-            "there are no credentials. What is read by a link is in no other panel.",
-            query(rate("s3blobs_presigned_url_requests_total"), "asked for"),
-            query(rate("s3blobs_presigned_urls_total"), "given"),
+            "Links to blobs that applications asked for, and those that they were given, with presigned-urls, in all "
+            "chosen storages. Fewer given: a fallback has the blobs, a pack has removed them, the arguments are "
+            "wrong, or the log says that there are no credentials. What is read by a link is in no other panel.",
+            overall(rate("s3blobs_presigned_url_requests_total", ALL), "asked for"),
+            overall(rate("s3blobs_presigned_urls_total", ALL), "given"),
         ),
     ],
 )
@@ -568,7 +601,7 @@ READS = row(
 S3 = row(
     "S3",
     [
-        panel("Bucket by storage", "none", "figure", texts=UP, top=1, width=4)(
+        panel("Bucket by storage", COUNT, "figure", texts=UP, top=1, width=4)(
             "Whether the last request, or the probe when there was none, was answered; the curve is 1 or 0. If DOWN: "
             "the panels beside it say since when and why. Flapping: a service or line at its limit.",
             query(gauge("s3blobs_bucket_up")),
@@ -596,7 +629,7 @@ S3 = row(
             "Both high: the service is slow for everybody, or far away.",
             query(quantile(0.5, "s3blobs_s3_operation_duration_seconds", "operation"), by="{{operation}}"),
         ),
-        panel("In flight", "short")(
+        panel("In flight", COUNT)(
             "Operations under way. At s3-concurrency for long: others wait for their turn; raise it if the line and "
             "the service have room, and the machine memory.",
             query(gauge("s3blobs_s3_inflight_operations", "operation"), by="{{operation}}"),
@@ -608,17 +641,19 @@ S3 = row(
             "the service is near its limit, or the network is bad. Above 10% see the next panel.",
             query(RETRIES, by="{{operation}}"),
         ),
-        panel("Failed tries", "short")(
+        panel("Failed tries", COUNT)(
             "HTTP requests that failed, whether or not the next try helped, of all chosen storages in one interval. "
             "503 and 429: throttled. 403: credentials, or the clock of this machine. 500: the service. timeout and "
             "connection: network.",
             query(increase("s3blobs_s3_attempt_failures_total", "code"), by="{{code}}"),
         ),
         panel("Traffic", "Bps")(
-            "Bytes sent to S3 and received from it. A flat top: the line is full, votes and cold reads take long. "
-            "Received well above what readers want: blobs are fetched again and again, see Hit ratio.",
-            query(rate("s3blobs_s3_sent_bytes_total"), "sent"),
-            query(rate("s3blobs_s3_received_bytes_total"), "received"),
+            "Bytes sent to S3 and received from it, and those that a retry after a conflict did not have to send "
+            "again, of all chosen storages. A flat top: the line is full, votes and cold reads take long. Received "
+            "well above what readers want: blobs are fetched again and again, see Hit ratio.",
+            overall(rate("s3blobs_s3_sent_bytes_total", ALL), "sent"),
+            overall(rate("s3blobs_s3_received_bytes_total", ALL), "received"),
+            overall(rate("s3blobs_uploads_reused_bytes_total", ALL), "not sent again"),
         ),
     ],
 )
@@ -626,25 +661,25 @@ S3 = row(
 GARBAGE = row(
     "Garbage collection",
     [
-        panel("Since the last success", "s", thresholds=GC_AGE)(
+        panel("Since the last success", "s", thresholds=GC_AGE, empty="none yet")(
             "Time since the last complete garbage collection. It keeps rising: the pack does not run, or fails; see "
-            "Runs. No data: there has not been one since the server started.",
+            "Runs. None yet: since the server started.",
             query(age("s3blobs_gc_last_success_timestamp_seconds")),
         ),
-        panel("Runs", "short")(
-            "Garbage collections and those that failed, in one interval, and whether one is running now (1). Failed: "
-            "the log has the reason; the base is packed all the same. Pack again when it is gone.",
-            query(increase("s3blobs_gc_runs_total"), "runs"),
-            query(increase("s3blobs_gc_failures_total"), "failed"),
-            query(gauge("s3blobs_gc_running"), "running"),
+        panel("Runs", COUNT)(
+            "Garbage collections of all chosen storages, those that failed, in one interval, and how many run now. "
+            "Failed: the log has the reason; the base is packed all the same. Pack again when it is gone.",
+            overall(increase("s3blobs_gc_runs_total", ALL), "runs"),
+            overall(increase("s3blobs_gc_failures_total", ALL), "failed"),
+            overall(gauge("s3blobs_gc_running", ALL), "running"),
         ),
         panel("Scanned and deleted", "short")(
-            "Objects that were looked at, deleted, and could not be deleted; in one interval. Far more deleted than "
-            "usual: is it the right database, and not an old copy of its Data.fs? Stop the pack if in doubt. Not "
-            "deleted: see that the bucket's policy allows it.",
-            query(increase("s3blobs_gc_scanned_objects_total"), "scanned"),
-            query(increase("s3blobs_gc_deleted_objects_total"), "deleted"),
-            query(increase("s3blobs_gc_delete_failures_total"), "not deleted"),
+            "Objects that were looked at, deleted, and could not be deleted, of all chosen storages in one interval. "
+            "Far more deleted than usual: is it the right database, and not an old copy of its Data.fs? Stop the pack "
+            "if in doubt. Not deleted: see that the bucket's policy allows it.",
+            overall(increase("s3blobs_gc_scanned_objects_total", ALL), "scanned"),
+            overall(increase("s3blobs_gc_deleted_objects_total", ALL), "deleted"),
+            overall(increase("s3blobs_gc_delete_failures_total", ALL), "not deleted"),
         ),
     ],
     [
@@ -682,7 +717,7 @@ PROCESS = row(
         ),
     ],
     [
-        panel("What runs where", "none", "table")(
+        panel("What runs where", COUNT, "table")(
             "What each storage runs on, and since when. Two lines with the same bucket and prefix, unless one was just "
             "moved: stop one of the servers at once, as each deletes the other's blobs. Different versions: an update "
             "that is not complete. Restarts that nobody made: see the log, and whether the kernel ended it for want of "

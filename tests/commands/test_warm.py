@@ -90,6 +90,7 @@ def test_after_a_lost_disk_the_server_takes_over_what_was_fetched_and_reads_ask_
     server.start()
     db = server.db()
     put(db, "blob 0", b"a newer revision")
+    until(lambda: server.metrics()("s3blobs_cache_files") > 0)  # else it is published into what is being deleted
     shutil.rmtree(server.cache_dir / "blobs")
     out, _ = tool("warm", conf(server), "--json")
     assert counts(out) == {"fetched": len(BLOBS)}

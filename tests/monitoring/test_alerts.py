@@ -30,6 +30,7 @@ NAMES = {
     "S3BlobsS3UnderCommitLock",
     "S3BlobsCacheThrashing",
     "S3BlobsCacheOverLimit",
+    "S3BlobsCacheDamaged",
     "S3BlobsCacheDiskFull",
     "S3BlobsCleanupFailures",
     "S3BlobsGCStale",

@@ -120,6 +120,45 @@ def test_a_panel_says_what_it_shows_and_what_to_do():
         assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
 
 
+def test_the_axis_beside_a_line_of_zeros_does_not_go_to_100():
+    """Which Grafana would choose by itself, and which would be 10000% or 1.67 minutes."""
+    for panel in PANELS:
+        if panel["type"] == "timeseries":
+            defaults = panel["fieldConfig"]["defaults"]
+            assert ("max" in defaults) != ("axisSoftMax" in defaults["custom"]), panel["title"]
+
+
+def test_a_legend_tells_two_storages_apart_in_its_three_lines():
+    for panel in PANELS:
+        for_each = [target for target in panel["targets"] if "{{storage}}" in target["legendFormat"]]
+        assert len(for_each) <= 2 or panel["gridPos"]["w"] >= 12, panel["title"]
+
+
+def test_tables_fit_a_window_of_1280_pixels():
+    for panel in PANELS:
+        if panel["type"] == "table":
+            labels = panel["transformations"][1]["options"]["renameByName"]
+            kept = re.search(r"by \(([^)]*)\)", panel["targets"][0]["expr"])
+            shown = kept[1].split(", ") if kept else labels
+            widths = {
+                override["matcher"]["options"]: override["properties"][0]["value"]
+                for override in panel["fieldConfig"]["overrides"]
+                if override["properties"][0]["id"] == "custom.width"
+            }
+            narrow = panel["fieldConfig"]["defaults"]["custom"]["minWidth"]
+            needed = sum(widths.get(labels[label], narrow) for label in shown) + narrow * len(panel["targets"])
+            assert needed < 1280 - 50, panel["title"]
+
+
+def test_runbook_and_alerts_send_nobody_to_a_panel_or_row_that_is_not_there():
+    titles = {panel["title"] for panel in DASHBOARD["panels"]}
+    for text in (FILE.with_name("README.md"), FILE.with_name("alerts.yml")):
+        words = " ".join(text.read_text().split())
+        named = re.findall(r'(?:[Pp]anels?|[Rr]ow) ("[^"]+"(?:(?:,| and) "[^"]+")*)', words)
+        assert named
+        assert {title for some in named for title in re.findall(r'"([^"]+)"', some)} <= titles, text.name
+
+
 def test_thresholds_start_anywhere_and_rise():
     for panel in PANELS:
         settings = panel["fieldConfig"]
@@ -132,12 +171,14 @@ def test_thresholds_start_anywhere_and_rise():
             assert others == sorted(others), panel["title"]
 
 
-def test_overrides_name_a_query_of_their_panel():
+def test_overrides_name_a_query_of_their_panel_or_a_column():
     for panel in PANELS:
         refs = [target["refId"] for target in panel["targets"]]
         assert len(set(refs)) == len(refs), panel["title"]
         if panel["type"] == "table":  # so Grafana names the columns of their values
             refs = ["Value"] if len(refs) == 1 else [f"Value #{ref}" for ref in refs]
+            _, organize = panel["transformations"]
+            refs += organize["options"]["renameByName"].values()
         for override in panel["fieldConfig"]["overrides"]:
             assert override["matcher"]["options"] in refs, panel["title"]
 

@@ -129,7 +129,7 @@ def _slow_uploads(view: View) -> Iterator[tuple[str, str]]:
 
 def _lock_held(view: View) -> Iterator[tuple[str, str]]:
     since, waiting = view.now("zeo_commit_lock_held_since_timestamp_seconds"), view.now("zeo_commit_lock_waiting")
-    if since > 0 and view.time - since > 300 and waiting > 0:
+    if since > 0 and view.time - since > 120 and waiting > 0:
         yield "", f"one transaction has held the commit lock for {view.time - since:.0f} s, and {waiting:.0f} wait"
 
 
@@ -158,6 +158,12 @@ def _over_limit(view: View) -> Iterator[tuple[str, str]]:
     share = _share(view.now("s3blobs_cache_size_bytes"), view.now("s3blobs_cache_limit_bytes"))
     if share > 1.1:
         yield "", f"the cache has {share:.0%} of cache-size"
+
+
+def _damaged(view: View) -> Iterator[tuple[str, str]]:
+    number = view.increase("s3blobs_cache_damaged_total", 6 * _HOUR)
+    if number > 5:
+        yield "", f"{number:,.0f} files of the cache in 6 hours were not as the server had written them"
 
 
 def _disk_nearly_full(view: View) -> Iterator[tuple[str, str]]:
@@ -268,6 +274,7 @@ RULES = (
     ),
     Rule("S3BlobsCacheThrashing", WARNING, _thrashing, 30 * _MINUTE),
     Rule("S3BlobsCacheOverLimit", WARNING, _over_limit, 30 * _MINUTE),
+    Rule("S3BlobsCacheDamaged", WARNING, _damaged),
     Rule("S3BlobsCacheDiskFull", WARNING, _disk_nearly_full, 5 * _MINUTE),
     Rule("S3BlobsCacheDiskFull", CRITICAL, _disk_full, 2 * _MINUTE),
     Rule("S3BlobsBucketUnavailable", CRITICAL, _unavailable, 2 * _MINUTE),
