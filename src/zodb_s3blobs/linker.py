@@ -40,8 +40,9 @@ class Linker:
         """Return a URL; None if the storage gives no links, or has no such blob, or the bucket may lack it.
 
         ``has_blob`` returns whether the database has blob (oid, serial); ``wanted``: the arguments of
-        `s3.links.checked`. May wait for a fallback's disk, and for new credentials. Raises LinkRefused for wrong
-        arguments, even if the storage gives no links, and BucketError if there are no credentials.
+        `s3.links.checked`. May wait for the disk of a fallback, for S3 if a fallback is there, and for new credentials.
+        Raises LinkRefused for wrong arguments, even if the storage gives no links, and BucketError if there are no
+        credentials.
         """
         return self._signed(self._checked(has_blob, wanted))
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import signal
+import time
 from collections import Counter
 
 import pytest
@@ -307,6 +308,15 @@ def test_export_reads_from_the_second_bucket(s3, site, near, configure, tool, tm
     files = sorted(path.read_bytes() for path in (tmp_path / "out").rglob("*.blob"))
     assert files == sorted(site.revisions.values())
     assert set(operations(s3)) <= READING
+
+
+@slow
+def test_the_bandwidth_of_the_second_bucket_is_limited_too(other_s3, site, far, configure, tool, tmp_path):
+    site.grow(large=2_000_000)
+    store(other_s3, far, site.revisions)
+    started = time.monotonic()
+    tool("export", configure(other_s3, far), "--to-blob-dir", tmp_path / "out", "--max-bandwidth", "1MB")
+    assert time.monotonic() - started > 1.5
 
 
 def test_export_says_what_carries_no_checksum_there(s3, site, near, configure, tool, tmp_path):

@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -24,7 +25,7 @@ from tests.support.sites import put, undo
 from tests.support.speed import slow
 from tests.support.web_server import WebServer
 from tests.support.zeo_clients import BLOB_RECORD, SOON, commit_blob, commit_object, load, name_of, operations, wait_for
-from tests.support.zeo_server import FILESTORAGE, SECTION, ZEOServer
+from tests.support.zeo_server import FILESTORAGE, SECTION, ZEOServer, fallback_bucket
 
 REQUESTS, GIVEN = "s3blobs_presigned_url_requests_total", "s3blobs_presigned_urls_total"
 HOUR = {"presigned_urls": "1h"}
@@ -200,6 +201,19 @@ def test_a_blob_that_may_be_in_the_fallback_alone_has_no_link(site, start):
     assert follow(ask(client, *new))[2] == b"in the bucket"
     site.blob_dir.rename(f"{site.blob_dir}-unmounted")
     assert ask(client, *new) is None  # nothing tells that it is not there
+
+
+def test_a_blob_that_only_the_second_bucket_has_has_no_link(s3, site, start):
+    inside = fallback_bucket(s3, s3.bucket(f"second-{uuid.uuid4().hex}"))
+    server = start(base=FILESTORAGE + inside, options=HOUR, metrics=True)
+    client = server.client()
+    assert ask(client, *next(iter(site.revisions))) is None
+    s3.forget()
+    new = commit(client, b"in the bucket")
+    assert follow(ask(client, *new))[2] == b"in the bucket"
+    assert len(s3.requests("HeadObject")) == 1
+    s3.misbehave(operation="HeadObject", status=403)
+    assert ask(client, *new) is None  # nothing tells that it is there
 
 
 # Wrong arguments

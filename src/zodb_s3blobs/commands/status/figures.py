@@ -114,7 +114,7 @@ def lines(found: dict[str, Any], now: float) -> Iterator[str]:
         "" if reads["hit_ratio"] is None else f"{reads['hit_ratio']:.1%} from the cache",
         f"{reads['missing']:,} missing",
         f"{reads['damaged']:,} damaged",
-        f"{reads['from_fallback']:,} from fallback-blob-dir" if reads["from_fallback"] else "",
+        f"{reads['from_fallback']:,} from a fallback" if reads["from_fallback"] else "",
     )
     yield _line(
         "cache",
