@@ -23,7 +23,9 @@ from ZODB.POSException import ConflictError, POSKeyError, ReadOnlyError, ReadOnl
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import p64
 
-from tests.support.relstorage_databases import IMPORTS, keys, kinds, postgresql
+from tests.support.mariadb import PASSWORD, MariaDB
+from tests.support.postgresql import PostgreSQL
+from tests.support.relstorage_databases import IMPORTS, Application, Database, keys, kinds, needs
 from tests.support.sites import Site, contents, get, names, put, undo
 from tests.support.speed import slow, slow_after, slow_but
 from tests.support.zeo_server import CONFIG, SECTION, free_address
@@ -36,13 +38,19 @@ LARGE = os.urandom(1 << 20)  # as much as `STAGED` has it
 STAGED = {"s3_stage_threshold": "1MB"}
 ZLIB = "%import zc.zlibstorage\n" + IMPORTS
 
-with_history = pytest.mark.parametrize("database", kinds("sqlite-history", "postgresql-history"), indirect=True)
-history_free = pytest.mark.parametrize("database", kinds("sqlite-free", "postgresql-free"), indirect=True)
+
+def on(*among):
+    """Marks a test that runs on databases of these kinds."""
+    return pytest.mark.parametrize("database", kinds(*among), indirect=True)
+
+
+with_history = on("sqlite-history", "postgresql-history")
+history_free = on("sqlite-free", "postgresql-free", "mariadb-free")
 #: For what has nothing to do with history.
-one_of_each = pytest.mark.parametrize("database", kinds("sqlite-history", "postgresql-free"), indirect=True)
-the_others = pytest.mark.parametrize("database", kinds("sqlite-free", "postgresql-history"), indirect=True)
-on_sqlite = pytest.mark.parametrize("database", kinds("sqlite-history"), indirect=True)
-on_postgresql = pytest.mark.parametrize("database", kinds("postgresql-free"), indirect=True)
+one_of_each = on("sqlite-history", "postgresql-free", "mariadb-free")
+the_others = on("sqlite-free", "postgresql-history")
+on_sqlite = on("sqlite-history")
+on_a_server = on("postgresql-free", "mariadb-free")
 
 
 @pytest.fixture
@@ -631,6 +639,7 @@ def test_a_read_only_database_serves_blobs_and_changes_nothing(db, application, 
     put(db, "blob", b"data")
     blob = name_of(db, "blob")
     base = application.database.section(read_only="true")
+    s3.wait_for("OwnerPutObject")  # of the first database
     s3.forget()
     storage = closing(storageFromString(IMPORTS + section(application, base, "reader")))
     reader = ZODB.DB(storage)
@@ -783,7 +792,7 @@ def test_garbage_collection_beside_it_spares_what_has_been_voted_for(db, open_st
     assert set(blobs()) == keys_of(db, "blob", "new")
 
 
-@on_postgresql
+@on_a_server
 def test_a_pack_whose_garbage_collection_fails_says_so_and_the_next_one_goes_on(db, s3, blobs):
     put(db, "blob", b"before")
     put(db, "blob", b"after")
@@ -937,7 +946,7 @@ def test_zodbconvert_moves_between_two_databases_with_blobs_in_s3(places, conver
         assert places.files.everything() == places.s3_files.everything() == places.relstorage.everything()
 
 
-@on_postgresql
+@on("postgresql-free")  # in MariaDB, clearing makes other tables, to which the prefix does not belong
 def test_zodbconvert_refuses_a_destination_with_data_unless_it_is_to_be_cleared(places, convert, blobs):
     convert(places.files, places.relstorage)
     with contextlib.closing(ZODB.DB(places.relstorage.open())) as db:
@@ -1073,7 +1082,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("where", slow_after(1, of=WRAPPED))
-@pytest.mark.parametrize("database", kinds("sqlite-history", "postgresql-free"), indirect=True)
+@one_of_each
 def test_zlibstorage_is_no_obstacle(application, closing, blobs, where):
     text = ZLIB + WRAPPED[where](application)
     db = ZODB.DB(closing(storageFromString(text)))
@@ -1123,12 +1132,8 @@ def test_a_database_can_be_closed_twice_and_opened_again(application):
 
 
 def connections_of(database):
-    """How many connections the PostgreSQL server has to it; 0 on SQLite, whose connections are open files."""
-    if database.sqlite:
-        return 0
-    return postgresql().execute("postgres", f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{database.name}'")[
-        0
-    ][0]
+    """How many connections the server has to it; 0 on SQLite, whose connections are open files."""
+    return 0 if database.sqlite else database.server.connections(database.name)
 
 
 def in_use(database):
@@ -1246,14 +1251,12 @@ def test_runzeo_refuses_to_serve_it_in_one_sentence(application, tmp_path):
     assert lines[0] in (tmp_path / "zeo.log").read_text()
 
 
-PASSWORD = "the-password-of-the-database"
-
-
-@on_postgresql
+@on_a_server
 def test_the_password_of_the_database_is_told_nowhere(application, closing, caplog, s3, monkeypatch):
     caplog.set_level(logging.DEBUG, "zodb_s3blobs")
-    real = type(postgresql()).dsn
-    monkeypatch.setattr(type(postgresql()), "dsn", lambda self, name: f"{real(self, name)} password={PASSWORD}")
+    if application.database.kind.startswith("postgresql"):  # asks for no password, and takes any
+        real = PostgreSQL.dsn
+        monkeypatch.setattr(PostgreSQL, "dsn", lambda self, name: f"{real(self, name)} password={PASSWORD}")
     assert PASSWORD in application.config()
     db = closing(application.db())
     put(db, "blob", b"before")
@@ -1274,3 +1277,33 @@ def test_the_password_of_the_database_is_told_nowhere(application, closing, capl
     told.append(s3.client.get_object(Bucket=application.bucket, Key=KEYS.owner)["Body"].read().decode())
     told += [record.getMessage() for record in caplog.records if record.name.startswith("zodb_s3blobs")]
     assert PASSWORD not in "\n".join(told)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("--version=10.11.19-MariaDB", "takes MariaDB 10.11.19-MariaDB for a MySQL"),
+        ("--version=5.7.44", "not with MySQL"),
+        ("--sql-mode=", "make_tid_for_epoch"),
+    ],
+)
+def test_a_server_that_relstorage_mistakes_or_that_was_not_tested_is_refused(s3, bucket_name, tmp_path, option, reason):
+    needs("mariadb")
+    server = MariaDB(options=[option])
+    try:
+        server.start()
+        database = Database("mariadb-free", tmp_path, server=server)
+        assert reason in refused(Application(database, s3, bucket_name, tmp_path).config())
+    finally:
+        server.remove()
+
+
+@on("mariadb-free")
+def test_a_database_with_history_is_refused_in_mariadb(application):
+    """As one that an older MariaDB, which took RelStorage's tables, has left."""
+    database = application.database
+    for table in "transaction", "blob_chunk":
+        database.server.execute(database.name, f"CREATE TABLE {table} (tid BIGINT UNSIGNED PRIMARY KEY)")
+    base = database.section(create_schema="false").replace("keep-history false", "keep-history true")
+    assert "keep-history false" in refused(section(application, base))

@@ -13,7 +13,7 @@ import yaml  # PyYAML: moto[s3,server], which the test extra asks for, requires 
 from Zope2.Startup.options import ZopeWSGIOptions
 
 import zodb_s3blobs
-from tests.support.relstorage_databases import needs, postgresql
+from tests.support.relstorage_databases import needs, server_of
 from tests.support.speed import slow
 from tests.support.zeo_server import free_address
 
@@ -103,7 +103,7 @@ def test_every_file_is_tested_here():
 
 def test_the_table_of_the_manual_has_every_file():
     named = [re.findall(r"\]\(([\w.-]+)\)", row[0])[0] for row in table(part_of_manual("## Which file for what"))]
-    assert sorted(named) == sorted(path.name for path in CONFIGS.iterdir() if path.suffix in (".conf", ".yaml"))
+    assert sorted(named) == sorted(path.name for path in CONFIGS.iterdir() if path.suffix in (".conf", ".cnf", ".yaml"))
 
 
 def test_the_files_are_part_of_the_package():
@@ -188,7 +188,7 @@ def test_zope_runs_the_relstorage_file_in_several_processes(s3, bucket_name, tmp
     (tmp_path / "zope").mkdir()
     shared = {
         "INSTANCE_HOME": str(tmp_path / "zope"),
-        "ZODB_DSN": postgresql().dsn(postgresql().database()),
+        "ZODB_DSN": server_of("postgresql").dsn(server_of("postgresql").database()),
         "S3BLOBS_ENDPOINT": s3.url,
         "S3BLOBS_BUCKET": bucket_name,
         "S3BLOBS_ACCESS_KEY": "access",

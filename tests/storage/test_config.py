@@ -1133,7 +1133,7 @@ class UnknownStorage:
 
 
 class RelStorage(UnknownStorage):
-    """What looks like RelStorage, on a kind of database such as MySQL."""
+    """What looks like RelStorage, on a kind of database such as Oracle."""
 
     _adapter = object()
 
@@ -1141,7 +1141,9 @@ class RelStorage(UnknownStorage):
 RelStorage.__module__ = "relstorage.storage"
 
 
-@pytest.mark.parametrize(("base", "reason"), [(UnknownStorage(), "tid"), (RelStorage(), "sqlite3 or postgresql")])
+@pytest.mark.parametrize(
+    ("base", "reason"), [(UnknownStorage(), "tid"), (RelStorage(), "sqlite3, postgresql or mysql")]
+)
 def test_a_storage_that_cannot_be_served_is_refused_and_closed(s3_section, refusal, base, reason):
     factory = read(s3_section())
     factory.config.base = SimpleNamespace(open=lambda: base)

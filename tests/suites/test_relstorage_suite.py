@@ -13,6 +13,7 @@ import unittest.mock
 from pathlib import Path
 
 import pytest
+from relstorage.adapters.mysql import MySQLAdapter
 from relstorage.adapters.postgresql import PostgreSQLAdapter
 from relstorage.adapters.sqlite.adapter import Sqlite3Adapter
 from relstorage.blobhelper.interfaces import IAuthoritativeBlobHelper
@@ -23,14 +24,14 @@ from ZODB.tests import testblob as zodb_testblob
 from zope.interface import implementer
 
 from tests.suites.published import file_permissions_hold, parametrize, run, s3_storage, section  # noqa: F401
-from tests.support.relstorage_databases import KINDS, Database, needs, postgresql
+from tests.support.relstorage_databases import KINDS, Database, needs, server_of
 
 # Only the tests of RelStorage's own blob cache, which are not run, use it: the random numbers of Python 2.
 sys.modules.setdefault("random2", random)
 
 from relstorage.tests.blob import testblob  # noqa: E402
 
-_DRIVERS = {"sqlite": "sqlite3", "postgresql": "psycopg2"}
+_DRIVERS = {"sqlite": "sqlite3", "postgresql": "psycopg2", "mariadb": "PyMySQL"}
 _HISTORY = [kind for kind in KINDS if kind.endswith("history")]
 _FREE = [kind for kind in KINDS if kind.endswith("free")]
 
@@ -50,22 +51,24 @@ def little_garbage():
 
 
 def _database(kind, name):
-    """The database ``name`` of the test that is running; on PostgreSQL it has to be cleared first, as upstream does."""
+    """The database ``name`` of the test that is running; on a server it has to be cleared first, as upstream does."""
     directory = Path(tempfile.gettempdir())  # upstream's tests have one of their own each
-    where = str(directory / f"{name}.sqlite") if kind.startswith("sqlite") else _postgresql_database(kind, name)
+    where = str(directory / f"{name}.sqlite") if kind.startswith("sqlite") else _database_of_server(kind, name)
     return Database(kind, directory, where)
 
 
 @functools.cache
-def _postgresql_database(kind, name):
-    return postgresql().database()
+def _database_of_server(kind, name):
+    return server_of(kind.partition("-")[0]).database()
 
 
 def _adapter(kind, name, options):
     database = _database(kind, name)
     if database.sqlite:
         return Sqlite3Adapter(data_dir=database.name, pragmas={}, options=options)
-    return PostgreSQLAdapter(dsn=postgresql().dsn(database.name), options=options)
+    if kind.startswith("postgresql"):
+        return PostgreSQLAdapter(dsn=database.server.dsn(database.name), options=options)
+    return MySQLAdapter(options=options, **database.server.parameters(database.name))
 
 
 def _blobs_in_s3(storage, name, cache_dir=None):
@@ -166,6 +169,12 @@ def test_blobs_on_sqlite(case):
 )
 def test_blobs_on_postgresql(case):
     needs("postgresql")
+    _run(case)
+
+
+@parametrize(mariadb_free_relstorage=_relstorage_blobs("mariadb-free"))
+def test_blobs_on_mariadb(case):
+    needs("mariadb")
     _run(case)
 
 
@@ -290,6 +299,8 @@ def _only_on_sqlite(base):
 
 
 for _kind in KINDS:
+    if _kind.startswith("mariadb"):
+        continue  # to save time, the blobs only
     if _kind in _HISTORY:
         _storage_tests = hptestbase.HistoryPreservingRelStorageTests
         _from_file, _to_file = hptestbase.HistoryPreservingFromFileStorage, hptestbase.HistoryPreservingToFileStorage

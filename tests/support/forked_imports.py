@@ -6,6 +6,8 @@ import functools
 import boto3
 import botocore.session
 import psycopg2
+import pymysql
+import relstorage.adapters.mysql
 import relstorage.adapters.postgresql
 import relstorage.adapters.sqlite.adapter
 import relstorage.config

@@ -6,12 +6,13 @@ Needs PostgreSQL's programs (Debian's package ``postgresql``) and the driver psy
 import glob
 import itertools
 import os
-import pwd
 import shutil
 import subprocess
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+
+from tests.support.accounts import account, as_account
 
 PORT = 5432  # of the socket's name only: the server does not listen to the network
 
@@ -29,16 +30,9 @@ def missing():
         return "PostgreSQL is not installed (Debian's package postgresql)"
     if find_spec("psycopg2") is None:
         return "psycopg2 is not installed (pip install psycopg2-binary)"
-    if os.geteuid() == 0 and not _account():
+    if os.geteuid() == 0 and not account("postgres"):
         return "PostgreSQL does not run as root, and there is no account postgres for it"
     return None
-
-
-def _account():
-    try:
-        return pwd.getpwnam("postgres")
-    except KeyError:
-        return None
 
 
 class PostgreSQL:
@@ -47,16 +41,14 @@ class PostgreSQL:
     ``original``: a stopped one, of whose files it gets a copy.
     """
 
+    product = "postgresql"
+
     def __init__(self, original=None):
         self._programs = programs()
         # Short: the path of a socket has 107 bytes at most.
         self.directory = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
         self._numbers = itertools.count(1)
-        self._as_whom = []
-        if os.geteuid() == 0:
-            account = _account()
-            os.chown(self.directory, account.pw_uid, account.pw_gid)
-            self._as_whom = ["setpriv", f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}", "--clear-groups"]
+        self._as_whom = as_account("postgres", self.directory)
         self.directory.chmod(0o755)
         if original is not None:
             subprocess.run(["cp", "-a", original._data, self._data], check=True, timeout=120)
@@ -95,11 +87,27 @@ class PostgreSQL:
         """How to connect to the database ``name``."""
         return f"dbname={name} host={self.directory} port={PORT} user=postgres"
 
+    def section(self, name):
+        """The section of RelStorage's configuration that connects to the database ``name``."""
+        return f"<postgresql>\n driver psycopg2\n dsn {self.dsn(name)}\n </postgresql>"
+
     def database(self, template=None):
         """The name of a new database, a copy of ``template`` if that is given."""
         name = f"test{next(self._numbers)}"
         self.execute("postgres", f"CREATE DATABASE {name}" + (f" TEMPLATE {template}" if template else ""))
         return name
+
+    def connections(self, name):
+        """How many connections there are to the database ``name``."""
+        return self.execute("postgres", f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{name}'")[0][0]
+
+    def end_restoring(self, name):
+        """End the connections that restore a transaction in the database ``name``; return how many these were."""
+        return self.execute(
+            name,
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_locks "
+            "WHERE locktype = 'advisory' AND classid = 1395868226",
+        )[0][0]
 
     def execute(self, name, statement):
         """Run one statement in the database ``name``; return its rows, if it has any."""

@@ -1,4 +1,4 @@
-"""Databases of RelStorage: on SQLite, and on a PostgreSQL server of the tests' own; and storages on them."""
+"""Databases of RelStorage, on SQLite and on servers of the tests' own, PostgreSQL and MariaDB; and storages on them."""
 
 import atexit
 import functools
@@ -8,16 +8,18 @@ import shutil
 import pytest
 from ZODB.config import databaseFromString, storageFromString
 
-from tests.support.postgresql import PostgreSQL, missing
+from tests.support import mariadb, postgresql
 from tests.support.speed import slow_but
 from tests.support.zeo_server import SECTION
 
-#: The databases that tests of both kinds and with and without history run on.
-KINDS = ["sqlite-history", "sqlite-free", "postgresql-history", "postgresql-free"]
+#: The databases that tests of all kinds and with and without history run on.
+KINDS = ["sqlite-history", "sqlite-free", "postgresql-history", "postgresql-free", "mariadb-free"]
+
+_SERVERS = {"postgresql": (postgresql.PostgreSQL, postgresql.missing), "mariadb": (mariadb.MariaDB, mariadb.missing)}
 
 
 def kinds(*among):
-    """Return these kinds as parameters: slow is what needs a PostgreSQL server, and a second kind on SQLite."""
+    """Return these kinds as parameters: slow is what needs a database server, and a second kind on SQLite."""
     first = next((kind for kind in among if kind.startswith("sqlite")), None)
     return slow_but(*filter(None, [first]), of=among)
 
@@ -35,9 +37,10 @@ RELSTORAGE = """
 
 
 @functools.cache
-def postgresql():
-    """The server of this process; started when it is first asked for, removed with the process."""
-    server = PostgreSQL()
+def server_of(product):
+    """The server of this process for ``product``; started when it is first asked for, removed with the process."""
+    cls, _ = _SERVERS[product]
+    server = cls()
     atexit.register(server.remove)
     server.start()
     return server
@@ -45,7 +48,8 @@ def postgresql():
 
 def needs(kind):
     """Skip the test where a database of this ``kind`` cannot be had; with CI set, it fails instead."""
-    reason = missing() if kind.startswith("postgresql") else None
+    _, missing = _SERVERS.get(kind.partition("-")[0], (None, lambda: None))
+    reason = missing()
     if reason is not None and not os.environ.get("CI"):
         pytest.skip(reason)
     assert reason is None, reason
@@ -59,28 +63,27 @@ def keys(options):
 class Database:
     """A new database; ``kind`` is one of `KINDS`.
 
-    ``name``: the data-dir, or the name in the PostgreSQL server.
+    ``name``: the data-dir, or the name in the server. ``server``: one that is not this process's.
     """
 
-    def __init__(self, kind, directory, name=None):
+    def __init__(self, kind, directory, name=None, server=None):
         self.kind = kind
-        self.sqlite, self.history = kind.startswith("sqlite"), kind.endswith("history")
+        product, _, history = kind.partition("-")
+        self.sqlite, self.history = product == "sqlite", history == "history"
         self.directory = directory
-        self.name = name or (str(directory / "sqlite") if self.sqlite else postgresql().database())
+        self.server = None if self.sqlite else server or server_of(product)
+        self.name = name or (str(directory / "sqlite") if self.sqlite else self.server.database())
 
     def copy(self):
         """A copy of it that knows nothing of being one; nobody may use this one meanwhile."""
         if not self.sqlite:
-            return Database(self.kind, self.directory, postgresql().database(template=self.name))
+            return Database(self.kind, self.directory, self.server.database(template=self.name), self.server)
         shutil.copytree(self.name, self.name + "-copy")
         return Database(self.kind, self.directory, self.name + "-copy")
 
     def section(self, **options):
         """Its ``<relstorage>`` section; ``options``: more keys, with underscores."""
-        if self.sqlite:
-            adapter = f"<sqlite3>\n data-dir {self.name}\n </sqlite3>"
-        else:
-            adapter = f"<postgresql>\n driver psycopg2\n dsn {postgresql().dsn(self.name)}\n </postgresql>"
+        adapter = f"<sqlite3>\n data-dir {self.name}\n </sqlite3>" if self.sqlite else self.server.section(self.name)
         return RELSTORAGE.format(keep_history=str(self.history).lower(), options=keys(options), adapter=adapter)
 
 

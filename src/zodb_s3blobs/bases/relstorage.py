@@ -1,4 +1,4 @@
-"""RelStorage as the base. Only this file uses parts of RelStorage that ZODB's interfaces do not promise.
+"""RelStorage as the base. Only this file and `databases` use parts of RelStorage that ZODB's interfaces do not promise.
 
 RelStorage chooses the tid when it finishes a transaction, unless the transaction has blobs in a shared directory: then
 RelStorage locks the database at the end of the vote, and passes the tid to its blob helper. Our helper only requests
@@ -8,7 +8,6 @@ itself, and a lock in the database keeps other processes from restoring transact
 No class or module of RelStorage is changed. `TESTED` are the versions whose internals are known to work as used here.
 """
 
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,26 +15,20 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any
 
-import zc.lockfile
 from relstorage.adapters.connections import StoreConnection
-from relstorage.adapters.postgresql import PostgreSQLAdapter
-from relstorage.adapters.sqlite.adapter import Sqlite3Adapter
 from relstorage.blobhelper import NoBlobHelper
 from relstorage.storage.copy import Copy
 from ZODB.POSException import POSKeyError, StorageTransactionError
 from ZODB.utils import maxtid, p64, u64
 
-from ..boot_id import boot_id
 from .adapter import BaseAdapter, DatabaseBusy, DatabaseView, UnsuitableBase, loadable_one_by_one
+from .databases import SqlDatabase, database_of, lasting
 
 #: The least version of RelStorage, and the first one that has not been tested.
 TESTED = (4, 0), (4, 4)
 
 #: How long, in seconds, to wait for another process that deletes some blobs, or restores one transaction.
 _LOCK_TIMEOUT = 60.0
-
-#: The number of our lock in PostgreSQL. RelStorage's locks are in another number space.
-_LOCK = "1395868226, 1"
 
 
 class RelStorageAdapter(BaseAdapter):
@@ -51,17 +44,9 @@ class RelStorageAdapter(BaseAdapter):
         _check_version()
         super().__init__(storage, lambda: relstorage)
         self._relstorage = relstorage
-        adapter = relstorage._adapter
-        if isinstance(adapter, PostgreSQLAdapter):
-            self._database: _PostgreSQL | _SQLite = _PostgreSQL(adapter)
-        elif isinstance(adapter, Sqlite3Adapter):
-            self._database = _SQLite(adapter)
-        else:
-            raise UnsuitableBase(
-                "s3blobstorage can wrap a relstorage with sqlite3 or postgresql only: for other databases there is no "
-                "reliable way yet to distinguish a database from a copy. Use one of the two, or RelStorage's own blobs"
-            )
+        self._database = database_of(relstorage._adapter)
         if not isinstance(relstorage.blobhelper, _TidBlobHelper):  # a new instance has it already
+            self._database.require_supported()
             relstorage.blobhelper = _TidBlobHelper()
 
     def committing_tid(self) -> bytes | None:
@@ -111,7 +96,7 @@ class RelStorageAdapter(BaseAdapter):
         return self._database.identity()
 
     def was(self, identity: str) -> bool:
-        return _lasting(identity) == _lasting(self.identity())
+        return lasting(identity) == lasting(self.identity())
 
     def last_transaction(self) -> bytes:
         with self.revisions() as revisions:
@@ -123,11 +108,6 @@ class RelStorageAdapter(BaseAdapter):
             return any(transaction.tid == tid for transaction in instance.iterator(tid, tid))
         finally:
             instance.release()
-
-
-def _lasting(identity: str) -> str:
-    """Return the part of ``identity`` that a restart, of PostgreSQL or of SQLite's machine, does not change."""
-    return re.sub(r"(?<=PostgreSQL )started [^,]+, |(?<=SQLite )on [^,]+, ", "", identity)
 
 
 class _TidBlobHelper(NoBlobHelper):
@@ -163,7 +143,7 @@ class SqlView:
 
     shared = True
 
-    def __init__(self, adapter: Any, connection: Any, database: "_PostgreSQL | _SQLite") -> None:
+    def __init__(self, adapter: Any, connection: Any, database: SqlDatabase) -> None:
         self._adapter = adapter
         self._connection = connection
         self._database = database
@@ -216,84 +196,6 @@ def _excluding(try_lock: Callable[[], AbstractContextManager[bool]], refusal: st
                 raise DatabaseBusy(refusal)
             time.sleep(0.05)
         yield
-
-
-class _PostgreSQL:
-    """Identity and locks of a PostgreSQL database. Any thread may call; each call opens its own connection."""
-
-    def __init__(self, adapter: Any) -> None:
-        self._connmanager = adapter.connmanager
-
-    def identity(self) -> str:
-        """Return an identity made of the server's start time, the database and the table in it.
-
-        A copy on this server has other tables, and a copy on another server, even of the whole server, has another
-        start time.
-        """
-        with self._cursor() as cursor:
-            cursor.execute(
-                "SELECT to_char(pg_postmaster_start_time() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US'), "
-                "oid, 'object_state'::regclass::oid FROM pg_database WHERE datname = current_database()"
-            )
-            started, database, table = cursor.fetchone()
-        return f"PostgreSQL started {started}, database {database}, table {table}"
-
-    @contextmanager
-    def try_lock(self) -> Iterator[bool]:
-        """Try to lock the database for the body; yield whether that succeeded."""
-        with self._cursor() as cursor:
-            cursor.execute(f"SELECT pg_try_advisory_lock({_LOCK})")
-            [locked] = cursor.fetchone()
-            # The session owns the lock until it ends. An idle transaction could be ended by the server.
-            cursor.connection.commit()
-            yield locked
-
-    @contextmanager
-    def try_lock_in(self, connection: Any) -> Iterator[bool]:
-        """Try to lock the database until the transaction of ``connection`` ends; yield whether that succeeded.
-
-        That transaction commits only if it still has the lock; another connection could lose the lock before.
-        """
-        connection.cursor.execute(f"SELECT pg_try_advisory_xact_lock({_LOCK})")
-        [locked] = connection.cursor.fetchone()
-        yield locked
-
-    @contextmanager
-    def _cursor(self) -> Iterator[Any]:
-        connection, cursor = self._connmanager.open()
-        try:
-            yield cursor
-        finally:
-            self._connmanager.rollback_and_close(connection, cursor)
-
-
-class _SQLite:
-    """Identity and lock of an SQLite database, a file that only processes of one machine use."""
-
-    def __init__(self, adapter: Any) -> None:
-        self._path = adapter.connmanager.path
-
-    def identity(self) -> str:
-        """Return an identity made of this machine's boot, and the file's device and inode."""
-        status = os.stat(self._path)
-        return f"SQLite on {boot_id()}, device {status.st_dev}, inode {status.st_ino}"
-
-    @contextmanager
-    def try_lock(self) -> Iterator[bool]:
-        """Try to lock the database for the body; yield whether that succeeded."""
-        try:
-            lock = zc.lockfile.LockFile(f"{self._path}.s3blobs.lock")
-        except zc.lockfile.LockError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.close()
-
-    def try_lock_in(self, connection: Any) -> AbstractContextManager[bool]:
-        """Try to lock the database for the body. The lock need not be the connection's: both end with this process."""
-        return self.try_lock()
 
 
 def _check_version() -> None:
