@@ -729,7 +729,7 @@ def model(tmp_path, clock, workers, small_sizes):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("examples", "steps"),
-    slow_after(1, of=[(30, 30), (int(os.environ.get("S3BLOBS_TEST_EXAMPLES", "1000")), 60)], unpack=True),
+    slow_after(1, of=[(30, 30), (int(os.environ.get("S3BLOBS_TEST_EXAMPLES", "400")), 60)], unpack=True),
 )
 def test_no_history_breaks_a_commit(tmp_path, clock, workers, small_sizes, examples, steps):
     with mock.patch.object(staging, "uuid"):
