@@ -23,7 +23,7 @@ def arguments(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", slow_but("migrate", "export", of=["migrate", "export", "verify", "verify --sample"]))
+@pytest.mark.parametrize("name", slow_but("migrate", of=["migrate", "export", "verify", "verify --sample"]))
 def test_all_bytes_together_take_as_long_as_the_limit_says(s3, bucket_name, site, tool, arguments, name):
     site.grow(large=LARGE)
     if name != "migrate":

@@ -109,6 +109,7 @@ def test_inside_one_service_the_service_copies_and_what_is_there_is_not_copied_a
     assert operations(s3) == {"ListObjects": 2, "HeadObject": 2 * number}
 
 
+@slow
 def test_a_large_blob_is_copied_inside_the_service_in_parts(s3, bucket_name, site, near, configure, tool):
     site.grow(large=65 << 20)
     store(s3, near, site.revisions)
@@ -351,6 +352,7 @@ def test_warm_fetches_from_the_second_bucket_and_reads_cost_nothing_then(s3, buc
     assert operations(s3)["GetObject"] == 0
 
 
+@slow
 def test_warm_fetches_no_more_from_there_than_the_cache_has_room_for(s3, site, near, configure, tool):
     site.grow(large=3 << 20)
     store(s3, near, site.revisions)
@@ -374,6 +376,7 @@ def test_check_reads_from_the_second_bucket_and_writes_nothing_there(s3, site, n
     assert re.search(rf"^fallback bucket +works +blobs below 1/blobs/ of bucket {near} ", out, re.M)
 
 
+@slow
 def test_check_says_that_there_is_nothing_or_what_is_forbidden(s3, other_s3, bucket_name, site, far, configure, tool):
     empty = other_s3.bucket(f"empty-{next(NUMBERS)}")
     found = check(tool, configure(other_s3, empty))
@@ -390,6 +393,7 @@ def test_the_place_of_the_bucket_itself_is_refused(s3, bucket_name, site, config
     assert "<fallbackbucket>: it names the bucket and the s3-prefix of the section around it" in err
 
 
+@slow
 def test_without_a_second_bucket_there_is_no_such_check(s3, bucket_name, site, tool):
     out, _ = tool("check", site.configure(s3, bucket_name), "--json", status=3)
     assert "fallback bucket" not in {one["check"] for one in json.loads(out)["checks"]}

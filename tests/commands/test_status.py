@@ -13,6 +13,7 @@ import pytest
 from ZODB.POSException import POSKeyError, StorageError
 
 from tests.support.sites import get, put, run, sentence
+from tests.support.speed import slow
 from tests.support.zeo_clients import wait_for
 from tests.support.zeo_server import SECTION, ZEOServer, free_address
 
@@ -141,6 +142,7 @@ def test_an_outage_is_critical_and_over_when_the_bucket_answers_again(s3, bucket
     assert first.startswith(f"OK - storage 1: bucket {bucket_name} answers")
 
 
+@slow
 def test_a_prefix_of_another_database_is_critical(s3, bucket_name, tmp_path, status):
     (tmp_path / "second").mkdir()
     with (
@@ -154,6 +156,7 @@ def test_a_prefix_of_another_database_is_critical(s3, bucket_name, tmp_path, sta
     assert lines["owner"].startswith("another database")
 
 
+@slow
 def test_a_missing_blob_and_a_refusal_are_critical_and_a_failed_commit_is_a_warning(s3, bucket_name, start, status):
     server = start(metrics=True, options=IMPATIENT)
     db = grow(server)
@@ -257,6 +260,7 @@ def test_a_wrong_command_line_is_refused(line):
 # Which servers and storages
 
 
+@slow
 def test_each_storage_has_a_block_and_one_can_be_chosen(s3, bucket_name, tmp_path, tool):
     other = {"name": "other", "cache": "other", "base": f"<filestorage>\npath {tmp_path}/Other.fs\n</filestorage>"}
 
@@ -428,6 +432,7 @@ def test_a_watch_goes_on_while_the_server_is_down(start, tool):
     tool.end(process)
 
 
+@slow
 def test_on_a_terminal_a_watch_draws_one_screen_over_the_other(start, tool):
     server = start(metrics=True)
     ours, theirs = pty.openpty()
@@ -455,6 +460,7 @@ def aged(path, seconds):
     path.write_text(json.dumps(kept))
 
 
+@slow
 def test_with_a_state_file_an_event_counts_for_its_time_and_not_for_ever(s3, start, tool, tmp_path):
     server = start(metrics=True, options=IMPATIENT)
     state = tmp_path / "state"
@@ -495,6 +501,7 @@ def test_with_a_state_file_what_has_to_last_is_pending_first(s3, start, tool, tm
     assert out.startswith("CRITICAL - S3BlobsBucketUnavailable: storage 1: ")
 
 
+@slow
 def test_a_state_file_that_is_none_or_of_another_server_is_left_alone(start, tool, tmp_path):
     server = start(metrics=True)
     for text in "not JSON", "[]", '{"address": 1, "series": [], "looks": [[]]}', '{"series": [], "looks": []}':

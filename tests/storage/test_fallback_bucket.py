@@ -13,7 +13,7 @@ from ZODB.utils import p64
 
 from tests.support.link import Link
 from tests.support.sites import KEYS, contents, get, put, tree, undo
-from tests.support.speed import slow_but
+from tests.support.speed import slow, slow_but
 from tests.support.zeo_clients import SOON, blob, leftovers, operations, wait_for
 from tests.support.zeo_server import FILESTORAGE, ZEOServer, fallback_bucket
 
@@ -274,6 +274,7 @@ def test_an_outage_of_the_bucket_keeps_nobody_from_the_blobs_of_the_second(s3, s
     assert server.metrics()(MISSING) == 0
 
 
+@slow
 def test_reads_go_on_without_the_bucket_once_it_is_known_to_be_silent(
     s3, bucket_name, other_s3, other, site, tmp_path, background
 ):

@@ -16,6 +16,7 @@ from ZODB.POSException import StorageError
 from ZODB.utils import p64, z64
 
 from tests.support.sites import put
+from tests.support.speed import slow
 from tests.support.zeo_clients import BLOB_RECORD, name_of
 from tests.support.zeo_server import FILESTORAGE, SECTION
 
@@ -85,6 +86,7 @@ def test_an_uncommitted_blob_has_no_link(open_storage, new_file):
     assert follow(storage.presigned_url(p64(1), tid))[1] == b"data"
 
 
+@slow
 def test_with_a_customer_key_there_is_no_link_and_the_log_says_why(tmp_path, open_storage, caplog, no_aws_settings):
     base = FileStorage(str(tmp_path / "Data.fs"))
     txn = TransactionMetaData()

@@ -496,6 +496,7 @@ class Model(RuleBasedStateMachine):
             assert tid > self.newest, "a tid is not later than the one of an earlier commit"
         else:
             assert tid == txn.restored
+            self.may_pack &= tid > self.newest  # others may have committed since it began
         self.newest = max(tid, self.newest)
         self.committed.append(tid)
         undone = {}

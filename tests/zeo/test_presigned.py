@@ -353,6 +353,7 @@ def test_a_link_that_waits_for_new_credentials_holds_up_nobody_else(start, no_aw
     assert "Traceback" not in server.output()
 
 
+@slow
 def test_without_new_credentials_the_client_and_the_log_get_a_sentence(start, no_aws_settings, monkeypatch):
     credentials = Credentials()
     with WebServer(credentials) as service:
