@@ -29,8 +29,8 @@ def objects(s3, bucket, prefix):
 def production(s3, bucket_name, tmp_path):
     """The server of production, with blobs of some transactions."""
     (tmp_path / "production").mkdir()
-    storages = lambda settings: section(settings, "production")  # noqa: E731
-    with ZEOServer(tmp_path / "production", s3, bucket_name, storages=storages) as server:
+    directory = tmp_path / "production"
+    with ZEOServer(directory, s3, bucket_name, storages=lambda zeo: section(zeo, "production")) as server:
         db = server.db()
         for name, data in BLOBS.items():
             put(db, name, data)
