@@ -17,6 +17,7 @@ from typing import Protocol
 from ZODB.blob import BLOB_SUFFIX, LAYOUT_MARKER, FilesystemHelper
 
 from .errors import S3BlobsError
+from .localfile import LocalFile
 from .revision import Revision
 
 _LAYOUTS = ("bushy", "lawn")
@@ -195,7 +196,7 @@ class BlobDirectory:
         return file
 
 
-class NewBlobFile:
+class NewBlobFile(LocalFile):
     """A file on its way into a blob directory; the caller that made it owns it until `publish` or `discard`.
 
     While the file is open as ``fd``, it is locked, which shows other processes that it is not abandoned. The methods
@@ -203,7 +204,7 @@ class NewBlobFile:
     """
 
     def __init__(self, path: str, fd: int, helper: FilesystemHelper) -> None:
-        self.path = path
+        super().__init__(path)
         self._fd = fd
         self._helper = helper
         with contextlib.suppress(OSError):  # not every network file system has locks
@@ -220,16 +221,6 @@ class NewBlobFile:
             return os.path.samestat(os.fstat(self._fd), os.stat(self.path))
         except FileNotFoundError:
             return False
-
-    def write_at(self, data: bytes, position: int) -> None:
-        """Write ``data`` at ``position`` bytes from the start. Several threads may write to different positions."""
-        with open(self.path, "r+b") as file:
-            file.seek(position)
-            file.write(data)
-
-    def clear(self) -> None:
-        """Truncate the file to zero bytes."""
-        os.truncate(self.path, 0)
 
     def publish(self, oid: bytes, tid: bytes) -> None:
         """Sync the file and move it to the path of blob (oid, tid), read-only like ZODB's own blob files."""

@@ -19,6 +19,7 @@ LAYERS = [
         "digest",
         "identity",
         "inflight",
+        "localfile",
         "metrics",
         "openfiles",
         "predecessor",

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from ..localfile import LocalFile
 from ..revision import Revision
 from .directory import WARM
 
@@ -80,21 +81,8 @@ class WarmFolder:
         return NewWarmFile(path)
 
 
-class NewWarmFile:
+class NewWarmFile(LocalFile):
     """A file of a blob that is being fetched. The methods raise the OSErrors of the disk."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def write_at(self, data: bytes, position: int) -> None:
-        """Write ``data`` at ``position`` bytes from the start. Several threads may write to different positions."""
-        with open(self.path, "r+b") as file:
-            file.seek(position)
-            file.write(data)
-
-    def clear(self) -> None:
-        """Truncate the file to zero bytes."""
-        os.truncate(self.path, 0)
 
     def publish(self, name: Revision, digest: str) -> None:
         """Let the cache take the file over, as the blob ``name`` with the SHA-256 ``digest`` in hex."""

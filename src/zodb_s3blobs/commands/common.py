@@ -23,6 +23,7 @@ from ..database.survey import Report
 from ..errors import S3BlobsError
 from ..fallbacks import Fallbacks
 from ..lease import NotOwner, standing
+from ..localfile import LocalFile
 from ..metrics import Metrics
 from ..s3.bandwidth import Bandwidth
 from ..s3.bucket import Bucket
@@ -56,23 +57,11 @@ def opened(section: S3BlobStorageFactory) -> Iterator[tuple[Bucket, Fallbacks]]:
         yield bucket, fallbacks
 
 
-class LocalFile:
-    """A local file for an upload or a download, made with ``data``."""
-
-    def __init__(self, path: str, data: bytes = b"") -> None:
-        self.path = path
-        with open(path, "wb") as file:
-            file.write(data)
-
-    def write_at(self, data: bytes, position: int) -> None:
-        """Write ``data`` at ``position`` bytes from the start."""
-        with open(self.path, "r+b") as file:
-            file.seek(position)
-            file.write(data)
-
-    def clear(self) -> None:
-        """Truncate the file to zero bytes."""
-        os.truncate(self.path, 0)
+def new_file(path: str, data: bytes = b"") -> LocalFile:
+    """Return a new local file at ``path`` with ``data``, for an upload or a download."""
+    with open(path, "wb") as file:
+        file.write(data)
+    return LocalFile(path)
 
 
 def check_owner(bucket: Bucket, storage: Any, must_be_ours: bool = False) -> bool:

@@ -202,7 +202,7 @@ class _Move:
             return "there"
         if there is None and copy.stored.is_proven and self._has_copied_inside(oid, tid, place, copy.stored):
             return "copied"
-        file = common.LocalFile(f"{self._directory}/{oid.hex()}.{tid.hex()}")
+        file = common.new_file(f"{self._directory}/{oid.hex()}.{tid.hex()}")
         try:
             try:
                 place.get(oid, tid, file)

@@ -21,6 +21,7 @@ from ZODB.utils import p64
 
 from ...config import S3BlobStorageFactory
 from ...fallbacks import FallbackBucket
+from ...localfile import LocalFile
 from ...metrics import Metrics
 from ...revision import Revision
 from ...s3.bucket import Bucket
@@ -30,7 +31,7 @@ from ...s3.keys import Keys
 from ...s3.links import checked
 from ...s3.listing import ListedUpload
 from ...s3.objects import READ
-from ..common import LocalFile
+from ..common import new_file
 
 #: The codes of a BucketError for a missing permission.
 FORBIDDEN = {"AccessDenied", "403"}
@@ -144,6 +145,8 @@ class Scratch:
         return self._buckets[-1]
 
     def _open_fallback(self) -> FallbackBucket | None:
+        if self.section.fallback_settings is None:
+            return None
         with contextlib.closing(self.section.open_bucket(Metrics())) as bucket:
             return self.section.open_fallback_bucket(bucket, Metrics())
 
@@ -169,7 +172,7 @@ class Scratch:
     def file(self, data: bytes = b"") -> LocalFile:
         """Return a new file with ``data`` in it."""
         self._files += 1
-        return LocalFile(f"{self._directory}/{self._files}", data)
+        return new_file(f"{self._directory}/{self._files}", data)
 
     def name(self, oid: bytes | None = None, tid: int = 1) -> Revision:
         """Return the name of a new blob, by default with a new oid."""
