@@ -18,6 +18,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.forked import Forked, runzeo
 
 FILESTORAGE = "<filestorage>\n path {dir}/Data.fs\n</filestorage>"
+DEMO = """
+<demostorage 1>
+  {base}
+  <filestorage changes>
+    path {dir}/changes.fs
+    blob-dir {dir}/changes
+  </filestorage>
+</demostorage>
+"""
 
 CONFIG = """
 %import zodb_s3blobs

@@ -25,7 +25,7 @@ from tests.support.sites import put, undo
 from tests.support.speed import slow
 from tests.support.web_server import WebServer
 from tests.support.zeo_clients import BLOB_RECORD, SOON, commit_blob, commit_object, load, name_of, operations, wait_for
-from tests.support.zeo_server import FILESTORAGE, SECTION, ZEOServer, fallback_bucket
+from tests.support.zeo_server import DEMO, FILESTORAGE, SECTION, ZEOServer, fallback_bucket
 
 REQUESTS, GIVEN = "s3blobs_presigned_url_requests_total", "s3blobs_presigned_urls_total"
 HOUR = {"presigned_urls": "1h"}
@@ -138,15 +138,6 @@ def test_a_client_that_only_reads_gets_links(start, read_only):
     assert follow(ask(server.client(read_only=True), *name))[2] == b"to be read"
 
 
-DEMO = """
-<demostorage 1>
-  {base}
-  <filestorage changes>
-    path {dir}/changes.fs
-    blob-dir {dir}/changes
-  </filestorage>
-</demostorage>
-"""
 ZLIB = "<zlibstorage 1>\n {base}\n</zlibstorage>"
 
 

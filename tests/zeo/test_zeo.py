@@ -39,7 +39,7 @@ from tests.support.zeo_clients import (
     wait_for,
     write,
 )
-from tests.support.zeo_server import FILESTORAGE, SECTION, ZEOServer
+from tests.support.zeo_server import DEMO, FILESTORAGE, SECTION, ZEOServer
 
 
 @pytest.fixture
@@ -613,15 +613,6 @@ def test_threads_of_the_server_are_bounded(server, background):
 # Wrappers that hide the storage
 
 
-DEMO = """
-<demostorage 1>
-  {base}
-  <filestorage changes>
-    path {dir}/changes.fs
-    blob-dir {dir}/changes
-  </filestorage>
-</demostorage>
-"""
 READ_ONLY = FILESTORAGE.replace("</filestorage>", " read-only true\n</filestorage>")
 
 
