@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ZODB.utils import p64
 
 from tests.support.counts import value
+from zodb_s3blobs.cache.directory import blob_files
 from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.metrics import Metrics
 
@@ -47,7 +48,7 @@ def path(cache, number):
 
 def on_disk(directory):
     """The oids of the files in the cache, as numbers."""
-    return {int(file.name.split(".")[0], 16) for file in Path(directory, "blobs").rglob("*.blob")}
+    return {int(file.name.split(".")[0], 16) for file in blob_files(directory)}
 
 
 def until(condition):
