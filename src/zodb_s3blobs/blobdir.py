@@ -37,8 +37,6 @@ class Target(Protocol):
 
     def write_at(self, data: bytes, position: int) -> None: ...
 
-    def clear(self) -> None: ...
-
 
 class BlobDirectoryError(S3BlobsError):
     """The directory cannot be used; the message says why, and what to do."""
@@ -125,11 +123,13 @@ class BlobDirectory:
         return None
 
     def copy(self, oid: bytes, tid: bytes, target: Target) -> bool:
-        """Write blob (oid, tid) into ``target``; return False if there is no such blob. Raises the errors of `find`."""
+        """Write blob (oid, tid) into the empty ``target``; return False if there is no such blob.
+
+        Raises the errors of `find`.
+        """
         path = self.find(oid, tid)
         if path is None:
             return False
-        target.clear()
         position = 0
         for data in _chunks(path):
             target.write_at(data, position)

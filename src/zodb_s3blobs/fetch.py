@@ -262,6 +262,7 @@ def get(
         return bucket.get(oid, tid, file, begun)
     except (BlobNotFound, BucketError) as error:
         # A fallback's copy has the same bytes, so it also serves during an outage of the bucket.
+        file.clear()
         with closing(fallbacks.open(oid, tid, error)) as found:
             return found.copy(file)
 

@@ -167,11 +167,17 @@ def test_the_parts_of_a_file_are_written_in_any_order_by_any_thread(cache):
 
 
 def test_a_write_that_the_system_cuts_short_is_continued(cache, monkeypatch):
-    write = os.write
+    write, pwrite = os.write, os.pwrite
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, position: pwrite(fd, data[:3], position))
     file = cache.new_file()
-    file.write_at(b"0123456789", 0)
+    file.write_at(b"56789", 5)
+    file.write_at(b"01234", 0)
     assert Path(file.path).read_bytes() == b"0123456789"
+    with open(cache.temporary / "upload", "wb") as upload:
+        cache.write(upload.fileno(), b"01234")
+        cache.write(upload.fileno(), b"56789")
+    assert (cache.temporary / "upload").read_bytes() == b"0123456789"
 
 
 def test_a_file_can_be_begun_again(cache):
@@ -1285,11 +1291,16 @@ def break_moving(monkeypatch, code, condition):
 
 def break_writing(monkeypatch, code, condition):
     monkeypatch.setattr(os, "write", failing(code, condition, os.write))
+    monkeypatch.setattr(os, "pwrite", failing(code, condition, os.pwrite))
 
 
 def break_creating(monkeypatch, code, condition):
-    mkstemp = cache_module.tempfile.mkstemp
-    monkeypatch.setattr(cache_module.tempfile, "mkstemp", failing(code, condition, mkstemp))
+    open_, fail = os.open, failing(code, condition, os.open)
+
+    def create(path, flags, *args, **kwargs):
+        return (fail if flags & os.O_CREAT else open_)(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", create)
 
 
 def break_copying(monkeypatch, code, condition):

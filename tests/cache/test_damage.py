@@ -368,10 +368,11 @@ PUBLISH = """
 import os, sys, time
 from pathlib import Path
 from tests.cache.test_damage import TID, content, find, put
-from zodb_s3blobs.cache.files import Cache
+from zodb_s3blobs.cache import files
 from zodb_s3blobs.metrics import Metrics
 
-cache = Cache(sys.argv[1], 1 << 20, Metrics())
+files._LOOK_EVERY = 0.05
+cache = files.Cache(sys.argv[1], 1 << 20, Metrics())
 cache.wait_until_read()
 index = Path(sys.argv[1], "index")
 for number in range(1, 9):

@@ -12,7 +12,7 @@ import pytest
 from ZODB.utils import p64
 
 from tests.cache.test_damage import RECORD, TID, content, find, put, until
-from zodb_s3blobs.cache import recorder
+from zodb_s3blobs.cache import files, recorder
 from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.cache.journal import Journal
 from zodb_s3blobs.metrics import Metrics
@@ -69,6 +69,19 @@ def test_many_uses_of_few_files_are_few_records(start):
         cache.get(p64(1), TID).release()
     cache.close()
     assert records(cache) < 1100
+
+
+def test_files_that_come_and_go_are_written_down_many_at_once(start, monkeypatch):
+    monkeypatch.setattr(files, "_LOOK_EVERY", TIMEOUT)
+    appended, append = [], Journal.append
+    monkeypatch.setattr(Journal, "append", lambda self, records: appended.append(0) or append(self, records))
+    cache = start(limit=50 * 4096)
+    for number in range(1000):
+        put(cache, number)
+    until(lambda: len(cache) <= 50)
+    cache.close()
+    assert records(cache) > 1000
+    assert len(appended) <= 1 + 1950 // recorder._BATCH
 
 
 def test_the_next_start_rewrites_a_journal_that_is_too_long(start, often, monkeypatch):

@@ -1,5 +1,6 @@
 """What the cache, the fetcher, the commits and the garbage collection count, and what a whole server does."""
 
+import errno
 import functools
 import os
 import resource
@@ -8,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import transaction
@@ -135,9 +137,11 @@ def test_the_oldest_access_is_that_of_the_blob_that_goes_next(open_cache, metric
     assert value(metrics, name) == young
 
 
-def test_a_file_that_cannot_be_written_is_an_error_once(cache, metrics, new_file):
+def test_a_file_that_cannot_be_written_is_an_error_once(cache, metrics, new_file, monkeypatch):
     file = cache.new_file()
     os.unlink(file.path)
+    for call in "pwrite", "ftruncate":
+        monkeypatch.setattr(os, call, Mock(side_effect=OSError(errno.EIO, "Input/output error")))
     for write in lambda: file.write_at(b"data", 0), file.clear, lambda: file.publish(OID, TID):
         before = value(metrics, "s3blobs_cache_errors_total", operation="write")
         with pytest.raises(CacheError):

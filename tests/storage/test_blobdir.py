@@ -29,9 +29,6 @@ class Memory:
     def write_at(self, data, position):
         self.data[position : position + len(data)] = data
 
-    def clear(self):
-        self.data = bytearray()
-
 
 @pytest.fixture
 def site(tmp_path):
@@ -91,7 +88,7 @@ def test_every_revision_of_a_directory_that_a_filestorage_made_is_found_and_read
     assert len(made.revisions) > 6
     for name, data in made.revisions.items():
         assert Path(directory.find(*name)).read_bytes() == data
-        target = Memory(b"what an attempt before left, and longer than some")
+        target = Memory()
         assert directory.copy(*name, target)
         assert target.data == data
     assert found(directory) == (made.revisions, [])

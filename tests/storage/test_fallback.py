@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from hashlib import sha256
 
 import pytest
 import transaction
@@ -104,6 +105,20 @@ def test_what_the_bucket_has_comes_from_the_bucket(s3, bucket_name, site, switch
     path.write_bytes(b"damaged")
     assert contents(new_client(server), [name]) == {name: data}
     assert server.metrics()(READS) == 0
+
+
+@pytest.mark.parametrize("fault", [{"truncate": 10}, None], ids=["breaks off", "is damaged"])
+def test_nothing_is_left_of_what_the_bucket_delivered_before_the_directory(s3, bucket_name, site, switched, fault):
+    """What is there under the key of the blob is longer than the blob."""
+    server = switched()
+    name, data = next((name, data) for name, data in site.revisions.items() if data)
+    s3.client.put_object(
+        Bucket=bucket_name, Key=KEYS.key(*name), Body=bytes(3 << 20), Metadata={"sha256": sha256(data).hexdigest()}
+    )
+    if fault is not None:
+        s3.misbehave(operation="GetObject", **fault)
+    assert contents(new_client(server), [name]) == {name: data}
+    assert server.metrics()(READS) == 1
 
 
 # Undo and pack

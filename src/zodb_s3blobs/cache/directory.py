@@ -122,7 +122,7 @@ class CacheDirectory:
         self.incoming = self.path / "incoming"
         self.index = self.path / _INDEX
         self._blobs = self.path / _BLOBS
-        self._aside = itertools.count()
+        self._numbers = itertools.count()
         self._metrics = metrics
         self._lock_file = self._take()
         try:
@@ -216,6 +216,10 @@ class CacheDirectory:
             return "it is not readable"
         return None
 
+    def new_path(self) -> str:
+        """Return a path for a blob on its way, where there is no file yet."""
+        return f"{self.incoming}/new.{next(self._numbers)}"  # nobody else writes there, and each start empties it
+
     def mark(self, filename: str, name: Revision) -> None:
         """Give ``filename``, which has the right bytes, the mode and the modification time of the blob's file."""
         os.chmod(filename, self._file_mode)
@@ -224,8 +228,10 @@ class CacheDirectory:
     def move_in(self, filename: str, name: Revision) -> None:
         """Rename ``filename`` to the path of the blob's file."""
         path = self.file(name)
-        os.makedirs(os.path.dirname(path), mode=self._mode, exist_ok=True)
         try:
+            os.replace(filename, path)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(path), mode=self._mode, exist_ok=True)
             os.replace(filename, path)
         except IsADirectoryError:
             self.put_aside(name)
@@ -233,7 +239,7 @@ class CacheDirectory:
 
     def put_aside(self, name: Revision) -> str | None:
         """Rename the blob's file, so that it is not in the cache any more; return its path. None if that fails."""
-        aside = f"{self.incoming}/evicted.{next(self._aside)}"
+        aside = f"{self.incoming}/evicted.{next(self._numbers)}"
         try:
             os.rename(self.file(name), aside)
         except OSError:

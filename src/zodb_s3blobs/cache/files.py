@@ -9,6 +9,7 @@ Nothing is synced. A file is served only if it is as it was written: what an ear
 SHA-256 before its first use, and every file with its size and modification time at every use.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -31,7 +32,7 @@ from .warmed import WarmedFile, WarmFolder
 
 logger = logging.getLogger(__name__)
 
-#: The seconds between two looks for files that a command has fetched.
+#: The seconds between two looks for files that a command has fetched, and for what the journal does not tell yet.
 _LOOK_EVERY = 3.0
 
 #: How long, in seconds, `Cache.close` waits for the work in the background.
@@ -53,17 +54,6 @@ class Incoming:
         self.digest = ""
         self._cache = cache
 
-    def write_at(self, data: bytes, position: int) -> None:
-        """Write ``data`` at ``position`` bytes from the start. Several threads may write to different positions."""
-        with self._cache.writing(), open(self.path, "r+b", buffering=0) as file:
-            file.seek(position)
-            self._cache.write(file.fileno(), data)
-
-    def clear(self) -> None:
-        """Truncate the file to zero bytes."""
-        with self._cache.writing():
-            os.truncate(self.path, 0)
-
     def publish(self, oid: bytes, tid: bytes) -> Pin:
         """Move the file into the cache as blob (oid, tid); return its pin. The file must be complete.
 
@@ -77,6 +67,44 @@ class Incoming:
     def discard(self) -> None:
         """Delete the file if it still exists, a large one in the background; never raise."""
         self._cache._discard(self.path)
+
+
+class NewFile(Incoming):
+    """A file that is being written; it is open until `publish` or `discard`."""
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, cache: "Cache", path: str, fd: int) -> None:
+        super().__init__(cache, path)
+        self._fd: int | None = fd
+
+    def write_at(self, data: bytes, position: int) -> None:
+        """Write ``data`` at ``position`` bytes from the start. Several threads may write to different positions."""
+        assert self._fd is not None
+        self._cache.write(self._fd, data, position)
+
+    def clear(self) -> None:
+        """Truncate the file to zero bytes."""
+        assert self._fd is not None
+        with self._cache.writing():
+            os.ftruncate(self._fd, 0)
+
+    def publish(self, oid: bytes, tid: bytes) -> Pin:
+        """Close the file, and move it into the cache as `Incoming.publish` does."""
+        with self._cache.writing():
+            self._close()
+        return super().publish(oid, tid)
+
+    def discard(self) -> None:
+        """Close the file, and delete it as `Incoming.discard` does."""
+        with contextlib.suppress(OSError):  # a network file system tells here of what it could not write
+            self._close()
+        super().discard()
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
 
 
 class Cache(FileStore):
@@ -96,10 +124,13 @@ class Cache(FileStore):
         super().__init__(directory, limit, metrics)
 
     def _begin(self) -> None:
-        """Find the files of earlier runs; from then on, look for files that a command has fetched."""
+        """Find the files of earlier runs; then, every few seconds, take over those of `warm` and write the journal."""
         super()._begin()
         while not self._closing.is_set():
             self._take_over_warmed()
+            with self._lock:
+                self._recorder.hurry()
+                self._start_recording()
             self._closing.wait(_LOOK_EVERY)
 
     def close(self) -> None:
@@ -135,12 +166,12 @@ class Cache(FileStore):
                     return pin
             return super().get(oid, tid)
 
-    def new_file(self) -> Incoming:
+    def new_file(self) -> NewFile:
         """Create and return an empty file for a blob. Raises CacheError."""
+        path = self._folder.new_path()
         with self.writing():
-            fd, path = self._when_full(lambda: tempfile.mkstemp(dir=self._folder.incoming), 1)
-            os.close(fd)
-        return Incoming(self, path)
+            fd = self._when_full(lambda: os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), 1)
+        return NewFile(self, path, fd)
 
     def new_temporary(self) -> tuple[int, str]:
         """Create an empty file in `temporary`; return its open descriptor and its path. Raises CacheError."""
@@ -149,7 +180,7 @@ class Cache(FileStore):
 
     def adopt(self, filename: str) -> Incoming:
         """Move the complete file ``filename`` here; copy it from another file system. Raises CacheError."""
-        incoming = self.new_file()
+        incoming = Incoming(self, self._folder.new_path())
         try:
             with self.writing():
                 size = os.path.getsize(filename)
@@ -193,12 +224,19 @@ class Cache(FileStore):
         """Turn an OSError of the body, which writes files below `directory`, into a CacheError."""
         return self._folder.writing()
 
-    def write(self, fd: int, data: bytes) -> None:
-        """Write all of ``data`` to a file of this directory; evict blobs if the disk is full. Raises CacheError."""
-        view = memoryview(data)
+    def write(self, fd: int, data: bytes, position: int | None = None) -> None:
+        """Write all of ``data`` to a file of this directory; evict blobs if the disk is full. Raises CacheError.
+
+        ``position``: the number of bytes in front of it; None: where the last write ended.
+        """
+        view, written = memoryview(data), 0
         with self.writing():
-            while view:
-                view = view[self._when_full(functools.partial(os.write, fd, view), len(view)) :]
+            while rest := view[written:]:
+                if position is None:
+                    write = functools.partial(os.write, fd, rest)
+                else:
+                    write = functools.partial(os.pwrite, fd, rest, position + written)
+                written += self._when_full(write, len(rest))
 
     def remove(self, oid: bytes, tid: bytes) -> None:
         """Delete a dead blob from the cache; no error if the cache does not have it."""

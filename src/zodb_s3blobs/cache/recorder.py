@@ -13,7 +13,7 @@ from .journal import PAUSE, REMOVED, Journal, Record
 
 logger = logging.getLogger(__name__)
 
-#: So many uses are written at once. What a crash loses of them is the order of eviction.
+#: So many notes are written at once. What a crash loses of them is fetched again.
 _BATCH = 256
 
 #: The most notes to which a use is added: what waits longer to be written is not worth the memory.
@@ -31,8 +31,8 @@ _GONE = b""  # the note of a removed file
 class Recorder:
     """The writer of ``journal`` for the files of ``index``, whose ``lock`` it takes.
 
-    ``put``, ``used`` and ``removed`` only take a note, and are called with the lock. Whatever else reads or writes the
-    journal: `load` at the start, `write` when it `is_due`, `add`, and `close`, by one thread at a time.
+    ``put``, ``used`` and ``removed`` only take a note, and are called with the lock, as `hurry` is. Whatever else reads
+    or writes the journal: `load` at the start, `write` when it `is_due`, `add`, and `close`, by one thread at a time.
     """
 
     def __init__(self, journal: Journal, index: LruIndex, lock: threading.RLock, metrics: Metrics) -> None:
@@ -43,6 +43,7 @@ class Recorder:
         # What has happened since the last `write`, the last thing last: the SHA-256 of what was published, `_GONE`,
         # or None for a use.
         self._notes: dict[Revision, bytes | None] = {}
+        self._has_changes = False  # True if not all of these are uses
         self.is_due = False
         self._has_failed = False
         self._least_compacted = 0  # records of the journal before which it is not compacted: it failed the last time
@@ -50,20 +51,28 @@ class Recorder:
 
     def put(self, name: Revision, digest: bytes) -> None:
         """Note that a file with the SHA-256 ``digest`` was published."""
-        self._notes.pop(name, None)
-        self._notes[name] = digest
-        self.is_due = True
+        self._note(name, digest)
+        self._has_changes = True
 
     def used(self, name: Revision) -> None:
         """Note that a file was used."""
         if len(self._notes) < _MOST_NOTES:
-            self._notes[name] = self._notes.pop(name, None)
-        self.is_due = self.is_due or len(self._notes) >= _BATCH
+            self._note(name, self._notes.get(name))
 
     def removed(self, name: Revision) -> None:
         """Note that a file is gone."""
-        self._notes[name] = _GONE
-        self.is_due = True
+        self._note(name, _GONE)
+        self._has_changes = True
+
+    def _note(self, name: Revision, what: bytes | None) -> None:
+        # A thread that wakes up for each file would cost as much as the file.
+        self._notes.pop(name, None)
+        self._notes[name] = what
+        self.is_due = self.is_due or len(self._notes) >= _BATCH
+
+    def hurry(self) -> None:
+        """Let `write` be due if files have come or gone since it last was."""
+        self.is_due = self.is_due or self._has_changes
 
     def add(self, name: Revision, size: int, used: int, digest: bytes) -> int:
         """Write down a file that was not there before; return the number of its record. Raises OSError.
@@ -96,7 +105,7 @@ class Recorder:
         except OSError as error:
             with self._lock:
                 self._notes.clear()
-                self.is_due = False
+                self.is_due = self._has_changes = False
             if not self._has_failed:
                 self._metrics.cache_errors.labels("write").inc()
                 logger.warning("Cannot write the index of the cache: %s; the next start will miss some files", error)
@@ -119,11 +128,13 @@ class Recorder:
         """Close the journal, without what was noted since the last `write`."""
         self._journal.close()
 
-    def _write_notes(self) -> None:
+    def _write_notes(self, to_the_last: bool = False) -> None:
+        """Write down what was noted, until not even a batch is left; when finishing, or ``to_the_last``, all."""
         while True:
             with self._lock:
                 notes = {name: self._notes.pop(name) for name in list(itertools.islice(self._notes, _STEP))}
-                self.is_due = bool(self._notes)
+                self.is_due = len(self._notes) >= (1 if to_the_last or self._is_finishing else _BATCH)
+                self._has_changes = bool(self._notes)
                 files = [(name, digest, self._index.get(name)) for name, digest in notes.items()]
             if not notes:
                 return
@@ -142,6 +153,8 @@ class Recorder:
                 for number, (record, earlier) in enumerate(zip(records, before, strict=True), first):
                     if record.size != REMOVED:
                         self._index.set_record(record.name, earlier, number)
+                if not self.is_due:
+                    return
             time.sleep(PAUSE)
 
     def _compact(self) -> None:
@@ -159,7 +172,7 @@ class Recorder:
                         if entry is not None and entry.record:  # else it was published meanwhile
                             self._index.set_record(name, entry.record, number)
             # What was used or published meanwhile is noted: it may have escaped the copy, or have an older place there.
-            self._write_notes()
+            self._write_notes(to_the_last=True)
         finally:
             self._journal.forget_former()
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -369,12 +370,17 @@ def _adding(more: dict[str, str]) -> Callable[..., None]:
     return add
 
 
+#: The forms of times in listings and in headers. Python 3.10 does not parse "Z".
+_TIMES = lambda value: datetime.datetime.fromisoformat(value.replace("Z", "+00:00")), parsedate_to_datetime
+
+
 def _parse_timestamp(value: Any) -> datetime.datetime:
-    # Replaces botocore's parser, which takes two thirds of the time of a listing. Python 3.10 does not parse "Z".
-    with contextlib.suppress(AttributeError, ValueError):
-        parsed = datetime.datetime.fromisoformat(value.replace("Z", "+00:00"))
-        if parsed.tzinfo is not None:
-            return parsed
+    # Replaces botocore's parser, which takes two thirds of the time of a listing.
+    for parse in _TIMES:
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
+            parsed = parse(value)
+            if parsed.tzinfo is not None:
+                return parsed
     return botocore.utils.parse_timestamp(value)
 
 

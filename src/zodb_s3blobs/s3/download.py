@@ -108,13 +108,12 @@ class Downloads(Objects):
         answers = [opened] if opened is not None else []
 
         def get() -> Stored:
-            file.clear()
             return self._get(key, file, most, answers.pop() if answers else self._open_range(key, 0, PART))
 
-        return self._verified(key, get)
+        return self._verified(key, get, file.clear)
 
-    def _verified(self, key: str, read: Callable[[], Any]) -> Any:
-        """Return the result of ``read``; call it again if it raises TransferCorrupt, then raise BlobDamaged."""
+    def _verified(self, key: str, read: Callable[[], Any], forget: Callable[[], None] = lambda: None) -> Any:
+        """Return the result of ``read``. Call ``forget`` and read again after a TransferCorrupt; then BlobDamaged."""
         what = f"read {key} of bucket {self.name}"
         for attempt in range(1, self._attempts + 1):
             try:
@@ -123,6 +122,7 @@ class Downloads(Objects):
                 self._metrics.download_checksum_failures.inc()
                 logger.error("Could not %s: %s (attempt %d of %d)", what, error, attempt, self._attempts)
                 damage = str(error)
+                forget()
         raise BlobDamaged(f"Could not {what}: {damage}. The object is damaged or was changed; restore it from a backup")
 
     def _get(self, key: str, file: Target, most: int | None, first: "Opened") -> Stored:

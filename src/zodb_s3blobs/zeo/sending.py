@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from ZEO.asyncio.server import Delay
 from ZODB.POSException import StorageError
@@ -84,7 +84,7 @@ class SentBlob(Delay):
         self._serial = serial
         self._pin = handler.blobs.cached_blob(oid, serial)
         self._requested = handler.blobs.request_blob(oid, serial, handler) if self._pin is None else None
-        self._file: BinaryIO | None = None
+        self._file: int | None = None  # its descriptor
         self._position = 0  # the bytes that have been sent
         self._is_repeated = False  # True once the file had to be fetched again
         handler.sending.add(self)
@@ -108,7 +108,7 @@ class SentBlob(Delay):
 
     def _close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            os.close(self._file)
         if self._pin is not None:
             self._pin.release()
         self._file = self._pin = None
@@ -154,8 +154,7 @@ class SentBlob(Delay):
             return  # the client is gone
         name, size = (self._oid, self._serial), pin.size
         try:
-            self._file = open(pin.path, "rb", buffering=0)  # noqa: SIM115 (closed by `give_up`)
-            self._file.seek(self._position)
+            self._file = os.open(pin.path, os.O_RDONLY | os.O_CLOEXEC)  # closed by `give_up`
             chunk = self._read(size)
             if size == len(chunk):
                 self._write_at_once(chunk)
@@ -179,7 +178,7 @@ class SentBlob(Delay):
         if self._file is None:
             return b""
         wanted = min(CHUNK, size - self._position)
-        data = self._file.read(wanted)
+        data = os.pread(self._file, wanted, self._position)
         if len(data) < wanted:
             raise OSError(errno.EIO, "The file is shorter than the blob")
         return data
@@ -233,7 +232,7 @@ class SentBlob(Delay):
         if self._file is None:
             return error.errno != errno.ENOENT
         try:
-            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(path))
+            return os.path.samestat(os.fstat(self._file), os.stat(path))
         except OSError:
             return False
 
