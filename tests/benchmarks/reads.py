@@ -8,7 +8,8 @@ Stock ZEO clients in processes of their own read blobs that they do not have: wa
 from ZODB's own blob directory, and cold (the server has to fetch them), beside raw boto3 in as many threads as the
 server has. They take turns, so that whatever else the machine does slows down all of them. On a machine with few
 processors the clients, and for cold reads the S3 service, take most of their time: the processor time of the server,
-or of raw boto3, is what a change shows up in.
+or of raw boto3, is what a change shows up in. For cold reads each round has an empty cache and new clients, and nothing
+is deleted before the end: ext4 takes long to create a file where many were deleted a moment ago.
 """
 
 import argparse
@@ -24,21 +25,28 @@ from pathlib import Path
 from ZODB.Connection import TransactionMetaData
 from ZODB.tests.StorageTestBase import ZERO
 
-from tests.benchmarks.common import RECORD, Meter, add_link, client, s3, server
-from zodb_s3blobs.cache.directory import path_in
+from tests.benchmarks.common import RECORD, Meter, add_link, client, empty_cache, s3, server
 
 _THREADS = 16  # the default of s3-concurrency
 
 
-def reads(port, directory, names, cache=None):
-    """Read these blobs in turns, and forget them; the server forgets them too if ``cache`` is its cache directory."""
+def reads(port, directory, names):
+    """Read these blobs in turns, and forget them."""
     with contextlib.closing(client(port, blob_dir=str(directory))) as storage:
         yield
         for name in itertools.cycle(names):
             os.unlink(storage.loadBlob(*name))
-            if cache is not None:
-                os.unlink(path_in(cache, *name))
             yield
+
+
+def first_reads(port, directory, names):
+    """Read each of these blobs once."""
+    with contextlib.closing(client(port, blob_dir=str(directory))) as storage:
+        yield
+        for name in names:
+            storage.loadBlob(*name)
+            yield
+        raise AssertionError("The blobs do not last for so many seconds: use more of them")
 
 
 def commit(port, directory, blobs, size):
@@ -86,13 +94,12 @@ class Tally:
         return 1000 * self.processor / self.count
 
 
-def measure(tally, running, names, clients, seconds, cache=None):
-    """Let clients read from a server for so long; see `reads`."""
-    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+def measure(tally, running, operation, names, directory, clients, seconds):
+    """Let clients with new blob directories in ``directory`` do so with the server for so long."""
+    directory.mkdir()
+    with contextlib.ExitStack() as stack:
         meters = [
-            stack.enter_context(
-                Meter(reads, running.address[1], Path(directory) / str(one), names[one::clients], cache)
-            )
+            stack.enter_context(Meter(operation, running.address[1], directory / str(one), names[one::clients]))
             for one in range(clients)
         ]
         for meter in meters:
@@ -135,7 +142,7 @@ def download(tally, service, seconds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", type=int, default=50, help="of a blob, in KiB")
-    parser.add_argument("--blobs", type=int, default=2000)
+    parser.add_argument("--blobs", type=int, default=6000)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=5, help="of one turn")
     parser.add_argument("--rounds", type=int, default=5)
@@ -152,12 +159,14 @@ def main():
         stored = commit(blob_dir.address[1], Path(theirs) / "writer", arguments.blobs, size)
         with server(ours, service, f"s3-concurrency {_THREADS}") as s3blobs:
             names = commit(s3blobs.address[1], Path(ours) / "writer", arguments.blobs, size)
-            for _ in range(arguments.rounds):
-                measure(warm, s3blobs, names, clients, seconds)
-                measure(plain, blob_dir, stored, clients, seconds)
-            for _ in range(arguments.rounds):
-                measure(cold, s3blobs, names, clients, seconds, s3blobs.cache_dir)
-                download(raw, service, seconds)
+            for number in range(arguments.rounds):
+                measure(warm, s3blobs, reads, names, Path(ours) / f"warm-{number}", clients, seconds)
+                measure(plain, blob_dir, reads, stored, Path(theirs) / f"warm-{number}", clients, seconds)
+        for number in range(arguments.rounds):
+            empty_cache(ours)
+            with server(ours, service, f"s3-concurrency {_THREADS}") as s3blobs:
+                measure(cold, s3blobs, first_reads, names, Path(ours) / f"cold-{number}", clients, seconds)
+            download(raw, service, seconds)
     print("| reads | blobs/s | processor time of the server for one, ms |\n|---|---|---|")
     for name, tally in {
         "warm, s3blobs": warm,
