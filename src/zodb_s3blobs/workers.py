@@ -29,12 +29,12 @@ class DaemonPool(Executor):
     def __init__(self, max_workers: int, name: str = "s3blobs") -> None:
         self._max_workers = max_workers
         self._name = name
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)  # notified when a thread has ended
         self._queues: OrderedDict[object, deque[_Task]] = OrderedDict()  # by owner, the next one to have its turn first
         self._latest: object = None  # the owner that had the last turn, if it has more tasks: the last of the queues
-        self._queued = 0
+        self._idle: list[_IdleWorker] = []  # not empty only while nothing is queued
         self._threads = 0
-        self._idle = 0
         self._closed = False
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
@@ -50,30 +50,41 @@ class DaemonPool(Executor):
         No thread wakes up before all are queued: many threads that start one by one would keep the interpreter from
         the thread that calls. Raises RuntimeError after `shutdown`.
         """
-        tasks: list[_Task] = [(Future(), call) for call in calls]
+        tasks: deque[_Task] = deque((Future(), call) for call in calls)
+        futures = [future for future, _ in tasks]
         if not tasks:
             return []
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise RuntimeError(f"the {self._name} threads have been shut down")
-            wanted = min(len(tasks), len(tasks) + self._queued - self._idle, self._max_workers - self._threads)
-            for _ in range(wanted):
+            for _ in range(min(len(tasks) - len(self._idle), self._max_workers - self._threads)):
                 threading.Thread(target=self._work, name=self._name, daemon=True).start()
                 self._threads += 1
-            if owner not in self._queues:
-                self._queues[owner] = deque()
-                if self._latest in self._queues:
-                    self._queues.move_to_end(self._latest)
-            self._queues[owner].extend(tasks)
-            self._queued += len(tasks)
-            self._changed.notify(len(tasks))
-        return [future for future, _ in tasks]
+            # A worker that waits gets its task in its hand: one that woke up to look for it would wait for this lock.
+            woken = [self._idle.pop() for _ in range(min(len(tasks), len(self._idle)))]
+            for worker in woken:
+                worker.task = tasks.popleft()
+                worker.task[0].set_running_or_notify_cancel()
+            if tasks:
+                self._queue(owner, tasks)
+                if woken:
+                    self._latest = owner
+        for worker in woken:
+            worker.awake.set()
+        return futures
 
     @property
     def has_free_thread(self) -> bool:
         """True if a task submitted now would start at once."""
-        with self._changed:
-            return self._idle > self._queued or self._threads < self._max_workers
+        with self._lock:
+            return bool(self._idle) or self._threads < self._max_workers
+
+    def _queue(self, owner: object, tasks: deque[_Task]) -> None:
+        if owner not in self._queues:
+            self._queues[owner] = deque()
+            if self._latest in self._queues:
+                self._queues.move_to_end(self._latest)
+        self._queues[owner].extend(tasks)
 
     def _take(self) -> "_Task | None":
         """Return the task whose turn it is, now running; None if there is none. The caller holds the lock."""
@@ -81,7 +92,6 @@ class DaemonPool(Executor):
             owner, queue = next(iter(self._queues.items()))
             task = None
             while queue and task is None:
-                self._queued -= 1
                 future, call = queue.popleft()
                 if future.set_running_or_notify_cancel():
                     task = future, call
@@ -96,18 +106,7 @@ class DaemonPool(Executor):
         return None
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._idle += 1
-                task = self._take()
-                while task is None and not self._closed:
-                    self._changed.wait()
-                    task = self._take()
-                self._idle -= 1
-                if task is None:
-                    self._threads -= 1
-                    self._changed.notify_all()
-                    return
+        while (task := self._next()) is not None:
             future, call = task
             try:
                 result = call()
@@ -118,23 +117,46 @@ class DaemonPool(Executor):
                 del result
             # A worker that waits for its next task must not keep the last one's data alive.
             del task, future, call
+        with self._ended:
+            self._threads -= 1
+            self._ended.notify_all()
+
+    def _next(self) -> "_Task | None":
+        """Return the next task, or None after `shutdown`; wait for it."""
+        with self._lock:
+            task = self._take()
+            if task is not None or self._closed:
+                return task
+            worker = _IdleWorker()
+            self._idle.append(worker)
+        worker.awake.wait()
+        return worker.task
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None) -> None:
         """Refuse new tasks; if ``wait``, wait for the present ones, at most ``timeout`` seconds (None: no limit)."""
         cancelled: list[_Task] = []
-        with self._changed:
+        with self._lock:
             self._closed = True
             if cancel_futures:
                 cancelled = [task for queue in self._queues.values() for task in queue]
                 self._queues.clear()
-                self._queued = 0
-            self._changed.notify_all()
+            for worker in self._idle:
+                worker.awake.set()
+            self._idle.clear()
         for future, _ in cancelled:  # without the lock, since it calls back
             future.cancel()
             future.set_running_or_notify_cancel()  # or `concurrent.futures.wait` never returns
         if wait:
-            with self._changed:
-                self._changed.wait_for(lambda: not self._threads, timeout)
+            with self._ended:
+                self._ended.wait_for(lambda: not self._threads, timeout)
+
+
+class _IdleWorker:
+    """A thread of a pool that waits for ``task``, which is there when ``awake`` is set; None after `shutdown`."""
+
+    def __init__(self) -> None:
+        self.task: _Task | None = None
+        self.awake = threading.Event()
 
 
 def in_parallel(work: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:

@@ -236,10 +236,14 @@ def test_what_an_owner_adds_comes_after_what_it_has(pool, hanging):
     assert order == [("first", 0), ("other", 0), ("first", 1), ("other", 1), ("second", 0), ("other", 2)]
 
 
+@pytest.mark.parametrize("idle", [False, True], ids=["new threads", "idle threads"])
 @pytest.mark.parametrize("threads", [1, 4])
-def test_an_owner_of_many_tasks_delays_anothers_by_no_more_than_those_under_way(threads):
+def test_an_owner_of_many_tasks_delays_anothers_by_no_more_than_those_under_way(threads, idle):
     started, go_on = threading.Semaphore(0), threading.Semaphore(0)
     pool = DaemonPool(threads)
+    if idle:
+        together = threading.Barrier(threads)
+        wait(pool.submit_all("before", [together.wait] * threads), TIMEOUT)
 
     def task():
         started.release()
