@@ -202,7 +202,22 @@ def test_another_server_at_the_address_is_critical(s3):
     assert out.startswith(f"CRITICAL - S3BlobsDown: the server does not answer at metrics-address {address}: ")
 
 
-@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n\xff"])
+#: Metrics that end before those that an alert needs: in the middle of a line, or behind one.
+CUT_OFF = b's3blobs_build_info{version="2"} 1\ns3blobs_bucket_up{storage="1"} 1\n'
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"SSH-2.0-x\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n\xff",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n" + CUT_OFF,
+        b"HTTP/1.1 200 OK\r\n\r\n" + CUT_OFF + b"s3blobs_cache_fi",
+        b"HTTP/1.1 200 OK\r\n\r\n" + CUT_OFF.partition(b"\n")[0],
+    ],
+    ids=["empty", "ssh", "no text", "cut off", "cut off in a line", "without a storage"],
+)
 def test_what_is_no_http_at_the_address_is_critical(answer):
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -238,8 +253,12 @@ def test_a_file_without_s3blobstorage_or_no_file_is_said(tmp_path, tool):
     plain.write_text(f"<zeo>\naddress 1\n</zeo>\n<filestorage 1>\npath {tmp_path}/Data.fs\n</filestorage>\n")
     out, _ = tool("status", plain, status=UNKNOWN)
     assert "has no storage with s3blobstorage" in out
-    out, _ = tool("status", tmp_path / "none.conf", status=UNKNOWN)
-    assert out.startswith("UNKNOWN - there is no file")
+    for path in tmp_path / "none.conf", tmp_path / ("too long" * 40):
+        out, _ = tool("status", path, status=UNKNOWN)
+        assert out.startswith("UNKNOWN - there is no file")
+    plain.write_text("<zeo>\naddress 1\n</zeo>\n<s3blobstorage 1>\n")
+    out, err = tool("status", plain, status=UNKNOWN)
+    assert out.startswith(f"UNKNOWN - {plain}: ") and err == ""  # Nagios shows what is on stdout
 
 
 def test_a_storage_that_the_server_does_not_have_is_said(start):

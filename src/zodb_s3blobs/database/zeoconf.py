@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 from ZEO.runzeo import ZEOOptions
 
@@ -67,7 +67,7 @@ class Served:
 def find(path: Path, name: str | None = None) -> Served:
     """Return the storage ``name`` of the file ``path``, by default the only one with an ``<s3blobstorage>``.
 
-    Raises ConfigurationError. A file that runzeo refuses ends this process like runzeo.
+    Raises ConfigurationError, with runzeo's own words if runzeo refuses the file.
     """
     ours = all_in(path)
     if name is None and len(ours) == 1:
@@ -80,9 +80,9 @@ def find(path: Path, name: str | None = None) -> Served:
 
 def all_in(path: Path) -> dict[str, Served]:
     """Return the storages of the file ``path`` with an ``<s3blobstorage>``, by their names. Raises `find`'s errors."""
-    if not path.is_file():
-        raise ConfigurationError(f"there is no file {path}: name the zeo.conf of the server with -C")
-    options = _Options()
+    if not os.path.isfile(path):  # also if the directory may not be read
+        raise ConfigurationError(f"there is no file {path} for this user: name the zeo.conf of the server with -C")
+    options = _Options(path)
     try:
         options.realize(["-C", str(path)], doc="See runzeo --help.")
     except UnicodeDecodeError as error:
@@ -97,6 +97,14 @@ def all_in(path: Path) -> dict[str, Served]:
 class _Options(ZEOOptions):
     #: Commands do not write to the server's log: their user may lack the permission.
     logsectionname = None
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def usage(self, msg: object) -> NoReturn:
+        """Raise ConfigurationError, in place of the end of the process: a monitor tells exit statuses apart."""
+        raise ConfigurationError(f"{self._path}: {' '.join(str(msg).split())}")
 
 
 def _inside(opener: Any) -> S3BlobStorageFactory | None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from itertools import pairwise
+from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -91,11 +92,13 @@ def look_at(address: str) -> Look:
 def _series(text: str) -> dict[str, dict[Labels, float]]:
     """Return the series in ``text``, the answer of a metrics endpoint. Raises OSError if it is not one of ours."""
     series: dict[str, dict[Labels, float]] = defaultdict(dict)
-    with contextlib.suppress(ValueError):  # a web page
+    try:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 series[sample.name][frozenset(sample.labels.items())] = sample.value
-    if "s3blobs_build_info" not in series:
+    except ValueError:  # a web page
+        series.clear()  # or the first part of an answer: what an alert needs may be in the other
+    if not series.keys() >= {"s3blobs_build_info", "s3blobs_bucket_up"}:
         raise OSError("another server answers there, without metrics of zodb-s3blobs")
     return dict(series)
 
@@ -105,14 +108,23 @@ def _get(address: str, path: str) -> str:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"http://{address}{path}", timeout=_TIMEOUT) as answer:
-            return answer.read(_MOST).decode()
+            return _text(answer)
     except urllib.error.HTTPError as error:
         if error.code != 503:
             raise
         with error:
-            return error.read(_MOST).decode()  # the reasons why it is not ready
+            return _text(error)  # the reasons why it is not ready
     except (HTTPException, ValueError) as error:  # ValueError: bytes that are no text
         raise OSError(f"its answer cannot be read ({type(error).__name__})") from None
+
+
+def _text(answer: Any) -> str:
+    """Return the body of ``answer``. Raises OSError if it was cut off, and ValueError if it is no text."""
+    body = answer.read(_MOST)
+    length = answer.headers.get("Content-Length")
+    if length is not None and length != str(len(body)):
+        raise OSError("its answer was cut off")
+    return body.decode()
 
 
 class View:
