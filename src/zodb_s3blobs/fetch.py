@@ -118,7 +118,8 @@ class Fetcher:
         try:
             if self._fallbacks.directories().look_up(oid, tid) is not None:
                 return True
-            return bool(self._replicas) and self._bucket.look_up(oid, tid) is None
+            # While the bucket is known not to answer, it is not asked: each link would wait for it.
+            return bool(self._replicas) and (self._trouble() is not None or self._bucket.look_up(oid, tid) is None)
         except (BlobDirectoryError, BucketError):
             return True
 
