@@ -147,6 +147,11 @@ class FallbackBucket(Fallback):
         with self._reading_bucket():
             return self.bucket.get(oid, tid, file)
 
+    def verify(self, oid: bytes, tid: bytes) -> None:
+        """Read blob (oid, tid) and check it, without keeping it. Raises BlobNotFound too."""
+        with self._reading_bucket():
+            self.bucket.verify(oid, tid)
+
     def look_up(self, oid: bytes, tid: bytes) -> Copy | None:
         """Return the key of blob (oid, tid); None if the bucket does not have it."""
         with self._reading_bucket():

@@ -294,6 +294,22 @@ def test_what_only_the_fallback_has_is_exported_too_and_what_nothing_has_is_list
     assert re.search(rf"^missing: oid {oid_repr(two[0])} tid {tid_repr(two[1])} ", out, re.M)
 
 
+def test_a_revision_that_an_undo_of_1_2_1_left_without_an_object_gets_the_bytes_that_it_repeats(
+    s3, bucket_name, site, tool, conf, out_dir, plain
+):
+    undone = [
+        (oid, tid)
+        for (oid, tid), data in site.revisions.items()
+        if any(oid == other and tid > earlier and data == old for (other, earlier), old in site.revisions.items())
+    ]
+    assert undone
+    for name in undone:
+        s3.client.delete_object(Bucket=bucket_name, Key=KEYS.key(*name))
+    out, _ = tool("export", conf, "--to-blob-dir", out_dir, "--json")
+    assert json.loads(out)["found"]["copied"]["objects"] == len(site.revisions)
+    assert contents(plain(), site.revisions) == site.revisions
+
+
 def test_the_fallback_itself_gets_what_it_lacks_and_keeps_what_it_has(s3, bucket_name, site, tool, tmp_path):
     """Moving out again before everything has moved in."""
     original = tmp_path / "original"

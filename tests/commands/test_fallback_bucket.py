@@ -27,6 +27,12 @@ def store(s3, bucket, blobs, checksum=True):
         s3.client.put_object(Bucket=bucket, Key=KEYS.key(*name), Body=data, Metadata=metadata)
 
 
+def damage(s3, bucket, name, site):
+    """Let the bucket have other bytes of that blob than were stored."""
+    metadata = {"sha256": hashlib.sha256(site.revisions[name]).hexdigest()}
+    s3.client.put_object(Bucket=bucket, Key=KEYS.key(*name), Body=b"damaged", Metadata=metadata)
+
+
 def stored(s3, bucket):
     """What is in a bucket: key -> bytes."""
     return {key: s3.client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in s3.keys(bucket)}
@@ -197,8 +203,7 @@ def test_what_is_different_new_or_missing_is_counted(s3, bucket_name, site, near
 
 def test_a_damaged_source_is_not_copied(s3, other_s3, bucket_name, site, far, configure, tool):
     name = next(name for name, data in site.revisions.items() if data)
-    metadata = {"sha256": hashlib.sha256(site.revisions[name]).hexdigest()}
-    other_s3.client.put_object(Bucket=far, Key=KEYS.key(*name), Body=b"damaged", Metadata=metadata)
+    damage(other_s3, far, name, site)
     out, _ = tool("migrate", configure(other_s3, far), "--json", status=3)
     assert counts(out) == {"copied": len(site.revisions) - 1, "failed": 1}
     (problem,) = json.loads(out)["problems"]
@@ -275,8 +280,15 @@ def test_verify_counts_what_only_the_second_bucket_has(s3, bucket_name, site, ne
     assert out.splitlines()[-1] == (
         f"All blobs can be read, but the bucket lacks some, which zodb-s3blobs migrate copies: {number} fallbackbucket."
     )
+    assert operations(s3)["GetObject"] == 0
+    damage(s3, near, elsewhere, site)
+    out, _ = tool("verify", conf, "--checksum", "--json", status=3)
+    assert counts(out) == {"good": 1, "fallbackbucket": number - 1, "damaged": 1}
+    [problem] = json.loads(out)["problems"]
+    assert "<fallbackbucket>" in problem["reason"] and KEYS.key(*elsewhere) in problem["reason"]
+    assert "is a copy" not in problem["reason"]
     s3.client.delete_object(Bucket=near, Key=KEYS.key(*elsewhere))
-    out, _ = tool("verify", conf, "--json", status=3)
+    out, _ = tool("verify", conf, "--checksum", "--json", status=3)
     assert counts(out) == {"good": 1, "fallbackbucket": number - 1, "missing": 1}
     assert written(s3, near) == []
 
@@ -309,6 +321,13 @@ def test_export_reads_from_the_second_bucket(s3, site, near, configure, tool, tm
     files = sorted(path.read_bytes() for path in (tmp_path / "out").rglob("*.blob"))
     assert files == sorted(site.revisions.values())
     assert set(operations(s3)) <= READING
+    # Again, over a file that is not what the second bucket has.
+    damaged = next(path for path in (tmp_path / "out").rglob("*.blob") if path.stat().st_size)
+    damaged.chmod(0o600)
+    damaged.write_bytes(damaged.read_bytes()[::-1] + b"more")
+    out, _ = tool("export", conf, "--to-blob-dir", tmp_path / "out", "--json")
+    assert counts(out) == {"copied": 1, "there": len(site.revisions) - 1}
+    assert sorted(path.read_bytes() for path in (tmp_path / "out").rglob("*.blob")) == files
 
 
 @slow

@@ -12,16 +12,19 @@ import argparse
 import logging
 import os
 from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
 
 from .. import fetch
+from ..bases.adapter import repeated
 from ..blobdir import BlobDirectory, BlobDirectoryError, NewBlobFile
 from ..database import zeoconf
 from ..database.blob_index import Named
 from ..database.survey import Outcome, Report, Survey, failure
 from ..fallbacks import Fallbacks, Found
-from ..s3.bucket import Bucket
+from ..s3.bucket import Bucket, is_of
 from ..s3.download import Opened
-from ..s3.errors import BlobMismatch, BlobNotFound, BucketError
+from ..s3.errors import BlobNotFound, BucketError
 from . import common
 
 logger = logging.getLogger(__name__)
@@ -64,7 +67,8 @@ def _export(arguments: argparse.Namespace) -> int:
         common.check_owner(bucket, survey.storage)
         directory = BlobDirectory.create(arguments.to_blob_dir)
         with closing(directory):
-            report = survey.run("Exporting", lambda blob: _copy(blob, bucket, fallbacks, directory), bucket, threads)
+            work = _Copy(survey.storage, bucket, fallbacks, directory)
+            report = survey.run("Exporting", work, bucket, threads)
     return common.conclude("export", report, _MEANINGS, _verdict(report, directory), arguments.json)
 
 
@@ -77,56 +81,73 @@ def _verdict(report: Report, directory: BlobDirectory) -> str:
     return f"All blobs of the database are in {directory.path}."
 
 
-def _copy(blob: Named, bucket: Bucket, fallbacks: Fallbacks, directory: BlobDirectory) -> Outcome:
-    oid, tid = blob.oid, blob.tid
-    try:
-        path = directory.find(oid, tid)
-        if path is not None and _is_right(blob, path, bucket):
-            return Outcome(oid, tid, "there", os.path.getsize(path))
-        file = directory.new_file()
+@dataclass(frozen=True)
+class _Copy:
+    """The copy of one blob. Any thread may call."""
+
+    storage: Any
+    bucket: Bucket
+    fallbacks: Fallbacks
+    directory: BlobDirectory
+
+    def __call__(self, blob: Named) -> Outcome:
+        """Return the outcome of ``blob``. Waits for S3. Raises BlobDirectoryError."""
+        oid, tid = blob.oid, blob.tid
         try:
-            word, reason = _fetch(oid, tid, bucket, fallbacks, file)
-            size = os.path.getsize(file.path)
-            file.publish(oid, tid)
-        finally:
-            file.discard()
-    except BlobNotFound as error:
-        return Outcome(oid, tid, "missing", trouble=str(error))
-    except BucketError as error:
-        return failure(oid, tid, 0, error)
-    except OSError as error:
-        raise BlobDirectoryError(
-            f"cannot write to the blob directory {directory.path}: {error.strerror}. Make that possible, and run the "
-            f"command again"
-        ) from None
-    return Outcome(oid, tid, word, size, reason=reason)
+            path = self.directory.find(oid, tid)
+            if path is not None and self._is_right(blob, path):
+                return Outcome(oid, tid, "there", os.path.getsize(path))
+            file = self.directory.new_file()
+            try:
+                word, reason = self._fetch(oid, tid, file)
+                size = os.path.getsize(file.path)
+                file.publish(oid, tid)
+            finally:
+                file.discard()
+        except BlobNotFound as error:
+            return Outcome(oid, tid, "missing", trouble=str(error))
+        except BucketError as error:
+            return failure(oid, tid, 0, error)
+        except OSError as error:
+            raise BlobDirectoryError(
+                f"cannot write to the blob directory {self.directory.path}: {error.strerror}. Make that possible, and "
+                f"run the command again"
+            ) from None
+        return Outcome(oid, tid, word, size, reason=reason)
 
-
-def _is_right(blob: Named, path: str, bucket: Bucket) -> bool:
-    """Return whether the file at ``path`` is the blob, or the bucket does not have the blob. Waits for S3."""
-    try:
-        bucket.find(blob.oid, blob.tid, path)  # if the bucket lacks the blob, the file may be the only copy
-    except BlobMismatch:
+    def _is_right(self, blob: Named, path: str) -> bool:
+        """Return whether the file at ``path`` is the blob, or no bucket has the blob. Waits for S3; BucketError."""
+        stored = self.bucket.look_up(blob.oid, blob.tid)
+        if stored is None and (found := self.fallbacks.in_s3().look_up(blob.oid, blob.tid)) is not None:
+            stored = found[1].stored
+        try:
+            # If no bucket has the blob, the file may be the only copy.
+            if stored is None or is_of(stored, path):
+                return True
+        except OSError as error:
+            logger.warning("%s cannot be read (%s): replacing the file", path, error.strerror)
+            return False
         logger.warning("%s differs from the object in the bucket: replacing the file", path)
         return False
-    except OSError as error:
-        logger.warning("%s cannot be read (%s): replacing the file", path, error.strerror)
-        return False
-    return True
 
+    def _fetch(self, oid: bytes, tid: bytes, file: NewBlobFile) -> tuple[str, str]:
+        """Write the blob into ``file``; return its word, and the reason of the bucket's failure, or "".
 
-def _fetch(oid: bytes, tid: bytes, bucket: Bucket, fallbacks: Fallbacks, file: NewBlobFile) -> tuple[str, str]:
-    """Write the blob into ``file``; return its word, and the reason of the bucket's failure, or "".
-
-    Raises the errors of `fetch.get`.
-    """
-    begun: Opened | Found
-    reason = ""
-    try:
-        begun = bucket.open(oid, tid)
-    except (BlobNotFound, BucketError) as error:
-        begun = fallbacks.open(oid, tid, error)
-        reason = getattr(error, "reason", "")
-    with closing(begun):
-        stored = fetch.get(bucket, fallbacks, oid, tid, file, begun)
-    return "copied" if stored is None or stored.is_proven else "unproven", reason
+        Raises the errors of `fetch.get`.
+        """
+        begun: Opened | Found
+        reason = ""
+        try:
+            begun = self.bucket.open(oid, tid)
+        except (BlobNotFound, BucketError) as error:
+            try:
+                begun = self.fallbacks.open(oid, tid, error)
+            except BlobNotFound:
+                # An undo by zodb-s3blobs 1.2.1 stored no object: the server reads the one that it went back to.
+                if (source := repeated(self.storage, oid, tid)) is None:
+                    raise
+                return self._fetch(oid, source, file)
+            reason = getattr(error, "reason", "")
+        with closing(begun):
+            stored = fetch.get(self.bucket, self.fallbacks, oid, tid, file, begun)
+        return "copied" if stored is None or stored.is_proven else "unproven", reason

@@ -2,10 +2,10 @@
 
 Every blob that the database names must be in the bucket, where clients can read it. Every object in the bucket must be
 a blob that the database names. Without --checksum, verify compares sizes only, and reads just the blobs whose copies in
-cache-dir or fallback-blob-dir have another size. --checksum reads every blob and compares its SHA-256; with --sample it
-reads only some, and compares the sizes of all. A blob whose object carries no SHA-256 (another tool copied it, or the
-service lost its metadata) is compared by its size, or by the MD5 in its ETag, and is called unproven. Without --repair
-nothing is changed. The server may run.
+cache-dir or fallback-blob-dir have another size. --checksum reads every blob, one that only fallbackbucket has there,
+and compares its SHA-256; with --sample it reads only some, and compares the sizes of all. A blob whose object carries
+no SHA-256 (another tool copied it, or the service lost its metadata) is compared by its size, or by the MD5 in its
+ETag, and is called unproven. Without --repair nothing is changed. The server may run.
 
 A revision that an undo made has no object if the earlier package of this name, 1.2.1, served the database: its blob is
 that of an earlier revision. Until the next pack, the database records which one; --repair copies the object of that
@@ -15,8 +15,7 @@ Exit status, the first of these that applies: 3 blobs are missing, damaged, diff
 cannot read them, or may read wrong bytes; 1 the check could not be completed; 6 clients can read all blobs, but some
 are only in fallback-blob-dir or fallbackbucket, or need --repair: the bucket does not have everything; 5 blobs are
 unproven; 4 dead objects are in the bucket, which the next pack deletes; 0 all is well. Damaged copies in cache-dir and
-fallback-blob-dir are listed, and do not change the status. Blobs that only fallbackbucket has are looked up there, and
-not read.
+fallback-blob-dir are listed, and do not change the status.
 """
 
 import argparse
@@ -61,7 +60,7 @@ _MEANINGS = {
     "undone": "without an object after an undo by zodb-s3blobs 1.2.1, and read from the revision that it went back to: "
     "zodb-s3blobs verify --repair copies them",
     "missing": "neither in the bucket nor in a fallback",
-    "damaged": "in the bucket, but with other bytes than were stored",
+    "damaged": "with other bytes than were stored, in the bucket, or in fallbackbucket if only that has them",
     "different": "in the bucket without SHA-256, and of another size than in fallback-blob-dir: one of them is damaged",
     "archived": "in an archive, where clients cannot read them: restore them, and end the lifecycle rule or tier that "
     "moved them",
@@ -239,15 +238,14 @@ class _Look:
             if blob.size is None:
                 trouble, reason = f"{self._missing(blob)}; {error}", getattr(error, "reason", "")
                 return Outcome(oid, tid, "failed", trouble=trouble, reason=reason)
-            kept = None
-        if blob.size is None and kept is not None:
-            word = "fallback" if isinstance(place, FallbackDirectory) else "fallbackbucket"
-            return Outcome(oid, tid, word, kept.size)
-        advice = _advice(blob, cached or kept)
+            place = kept = None
+        advice = _advice(blob, cached or (kept if blob.size is not None else None))
         try:
-            if blob.size is None:
-                return self._undone(blob) or self._lost(blob, advice)
-            return self._in_bucket(blob, blob.size, cached, kept, advice)
+            if blob.size is not None:
+                return self._in_bucket(blob, blob.size, cached, kept, advice)
+            if place is not None and kept is not None:
+                return self._elsewhere(blob, place, kept)
+            return self._undone(blob) or self._lost(blob, advice)
         except BlobNotFound as error:
             return Outcome(oid, tid, "missing", trouble=f"{error}{advice}")
         except BlobDamaged as error:
@@ -259,6 +257,17 @@ class _Look:
         """Return which fallback has ``blob``, and where. One in S3 is asked only for what the bucket lacks."""
         asked = self.fallbacks if blob.size is None else self.fallbacks.directories()
         return asked.look_up(blob.oid, blob.tid)
+
+    def _elsewhere(self, blob: Named, place: Place, kept: Copy) -> Outcome:
+        """Return the outcome of a ``blob`` that only the fallback ``place`` has. Raises the errors of `Bucket.verify`.
+
+        Nothing tells whether a file of the directory is right.
+        """
+        if isinstance(place, FallbackDirectory):
+            return Outcome(blob.oid, blob.tid, "fallback", kept.size)
+        if self.checksum and self._is_in_sample(blob):
+            place.verify(blob.oid, blob.tid)
+        return Outcome(blob.oid, blob.tid, "fallbackbucket", kept.size)
 
     def _missing(self, blob: Named) -> str:
         return f"{self.bucket.keys.key(blob.oid, blob.tid)} is not in bucket {self.bucket.name}"

@@ -23,13 +23,9 @@ class Bucket(ControlObjects):
         Raises BlobMismatch if the object differs from ``filename`` in size or checksum; in size alone if the object
         carries no checksum.
         """
-        key = self.keys.key(oid, tid)
         stored = self.look_up(oid, tid)
-        if stored is None:
-            return None
-        same = stored.size == os.path.getsize(filename)
-        if not same or (stored.digest and stored.digest != digest_of(stored.algorithm, filename)):
-            raise self._different(key)
+        if stored is not None and not is_of(stored, filename):
+            raise self._different(self.keys.key(oid, tid))
         return stored
 
     def prove(self, oid: bytes, tid: bytes, filename: str) -> None:
@@ -56,3 +52,10 @@ class Bucket(ControlObjects):
             f"{key} in bucket {self.name} exists already and is another blob: "
             f"does another database use this s3-prefix? It was left as it is"
         )
+
+
+def is_of(stored: Stored, filename: str) -> bool:
+    """Return whether the object with the metadata ``stored`` is ``filename``, by its size, and its checksum if any."""
+    if stored.size != os.path.getsize(filename):
+        return False
+    return not stored.digest or stored.digest == digest_of(stored.algorithm, filename)
