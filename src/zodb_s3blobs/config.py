@@ -151,7 +151,7 @@ class S3BlobStorageFactory(BaseConfig):
             return None
         settings = replace(self.fallback_settings, s3_concurrency=self.settings.s3_concurrency, pace=self.settings.pace)
         # Its requests are not those of the bucket, whose metrics and health tell of the bucket alone.
-        other = _open(Downloads, settings, Metrics(), f"{SECTION} ")
+        other = _open(Downloads, settings, metrics.for_second_bucket(), f"{SECTION} ")
         if place_of(other) == place_of(bucket):
             other.close()
             raise _refuse(

@@ -45,6 +45,14 @@ class Metrics:
         self._make_commits()
         self._make_garbage()
 
+    def for_second_bucket(self) -> "Metrics":
+        """Return the instruments of a second bucket: the downloads of its blobs count here, its requests do not."""
+        other = Metrics()
+        other.download_duration, other.download_size = self.download_duration, self.download_size
+        other.download_checksum_failures = self.download_checksum_failures
+        other.download_unproven = self.download_unproven
+        return other
+
     def count_vote(self, seconds: float | None, failure: str | None = None) -> None:
         """Count the vote of a transaction with blobs; ``failure`` is one of `VOTE_FAILURES`, None for a success.
 

@@ -105,6 +105,10 @@ def test_blobs_of_the_second_bucket_are_read_through_the_cache_and_nothing_is_do
     assert contents(new_client(server), site.revisions) == site.revisions
     figures = server.metrics()
     assert (figures(READS), figures(FAILURES), figures(MISSING)) == (len(site.revisions), 0, 0)
+    # They are downloads, but no calls of the bucket.
+    assert figures("s3blobs_download_size_bytes_count") == len(site.revisions)
+    assert figures("s3blobs_download_duration_seconds_count") == len(site.revisions)
+    assert figures("s3blobs_s3_received_bytes_total") < sum(map(len, site.revisions.values()))
 
     db = new_db(server)
     put(db, "one", b"a new revision of an old one")
@@ -165,7 +169,8 @@ def test_what_the_second_bucket_has_is_verified(other_s3, other, site, switched)
     other_s3.client.put_object(Bucket=other, Key=KEYS.key(*name), Body=b"damaged", Metadata=metadata)
     said = failure(new_client(server), name)
     assert "<fallbackbucket>" in said and KEYS.key(*name) in said and "damaged" in said
-    assert server.metrics()(MISSING) == 0
+    figures = server.metrics()
+    assert (figures(MISSING), figures("s3blobs_download_checksum_failures_total")) == (0, 1)
 
 
 def test_a_blob_that_neither_has_is_a_poskeyerror(other_s3, other, site, switched):
