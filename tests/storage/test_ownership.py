@@ -367,7 +367,12 @@ def test_after_adopt_packs_only_mark_for_a_week(restored, s3, bucket_name, tool,
     check(db)
 
 
-def test_adopt_tells_programs(restored, tool):
+def test_adopt_tells_programs(restored, tool, claim):
+    before = claim()
+    out, _ = tool("adopt", restored.config, "--json", status=1)  # which cannot be asked
+    told = json.loads(out)
+    assert told["other_blobs"] == 1 and told["result"].startswith("Nothing was changed")
+    assert claim() == before
     out, _ = tool("adopt", restored.config, "--yes", "--json")
     told = json.loads(out)
     assert told["blobs_of_this_database"] == 3

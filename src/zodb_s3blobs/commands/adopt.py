@@ -29,7 +29,7 @@ from . import common
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``adopt``."""
     common.add_arguments(parser)
-    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--yes", action="store_true", help="do not ask; with --json nobody is asked")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,6 +53,9 @@ def _adopt(arguments: argparse.Namespace) -> int:
                 f"that server first, or give this database another s3-prefix"
             )
         found = _look(kind, storage, bucket, note)
+        if arguments.json and not arguments.yes:
+            sentence = "Nothing was changed: add --yes to adopt the prefix."
+            return _say(arguments, bucket, sentence, found, common.EXIT_ERROR)
         if not arguments.json:
             _show(found)
         if not arguments.yes and not _is_meant():
