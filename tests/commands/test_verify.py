@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from contextlib import closing
@@ -16,6 +17,7 @@ from persistent.mapping import PersistentMapping
 from ZODB.blob import Blob
 from ZODB.config import storageFromString
 from ZODB.FileStorage import FileIterator, FileStorage
+from ZODB.FileStorage.format import TRANS_HDR_LEN
 from ZODB.utils import oid_repr, tid_repr, u64
 
 from tests.support.sites import break_disk, run
@@ -692,10 +694,13 @@ def test_of_a_restored_database_it_says_what_is_gone_for_good_and_what_is_merely
     assert verify("--json", status=DAMAGED).found == {"good": 2, "missing": 1, "newer": 2}
 
 
-@pytest.mark.parametrize("damage", ["length", "status"])
-@pytest.mark.parametrize("keeps_index", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "keeps_index"),
+    # Without an index FileStorage itself refuses to open the file with a damaged record.
+    [("length", True), ("length", False), ("status", True), ("status", False), ("record", True)],
+)
 def test_transactions_that_cannot_be_read_are_an_error(site, verify, damage, keeps_index):
-    """ZODB's iterator ends without a word where a transaction is damaged, and what comes after it is not looked at."""
+    """ZODB's iterators end where a transaction or a record is damaged, and what comes after it is not looked at."""
     for number in range(5):
         site.write(**{f"blob{number}": b"data"})
     site.close()
@@ -706,13 +711,17 @@ def test_transactions_that_cannot_be_read_are_an_error(site, verify, damage, kee
     middle = positions[len(positions) // 2]
     if damage == "length":
         data[middle + 8 : middle + 16] = b"\xff" * 8
+    elif damage == "record":
+        lengths = struct.unpack(">HHH", data[middle + 17 : middle + TRANS_HDR_LEN])
+        first = middle + TRANS_HDR_LEN + sum(lengths)
+        data[first + 24 : first + 32] = b"\xff" * 8  # the position of its transaction
     else:
         data[middle + 16] = ord("c")
     path.write_bytes(data)
     if not keeps_index:
         (site.directory / "Data.fs.index").unlink()
     sentence = verify(status=FAILED).sentence
-    assert "Data.fs is damaged: the transactions after" in sentence and "Restore it from a backup" in sentence
+    assert "Data.fs is damaged: " in sentence and "Restore it from a backup" in sentence
 
 
 def test_a_marked_blob_that_is_damaged_is_damaged(site, verify):

@@ -1,9 +1,10 @@
 """What the commands make of a zeo.conf: its encoding, and the database that it names."""
 
 import json
+from contextlib import closing
 
 import pytest
-from ZODB.FileStorage import FileStorage
+from ZODB.FileStorage import FileIterator, FileStorage
 
 from tests.support.sites import get, put, sentence
 from tests.support.speed import slow_after, slow_but
@@ -104,6 +105,19 @@ def test_a_demostorage_of_two_files_is_verified_exported_and_migrated(
     if not running:
         server.start()
     assert get(server.db(), "base") == b"written over in the changes"
+
+
+@pytest.mark.parametrize("part", slow_but("Base.fs", of=["Base.fs", "Changes.fs"]))
+def test_damage_in_a_part_of_a_demostorage_is_an_error(demo, tool, tmp_path, part):
+    """What its iterator leaves out is not looked at."""
+    demo(DEMO).stop()
+    with closing(FileIterator(str(tmp_path / part))) as transactions:
+        position = [transaction._tpos for transaction in transactions][1 if part == "Base.fs" else 0]
+    data = bytearray((tmp_path / part).read_bytes())
+    data[position + 16] = ord("c")  # as if that one had not been finished
+    (tmp_path / part).write_bytes(data)
+    _, err = tool("verify", tmp_path / "zeo.conf", status=1)
+    assert f"{part} is damaged: the transactions after" in sentence(err)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from ZODB.FileStorage.format import DATA_HDR_LEN, CorruptedError, DataHeader, Da
 from ZODB.interfaces import IMVCCStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import POSKeyError
-from ZODB.utils import load_current, maxtid, oid_repr, p64, tid_repr, u64
+from ZODB.utils import load_current, maxtid, oid_repr, p64, tid_repr, u64, z64
 
 from ..errors import S3BlobsError
 from ..identity import Identity
@@ -29,6 +29,9 @@ _TRIES, _PAUSE = 5, 0.1
 
 #: Revisions between two pauses.
 _PAUSE_EVERY = 100
+
+#: The advice for a database that is damaged.
+RECOVER = "Restore it from a backup, or copy what can be read with ZODB's fsrecover"
 
 
 class UnsuitableBase(S3BlobsError, ValueError):
@@ -187,26 +190,13 @@ class BaseAdapter:
 
         FileStorage's iterator ends without an error where it meets a damaged transaction.
         """
-        storage = innermost(self._storage)
-        newest = _newest_in_file(storage) if isinstance(storage, FileStorage) else None
-        if newest is None or newest <= last:
-            return
-        tids = self._tids(last, newest)  # what has been committed meanwhile can be read
-        if not tids or tids[-1] < newest:
-            raise DatabaseDamaged(
-                f"{storage.getName()} is damaged: the transactions after {tid_repr(last)}, up to {tid_repr(newest)}, "
-                f"cannot be read. Restore it from a backup, or copy what can be read with ZODB's fsrecover"
-            )
+        inside = innermost(self._storage)
+        for storage in _files_in(inside):
+            # The last one of a demostorage says nothing about its parts, which are therefore read once more.
+            _require_whole(storage, last if storage is inside else z64)
 
     def _tids(self, start: bytes, stop: bytes) -> list[bytes] | None:
-        """Return the tids of the transactions from ``start`` to ``stop``, in order; None if they cannot be read."""
-        for _ in range(_TRIES):
-            try:
-                return _tids(innermost(self._storage), start, stop)
-            except (AttributeError, ValueError, CorruptedError):
-                # FileStorage's iterator fails at a transaction that is being written at the end of the file.
-                time.sleep(_PAUSE)
-        return None
+        return _readable_tids(innermost(self._storage), start, stop)
 
 
 class StorageView:
@@ -412,6 +402,17 @@ def innermost(storage: Any) -> Any:
     return storage
 
 
+def _readable_tids(storage: Any, start: bytes, stop: bytes) -> list[bytes] | None:
+    """Return the tids of the transactions from ``start`` to ``stop``, in order; None if they cannot be read."""
+    for _ in range(_TRIES):
+        try:
+            return _tids(storage, start, stop)
+        except (AttributeError, ValueError, CorruptedError):
+            # FileStorage's iterator fails at a transaction that is being written at the end of the file.
+            time.sleep(_PAUSE)
+    return None
+
+
 def _tids(storage: Any, start: bytes, stop: bytes) -> list[bytes]:
     transactions = storage.iterator(start, stop)
     try:
@@ -426,6 +427,29 @@ def _takes_tid(storage: Any) -> bool:
     if isinstance(inside, DemoStorage):
         return _takes_tid(inside.changes)
     return isinstance(inside, BaseStorage | MappingStorage)
+
+
+def _files_in(storage: Any) -> Iterator[FileStorage]:
+    """Yield the FileStorages that ``storage``, a result of `innermost`, consists of."""
+    if isinstance(storage, DemoStorage):
+        yield from _files_in(innermost(storage.base))
+        yield from _files_in(innermost(storage.changes))
+    elif isinstance(storage, FileStorage):
+        yield storage
+
+
+def _require_whole(storage: FileStorage, last: bytes) -> None:
+    """Raise DatabaseDamaged if transactions in the file of ``storage`` after ``last`` cannot be read."""
+    newest = _newest_in_file(storage)
+    if newest is None or newest <= last:
+        return
+    tids = _readable_tids(storage, last, newest)  # what has been committed meanwhile can be read
+    if not tids or tids[-1] < newest:
+        readable = tids[-1] if tids else last
+        raise DatabaseDamaged(
+            f"{storage.getName()} is damaged: the transactions after {tid_repr(readable)}, up to "
+            f"{tid_repr(newest)}, cannot be read. {RECOVER}"
+        )
 
 
 def _newest_in_file(storage: FileStorage) -> bytes | None:

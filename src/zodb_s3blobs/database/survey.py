@@ -17,7 +17,7 @@ from ZODB.FileStorage import FileStorage
 from ZODB.utils import oid_repr, tid_repr, z64
 
 from ..bases import adapter_for
-from ..bases.adapter import is_live
+from ..bases.adapter import RECOVER, DatabaseDamaged, is_live
 from ..progress import showing
 from ..revision import Revision
 from ..s3.bucket import Bucket
@@ -63,7 +63,7 @@ def failure(oid: bytes, tid: bytes, size: int, error: BucketError, advice: str =
     return Outcome(oid, tid, "failed", size, str(error), error.reason)
 
 
-class _EndOfFile(logging.Filter):
+class _Warnings(logging.Filter):
     """A filter of FileStorage's warnings of damage that are caused by a transaction which a server is writing.
 
     ``storage`` gives the ends of the last whole transactions in its files at the time when it was opened.
@@ -72,9 +72,14 @@ class _EndOfFile(logging.Filter):
     def __init__(self, storage: Any) -> None:
         super().__init__()
         self._ends = dict(_ends(storage))
+        #: The path of a file, and the position in it, from which on records of a transaction were left out.
+        self.left_out: tuple[object, ...] | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether to log ``record``."""
+        if str(record.msg).startswith("%s data record exceeds") and isinstance(record.args, tuple):
+            self.left_out = self.left_out or record.args  # the only sign of it
+            return False
         if not str(record.msg).startswith("%s truncated") or not isinstance(record.args, tuple):
             return True
         path, position = record.args
@@ -92,11 +97,11 @@ def _ends(storage: Any) -> Iterator[tuple[str, int]]:
 
 
 @contextmanager
-def _filtering(filter: logging.Filter) -> Iterator[None]:
+def _filtering(filter: _Warnings) -> Iterator[_Warnings]:
     log = logging.getLogger("ZODB.FileStorage")
     log.addFilter(filter)
     try:
-        yield
+        yield filter
     finally:
         log.removeFilter(filter)
 
@@ -201,7 +206,7 @@ class Survey:
             #: The storage, opened read-only.
             self.storage = served.open_read_only()
             undo.callback(self.storage.close)
-            undo.enter_context(_filtering(_EndOfFile(self.storage)))
+            warnings = undo.enter_context(_filtering(_Warnings(self.storage)))
             self.inventory = Inventory()
             undo.callback(self.inventory.close)
             with (
@@ -213,6 +218,12 @@ class Survey:
                     for transaction in self._all(progress.over(transactions))
                     for record in transaction
                     if record.data and is_blob_record(record.data)
+                )
+            if warnings.left_out is not None:
+                raise DatabaseDamaged(
+                    "{} is damaged: records of a transaction, from position {} on, cannot be read. {}".format(
+                        *warnings.left_out, RECOVER
+                    )
                 )
             self._undo = undo.pop_all()
 
