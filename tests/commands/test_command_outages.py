@@ -120,7 +120,7 @@ def test_a_service_that_goes_away_ends_it_early_and_no_file_is_blamed(
         link.break_down(how)
         out, err = tool.end(running, status=1)
     line = sentence(err)
-    assert f"bucket {bucket_name} does not answer, so the rest was not tried" in line
+    assert f"S3 does not answer, so the rest was not tried. Could not list bucket {bucket_name}: " in line
     found = counts(out)
     assert found.keys() == {"good" if command == "verify" else "copied", "failed"}
     assert 0 < found["failed"] <= 8 and sum(found.values()) < number
@@ -197,7 +197,7 @@ def test_export_does_not_wait_for_every_blob_that_the_fallback_has(
     conf = site.configure(s3, bucket_name, fallback_blob_dir=site.blob_dir, s3_concurrency=1, **IMPATIENT)
     s3.misbehave(reset=True)
     out, err = tool("export", conf, *arguments["export"], status=1)
-    assert f"bucket {bucket_name} does not answer, so the rest was not tried" in sentence(err)
+    assert f"S3 does not answer, so the rest was not tried. Could not list bucket {bucket_name}: " in sentence(err)
     assert counts(out) == {"copied": 1} and out.splitlines()[-1] == "Not finished."
     s3.behave()
     s3.misbehave(operation="GetObject", times=1, reset=True)

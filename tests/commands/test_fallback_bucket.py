@@ -310,6 +310,20 @@ def test_verify_calls_nothing_missing_while_the_second_bucket_cannot_be_read(oth
     assert all("<fallbackbucket>" in one["reason"] for one in json.loads(out)["problems"])
 
 
+def test_a_second_bucket_that_falls_silent_is_not_waited_for_blob_by_blob(
+    s3, bucket_name, other_s3, site, far, configure, tool
+):
+    """Between blobs that the bucket has: these do not hide that all others fail."""
+    names = sorted(site.revisions)
+    store(s3, bucket_name, {name: site.revisions[name] for name in names[::2]})
+    other_s3.misbehave(operation="ListObjects", times=1)  # at the beginning it answers
+    for operation in "HeadObject", "ListObjects":
+        other_s3.misbehave(operation=operation, reset=True)
+    out, err = tool("verify", configure(other_s3, far, s3_concurrency=1), "--json", status=1)
+    assert "<fallbackbucket>: Could not list bucket" in err and "the rest was not tried" in err
+    assert counts(out)["failed"] == 1
+
+
 # export, warm, check
 
 

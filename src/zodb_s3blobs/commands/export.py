@@ -68,7 +68,7 @@ def _export(arguments: argparse.Namespace) -> int:
         directory = BlobDirectory.create(arguments.to_blob_dir)
         with closing(directory):
             work = _Copy(survey.storage, bucket, fallbacks, directory)
-            report = survey.run("Exporting", work, bucket, threads)
+            report = survey.run("Exporting", work, (bucket, fallbacks), threads)
     return common.conclude("export", report, _MEANINGS, _verdict(report, directory), arguments.json)
 
 

@@ -91,7 +91,7 @@ def _migrate(arguments: argparse.Namespace) -> int:
         survey.list_bucket(bucket)
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="s3blobs-migrate-"))
         work = _Move(bucket, fallbacks, directory)
-        report = survey.run("Migrating", work, bucket, threads)
+        report = survey.run("Migrating", work, (bucket, fallbacks), threads)
         if not report.early_end:
             for place in fallbacks.places:
                 if isinstance(place, FallbackDirectory):

@@ -142,7 +142,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             arguments.sample or (1, 1),
             arguments.repair,
         )
-        report = survey.run("Verifying", look, bucket, threads)
+        report = survey.run("Verifying", look, (bucket, fallbacks), threads)
         for state in ("dead", "retained", "newer", "unknown"):
             report.objects[state], report.sizes[state] = scan.found[state].objects, scan.found[state].bytes
         if not is_ours:  # seemingly dead blobs and perhaps-only copies belong to the other database

@@ -84,7 +84,7 @@ def _warm(arguments: argparse.Namespace) -> int:
         cache = _Cache.open(config.cache_dir)
         plan = _Plan.make(blobs, cache, limit)
         work = _Fetch(survey.storage, bucket, fallbacks, cache, plan.room)
-        report = survey.run("Fetching", work, bucket, threads, plan.blobs)
+        report = survey.run("Fetching", work, (bucket, fallbacks), threads, plan.blobs)
         report.objects.update(plan.others.objects)
         report.sizes.update(plan.others.sizes)
     return common.conclude("warm", report, _MEANINGS, _verdict(report, limit), arguments.json)

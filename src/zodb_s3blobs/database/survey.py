@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from textwrap import wrap
@@ -18,6 +18,7 @@ from ZODB.utils import oid_repr, tid_repr, z64
 
 from ..bases import adapter_for
 from ..bases.adapter import RECOVER, DatabaseDamaged, is_live
+from ..fallbacks import Fallbacks
 from ..progress import showing
 from ..revision import Revision
 from ..s3.bucket import Bucket
@@ -253,7 +254,7 @@ class Survey:
         self,
         what: str,
         work: Callable[[Named], Outcome],
-        bucket: Bucket,
+        places: Sequence[Bucket | Fallbacks],
         threads: int,
         blobs: Collection[Named] | None = None,
     ) -> Report:
@@ -261,7 +262,7 @@ class Survey:
 
         ``blobs``: which ones, by default all that the database names.
 
-        The pass ends early when ``bucket`` does not answer, or after `_GIVE_UP_AFTER` failures in a row.
+        The pass ends early when one of ``places`` does not answer, or after `_GIVE_UP_AFTER` failures in a row.
         """
         report = Report()
         failures = 0  # in a row
@@ -277,7 +278,7 @@ class Survey:
                 if failures == _GIVE_UP_AFTER:
                     report.early_end = f"{failures} blobs in a row failed, so the rest was not tried. {outcome.trouble}"
                 elif outcome.reason in _OUTAGES:
-                    report.early_end = _outage(bucket)
+                    report.early_end = _outage(places)
                 if report.early_end:
                     break
         self._look_again(report)
@@ -292,11 +293,12 @@ class Survey:
             report.retract([one for one in missing if not is_live(storage, one.oid, one.tid)])
 
 
-def _outage(bucket: Bucket) -> str:
-    """Return the reason to end the pass if ``bucket`` does not answer a probe, else ""."""
-    try:
-        bucket.probe()
-    except BucketError as error:
-        if error.reason in _OUTAGES:
-            return f"bucket {bucket.name} does not answer, so the rest was not tried. {error}"
+def _outage(places: Sequence[Bucket | Fallbacks]) -> str:
+    """Return the reason to end the pass if one of ``places`` does not answer a probe, else ""."""
+    for place in places:
+        try:
+            place.probe()
+        except BucketError as error:
+            if error.reason in _OUTAGES:
+                return f"S3 does not answer, so the rest was not tried. {error}"
     return ""
