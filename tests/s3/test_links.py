@@ -247,6 +247,14 @@ def test_a_link_to_amazon_leads_to_the_region_of_the_bucket(sign, changes, host)
     assert f"/{changes.get('s3_region', 'eu-central-1')}/s3/" in parameters["X-Amz-Credential"]
 
 
+@pytest.mark.parametrize("public", [None, "https://files.example.com"])
+def test_a_link_gives_no_password_away_that_boto3_has_found(sign, s3, monkeypatch, public):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.url.replace("http://", "http://someone:hunter2@"))
+    url, _ = sign(s3_endpoint_url=None, s3_public_endpoint_url=public, s3_addressing_style="path")
+    assert urlsplit(url).netloc == urlsplit(public or s3.url).netloc
+    assert "hunter2" not in url and "someone" not in url
+
+
 def test_zope_redirects_to_a_link_as_it_is(sign):
     """It quotes what it takes for unquoted."""
     for link in check(), check(content_type="text/plain; charset=utf-8", filename="Übersicht 100%.txt"):

@@ -130,11 +130,12 @@ class Connection:
         The links lead to s3-public-endpoint-url, or to the service itself.
         """
         public, style = self._settings.s3_public_endpoint_url, self._settings.s3_addressing_style
-        if style == "auto" and re.search(
-            r"\.amazonaws\.com(\.cn)?$", urlsplit(public or self.endpoint_url).hostname or ""
-        ):
+        url = urlsplit(public or self.endpoint_url)
+        if style == "auto" and re.search(r"\.amazonaws\.com(\.cn)?$", url.hostname or ""):
             # By default boto3 signs links to s3.amazonaws.com, which knows neither new buckets nor all regions.
             style = "virtual"
+        if "@" in url.netloc:  # a password, in an address that boto3 has found; no browser may get it
+            public = url._replace(netloc=url.netloc.rpartition("@")[2]).geturl()
         settings = replace(
             self._settings,
             s3_endpoint_url=public or self._settings.s3_endpoint_url,
