@@ -4,8 +4,9 @@ It reads the figures at metrics-address; the server must run. Its first line is 
 CRITICAL or UNKNOWN, and the alerts by the names that they have in grafana/alerts.yml. Counters are those since the
 start of the server; with --watch, from the second screen on, those since the screen before.
 
-Without --state, an event such as a failed commit counts as long as the server runs, and what is so at the moment counts
-at once. With --state FILE, which keeps the figures of earlier calls, events and times count as in grafana/alerts.yml.
+Without --state, an event such as a failed commit counts as long as the server runs, what is so at the moment counts at
+once, and rates are those since the start, which hide what has begun of late. With --state FILE, which keeps the figures
+of earlier calls, events, rates and times count as in grafana/alerts.yml.
 
 Exit status: 0 all is well; 1 a warning: look at it in working hours; 2 critical, or the server does not answer; 3 the
 state could not be found out, for example because metrics-address is not set.
