@@ -230,6 +230,28 @@ def test_where_a_copy_does_not_say_that_it_is_encrypted_it_is_read_without_the_k
     assert "x-amz-server-side-encryption-customer-key" not in tried.headers
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "key", "advice"),
+    [
+        (403, "AccessDenied", CUSTOMER_KEY, "s3-sse-customer-key is set, and must be the key with which that object"),
+        (400, "InvalidRequest", CUSTOMER_KEY, "s3-sse-customer-key is set, and must be the key with which that object"),
+        (400, "InvalidArgument", None, "If that object was stored with an s3-sse-customer-key, set that key"),
+    ],
+)
+def test_the_refusal_of_an_object_that_another_key_encrypts_names_the_setting(
+    s3, open_bucket, read, status, code, key, advice
+):
+    """What services answer to a wrong key looks like a missing permission, and to none like a wrong request."""
+    s3.misbehave(status=status, code=code)
+    bucket = open_bucket(s3_sse_customer_key=key)
+    for reading in read, lambda bucket: bucket.look_up(OID, TID):
+        with pytest.raises(BucketError, match=advice):
+            reading(bucket)
+    with pytest.raises(BucketError) as caught:
+        bucket.probe()
+    assert "s3-sse-customer-key" not in str(caught.value)
+
+
 def test_the_customer_key_goes_with_every_request_for_a_blob(s3, open_bucket, new_file, read):
     s3.misbehave(operation="GetObject", status=400, code="InvalidRequest", times=1)  # the try to read without the key
     s3.misbehave(headers=ANSWERS_AS_IF_ENCRYPTED)

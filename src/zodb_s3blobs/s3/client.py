@@ -46,6 +46,9 @@ _PASSING_CODES = {"OperationAborted", "RequestTimeout", "SlowDown", "Throttling"
 _LONG_WORK = {"CopyObject", "UploadPartCopy"}
 _STATUSES_OF_IMPATIENT_PROXIES = {408, 502, 504, *range(520, 525)}
 
+#: The codes with which services refuse to read an object without its customer key, or with another one.
+_OF_OTHER_KEYS = {"AccessDenied", "403", "InvalidRequest", "InvalidArgument", "400"}
+
 #: The most seconds between two tries.
 _LONGEST_PAUSE = 20.0
 
@@ -174,6 +177,11 @@ class Connection:
             )
         if error.code == "SSLError" and self._settings.s3_ca_file and "is not trusted" in str(error):
             return ". s3-ca-file is set, and the file does not hold that authority"
+        if error.code in _OF_OTHER_KEYS and str(error).startswith(("Could not read ", "Could not look up ")):
+            if self._settings.s3_sse_customer_key:
+                return ". s3-sse-customer-key is set, and must be the key with which that object was stored"
+            if error.code not in ("AccessDenied", "403"):
+                return ". If that object was stored with an s3-sse-customer-key, set that key"
         if self._settings.s3_tagging and "forbids s3:PutObject" in str(error):
             return ". s3-tagging is set, so s3:PutObjectTagging is needed as well"
         if self._settings.s3_tagging and error.code in NOT_IMPLEMENTED:
