@@ -143,6 +143,22 @@ def test_an_object_without_etag_is_read_by_its_checksum(open_bucket, cache, new_
         assert Path(file.path).read_bytes() == b"data"
 
 
+def test_an_answer_without_a_length_is_told_as_one_that_s3_cannot_have_given(open_bucket, cache, new_file):
+    """A proxy that compresses leaves it out; without it nobody knows how large the blob is."""
+    objects = Objects()
+
+    def answer(*request):
+        status, headers, body = objects(*request)
+        without = {"Content-Length": None, "Connection": "close"} if request[0] in ("GET", "HEAD") else {}
+        return status, {**headers, **without}, body
+
+    with WebServer(answer) as web:
+        bucket = open_bucket(s3_endpoint_url=web.url, s3_max_attempts=1)
+        bucket.put(OID, TID, filename := new_file(b"data"))
+        assert reason_of(lambda: bucket.get(OID, TID, cache.new_file())) == "foreign"
+        assert reason_of(lambda: bucket.find(OID, TID, filename)) == "foreign"
+
+
 # What arrives at the service
 
 

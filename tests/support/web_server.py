@@ -18,8 +18,8 @@ from cryptography.x509.oid import NameOID
 class WebServer:
     """Answers every request with what ``answer`` returns for its method, path, headers and body. A context manager.
 
-    That is a status, a dictionary of headers, and a body. ``requests``: methods and paths so far; ``connections``: how
-    many there have been; ``certificate``: a file with certificate and key, to talk TLS.
+    That is a status, a dictionary of headers (None: leave it out), and a body. ``requests``: methods and paths so far;
+    ``connections``: how many there have been; ``certificate``: a file with certificate and key, to talk TLS.
     """
 
     def __init__(self, answer, certificate=None):
@@ -46,7 +46,8 @@ class WebServer:
                 status, headers, data = answer(self.command, urlsplit(self.path).path, self.headers, body)
                 self.send_response_only(status)
                 for name, value in {"Content-Length": str(len(data)), **headers}.items():
-                    self.send_header(name, value)
+                    if value is not None:
+                        self.send_header(name, value)
                 self.end_headers()
                 if self.command != "HEAD":
                     self.wfile.write(data)

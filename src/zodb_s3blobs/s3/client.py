@@ -356,6 +356,8 @@ def _is_success_of_s3(operation: str, headers: Any, body: bytes) -> bool:
         # botocore handles an error that S3 met after it had sent the status.
         return bool(_ALWAYS_IN_THE_BODY[operation].search(body) or _ERROR.match(body))
     if operation in ("GetObject", "HeadObject"):
+        if "content-length" not in headers:
+            return False
         # Not all services send an ETag, and not all blobs were stored by this package.
         ours = "x-amz-meta-sha256" in headers
         return ours or (not _is_page(headers, body) and ("etag" in headers or "last-modified" in headers))
