@@ -297,13 +297,7 @@ def test_what_only_the_fallback_has_is_exported_too_and_what_nothing_has_is_list
 def test_a_revision_that_an_undo_of_1_2_1_left_without_an_object_gets_the_bytes_that_it_repeats(
     s3, bucket_name, site, tool, conf, out_dir, plain
 ):
-    undone = [
-        (oid, tid)
-        for (oid, tid), data in site.revisions.items()
-        if any(oid == other and tid > earlier and data == old for (other, earlier), old in site.revisions.items())
-    ]
-    assert undone
-    for name in undone:
+    for name in site.undone():
         s3.client.delete_object(Bucket=bucket_name, Key=KEYS.key(*name))
     out, _ = tool("export", conf, "--to-blob-dir", out_dir, "--json")
     assert json.loads(out)["found"]["copied"]["objects"] == len(site.revisions)

@@ -310,6 +310,22 @@ def test_verify_calls_nothing_missing_while_the_second_bucket_cannot_be_read(oth
     assert all("<fallbackbucket>" in one["reason"] for one in json.loads(out)["problems"])
 
 
+def test_an_undone_revision_of_1_2_1_in_the_second_bucket_is_not_lost(s3, bucket_name, site, near, configure, tool):
+    """It has no object there: clients read the one of the revision that it repeats."""
+    undone = site.undone()
+    for name in undone:
+        s3.client.delete_object(Bucket=near, Key=KEYS.key(*name))
+    conf, others = configure(s3, near), len(site.revisions) - len(undone)
+    out, _ = tool("verify", conf, "--repair", "--json", status=6)
+    assert counts(out) == {"fallbackbucket": others, "undone": len(undone)}
+    out, _ = tool("migrate", conf, "--json", status=3)
+    assert counts(out) == {"copied": others, "missing": len(undone)}
+    assert all("zodb-s3blobs verify --repair" in one["reason"] for one in json.loads(out)["problems"])
+    out, _ = tool("verify", conf, "--repair", "--json")
+    assert counts(out) == {"good": others, "repaired": len(undone)}
+    assert stored(s3, bucket_name) == objects(site)
+
+
 def test_a_second_bucket_that_falls_silent_is_not_waited_for_blob_by_blob(
     s3, bucket_name, other_s3, site, far, configure, tool
 ):

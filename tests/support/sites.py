@@ -137,6 +137,17 @@ class Site:
         self._paths = {name: Path(storage.fshelper.getBlobFilename(*name)) for name in self.revisions}
         storage.close()
 
+    def undone(self):
+        """The (oid, tid) of the revisions that undos made, of which there is one at least."""
+        items = self.revisions.items()
+        found = [
+            (oid, tid)
+            for (oid, tid), data in items
+            if any(oid == other and earlier < tid and data == old for (other, earlier), old in items)
+        ]
+        assert found
+        return found
+
     def file(self, oid, tid):
         """The path of a blob's file."""
         return self._paths[oid, tid]

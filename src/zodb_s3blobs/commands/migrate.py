@@ -17,7 +17,9 @@ import logging
 import os
 import tempfile
 from contextlib import ExitStack, closing, suppress
+from typing import Any
 
+from ..bases.adapter import repeated
 from ..blobdir import BlobDirectory
 from ..database import zeoconf
 from ..database.blob_index import Inventory, Named
@@ -90,7 +92,7 @@ def _migrate(arguments: argparse.Namespace) -> int:
         common.check_owner(bucket, survey.storage, must_be_ours=True)
         survey.list_bucket(bucket)
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="s3blobs-migrate-"))
-        work = _Move(bucket, fallbacks, directory)
+        work = _Move(survey.storage, bucket, fallbacks, directory)
         report = survey.run("Migrating", work, (bucket, fallbacks), threads)
         if not report.early_end:
             for place in fallbacks.places:
@@ -125,10 +127,11 @@ def _verdict(report: Report) -> str:
 class _Move:
     """The copy of one blob from the first of ``fallbacks`` that has it. Any thread may call.
 
-    ``directory``: for temporary files.
+    ``storage`` names the blobs; ``directory``: for temporary files.
     """
 
-    def __init__(self, bucket: Bucket, fallbacks: Fallbacks, directory: str) -> None:
+    def __init__(self, storage: Any, bucket: Bucket, fallbacks: Fallbacks, directory: str) -> None:
+        self._storage = storage
         self._bucket = bucket
         self._fallbacks = fallbacks
         self._directory = directory
@@ -158,7 +161,13 @@ class _Move:
             else f"a file in {place.directory.path}"
             for place in self._fallbacks.places
         )
-        return Outcome(*name, "missing", trouble=f"neither {self._bucket.keys.key(*name)} nor {sources}")
+        trouble = f"neither {self._bucket.keys.key(*name)} nor {sources}"
+        if repeated(self._storage, *name) is not None:
+            trouble += (
+                "; an undo made it, for which zodb-s3blobs 1.2.1 stored no object: zodb-s3blobs verify --repair gives "
+                "it one"
+            )
+        return Outcome(*name, "missing", trouble=trouble)
 
     def _move(self, blob: Named, place: Place, copy: Copy) -> Outcome:
         oid, tid = blob.oid, blob.tid

@@ -273,19 +273,24 @@ class _Look:
         return f"{self.bucket.keys.key(blob.oid, blob.tid)} is not in bucket {self.bucket.name}"
 
     def _undone(self, blob: Named) -> Outcome | None:
-        """Return the outcome of a ``blob`` that repeats an earlier revision with an object; None if it does not.
+        """Return the outcome of a ``blob`` that repeats an earlier revision that is there; None if it does not.
 
-        Raises BlobNotFound and BucketError.
+        Raises BlobNotFound, BucketError and BlobDirectoryError.
         """
         source = repeated(self.storage, blob.oid, blob.tid)
-        stored = self.bucket.look_up(blob.oid, source) if source is not None else None
-        if source is None or stored is None:
+        if source is None:
             return None
-        if self.repair:
-            self._copy(blob, source, stored.size)
-            return Outcome(blob.oid, blob.tid, "repaired", stored.size)
-        trouble = f"{self._missing(blob)}; its bytes are those of {self.bucket.keys.key(blob.oid, source)}"
-        return Outcome(blob.oid, blob.tid, "undone", stored.size, trouble)
+        stored = self.bucket.look_up(blob.oid, source)
+        if stored is not None:
+            if self.repair:
+                self._copy(blob, source, stored.size)
+                return Outcome(blob.oid, blob.tid, "repaired", stored.size)
+            where, size = self.bucket.keys.key(blob.oid, source), stored.size
+        elif (found := self.fallbacks.look_up(blob.oid, source)) is not None:
+            where, size = f"{found[1].where}, which zodb-s3blobs migrate copies first", found[1].size
+        else:
+            return None
+        return Outcome(blob.oid, blob.tid, "undone", size, f"{self._missing(blob)}; its bytes are those of {where}")
 
     def _copy(self, blob: Named, source: bytes, size: int) -> None:
         """Copy the object of the revision ``source``, of ``size`` bytes, to ``blob``, unless ``blob`` has one now."""
