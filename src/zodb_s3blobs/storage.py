@@ -387,8 +387,9 @@ class S3BlobStorage:
 
         The answer of S3 has ``content_type``, and ``disposition`` ("inline" or "attachment") with ``filename``, in
         which unsafe characters are replaced. None: the database has no blob (oid, serial), the bucket may lack it, or
-        the section gives no links. Sends no request to S3; may wait for new credentials. Any thread may call, except
-        for an instance of `new_instance`. Raises StorageError for wrong arguments, and if there are no credentials.
+        the section gives no links. Waits for S3 if the section has a fallbackbucket, and else at most for new
+        credentials. Any thread may call, except for an instance of `new_instance`. Raises StorageError for wrong
+        arguments, and if there are no credentials.
         """
         wanted = oid, serial, content_type, filename, disposition, seconds
         with as_storage_error():
