@@ -63,13 +63,15 @@ def test_a_file_name_is_sent_as_rfc_6266_has_it(filename, header):
     check_header(made, "attachment")
 
 
-@pytest.mark.parametrize("filename", ["", " ", ".", "..", " .. ", None])
-def test_what_is_no_name_is_left_out(filename):
+@pytest.mark.parametrize("filename", ["", " ", ".", "..", " .. "])
+def test_what_is_no_name_is_left_out_and_makes_no_page_of_an_attachment(filename):
+    """Names of uploads are their uploaders', who must not decide that a browser shows the file and runs its scripts."""
     assert content_disposition("attachment", filename) == "attachment"
-    assert content_disposition(None, filename) is None
+    assert content_disposition(None, filename) == "attachment"
 
 
 def test_a_file_name_without_a_disposition_is_that_of_an_attachment():
+    assert content_disposition(None, None) is None
     assert content_disposition(None, "a.pdf") == 'attachment; filename="a.pdf"'
     assert content_disposition("inline", "a.pdf") == 'inline; filename="a.pdf"'
     assert content_disposition("inline", None) == "inline"
@@ -111,7 +113,7 @@ def check_header(header, disposition):
 @given(st.text(st.characters(exclude_categories=[])), st.sampled_from([None, "inline", "attachment"]))
 def test_no_text_breaks_the_header(filename, disposition):
     made = content_disposition(disposition, filename)
-    if made != disposition:
+    if made != (disposition or "attachment"):
         check_header(made, disposition or "attachment")
 
 

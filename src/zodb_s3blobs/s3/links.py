@@ -91,13 +91,16 @@ def _is_media_type(value: Any) -> bool:
 def content_disposition(disposition: str | None, filename: str | None) -> str | None:
     """Return the value of the header Content-Disposition (RFC 6266), in ASCII; None if there is nothing to say.
 
-    A file name without a disposition is that of an attachment.
+    A file name without a disposition is that of an attachment, even if no name is left of it.
     """
-    name = _safe(filename) if filename is not None else ""
+    if filename is None:
+        return disposition
+    disposition = disposition or "attachment"
+    name = _safe(filename)
     if not name:
         return disposition
     plain = _ascii(name)
-    value = f'{disposition or "attachment"}; filename="{plain}"'
+    value = f'{disposition}; filename="{plain}"'
     return value if plain == name else f"{value}; filename*=UTF-8''{quote(name, safe=_ATTR_CHARS)}"
 
 
