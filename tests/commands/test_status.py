@@ -269,7 +269,8 @@ def test_a_storage_that_the_server_does_not_have_is_said(start):
 
 
 @pytest.mark.parametrize(
-    "line", [[], ["--address", "localhost"], ["--address", ":8101"], ["--address", "a:1", "--watch", "0"]]
+    "line",
+    [[], *(["--address", text] for text in ("localhost", ":8101", "http://a:1")), ["--address", "a:1", "--watch", "0"]],
 )
 def test_a_wrong_command_line_is_refused(line):
     returned, out, err = run("status", *line)

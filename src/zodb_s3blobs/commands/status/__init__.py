@@ -75,7 +75,7 @@ def _seconds(text: str) -> float:
 
 def _address(text: str) -> str:
     host, separator, port = text.rpartition(":")
-    if not separator or not host or not port.isdecimal():
+    if not separator or not host or "/" in host or not port.isdecimal():
         raise argparse.ArgumentTypeError("must be host:port, such as localhost:8101")
     return text
 
