@@ -96,6 +96,14 @@ def test_an_idle_server_has_no_alert_pending():
         assert found_at(group, "zeo1", moment) == []
 
 
+@pytest.mark.parametrize("started", [{frozenset(): 1000.0}, {}], ids=["known", "unknown"])
+def test_without_a_state_file_a_lag_of_months_is_no_lag_of_now(started):
+    """macOS does not tell when a process was started."""
+    series = {"process_start_time_seconds": started, "zeo_event_loop_lag_seconds_sum": {frozenset(): 5000.0}}
+    look = Look(1e7, series)
+    assert find([look.at_start(), look], has_history=False) == []
+
+
 def test_the_looks_of_a_state_file_are_few():
     history = History("", "")
     for minute in range(0, 12 * 24 * 60, 5):

@@ -174,8 +174,13 @@ class View:
         return total
 
     def increase(self, name: str, seconds: float, /, **labels: str) -> float:
-        """Return the mean growth of the counters ``name`` in ``seconds``, since the look of so long ago."""
+        """Return the mean growth of the counters ``name`` in ``seconds``, since the look of so long ago.
+
+        0 if it is unknown since when they have grown, as where the system does not tell the start of the server.
+        """
         span = self.time - self._since(seconds)[0].time
+        if not span:
+            return 0.0
         return self.counted(name, seconds, **labels) * (seconds / span if span > seconds else 1)
 
     def quantile(self, share: float, name: str) -> float | None:
