@@ -164,6 +164,7 @@ class SentBlob(Delay):
             while chunk:
                 self._position += len(chunk)
                 yield self._message("receiveBlobChunk", (*name, chunk))
+                self._pause_if_full()
                 chunk = self._read(size)
         except OSError as error:
             self._fetch_again(pin, error)
@@ -202,6 +203,13 @@ class SentBlob(Delay):
         if data:
             messages.insert(1, self._message("receiveBlobChunk", (*name, data)))
         self._transport.writelines([part for message in messages for part in (_SIZE.pack(len(message)), message)])
+        self._pause_if_full()
+
+    def _pause_if_full(self) -> None:
+        """Let the connection take no more messages while its client does not read those that it has."""
+        # Setting the limits, here those that it has, compares them. Python 3.12.0 to 3.12.8, 3.13.0 and 3.13.1 forget
+        # that after `writelines` (CVE-2024-12254), and would take all of a blob into memory, at once.
+        self._transport.set_write_buffer_limits()
 
     # What fails
 
