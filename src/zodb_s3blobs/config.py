@@ -14,11 +14,12 @@ from dataclasses import replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import zc.lockfile
 import ZConfig
 from ZODB.config import BaseConfig
 
 from . import predecessor
-from .bases import adapter_for
+from .bases import adapter_for, open_base
 from .bases.adapter import UnsuitableBase
 from .blobdir import BlobDirectory, BlobDirectoryError
 from .cache.directory import CacheDirectoryError
@@ -69,6 +70,10 @@ class StartRefused(ZConfig.ConfigurationError, SystemExit):
         self.code = sentence
 
 
+class DatabaseInUse(StartRefused, zc.lockfile.LockError):
+    """Another process has the database of the section open."""
+
+
 class S3BlobStorageFactory(BaseConfig):
     """The datatype of the section; `open` makes the storage.
 
@@ -95,8 +100,8 @@ class S3BlobStorageFactory(BaseConfig):
     def open(self) -> S3BlobStorage:
         """Open the base and the storage around it.
 
-        Raises `StartRefused` for a setting that turns out to be wrong. A bucket that does not answer is logged, and is
-        no error. Waits for S3, for `_PROBE_TIMEOUT` seconds at most.
+        Raises `StartRefused` for a setting that turns out to be wrong, `DatabaseInUse` among them. A bucket that does
+        not answer is logged, and is no error. Waits for S3, for `_PROBE_TIMEOUT` seconds at most.
         """
         zeo.install()
         for sentence in predecessor.warnings(self.config):
@@ -115,12 +120,16 @@ class S3BlobStorageFactory(BaseConfig):
                 raise _refuse(f"fallback-blob-dir: {error}") from None
             undo.callback(fallbacks.close)
             _probe(bucket, fallbacks)
-            base = self.config.base.open()
-            undo.callback(base.close)
             try:
+                base = open_base(self.config.base.open)
+                undo.callback(base.close)
                 leave_place = _places.take(place_of(bucket), self._label, adapter_for(base))
                 undo.callback(leave_place)
                 storage = _assemble(self.config, base, bucket, fallbacks, exported, leave_place)
+            except zc.lockfile.LockError as error:
+                raise DatabaseInUse(
+                    f"s3blobstorage: another process has the database open: {error}. Stop that process first"
+                ) from None
             except UnsuitableBase as error:
                 raise _refuse(f"s3blobstorage: {error}") from None
             except PlaceTaken as error:

@@ -74,18 +74,19 @@ def _timeout(key: str) -> Callable[[str], float]:
 
 # The datatypes of component.xml
 _BYTES, _SECONDS = "a number alone would be bytes", "a number alone would be seconds"
+_SIZE = "a whole number with KB, MB or GB, at least"
 _TIME = f"a time with its unit, at least 1s, such as 30s or 10m: {_SECONDS}"
 s3_use_ssl = _datatype("s3-use-ssl", "boolean", "true or false")
-cache_size = _datatype("cache-size", "byte-size", f"0 or at least 1MB, such as 500MB or 20GB: {_BYTES}", _MB, zero=True)
+cache_size = _datatype("cache-size", "byte-size", f"0 or {_SIZE} 1MB, such as 500MB or 20GB: {_BYTES}", _MB, zero=True)
 s3_multipart_threshold = _datatype(
-    "s3-multipart-threshold", "byte-size", "a number of bytes from 5MB to 5GB", 5 * _MB, 5 << 30
+    "s3-multipart-threshold", "byte-size", "a whole number with MB or GB, from 5MB to 5GB", 5 * _MB, 5 << 30
 )
 s3_concurrency = _datatype("s3-concurrency", "integer", "a whole number of at least 1", 1)
 s3_connect_timeout = _timeout("s3-connect-timeout")
 s3_read_timeout = _timeout("s3-read-timeout")
 s3_max_attempts = _datatype("s3-max-attempts", "integer", "a whole number of at least 1", 1)
 s3_stage_threshold = _datatype(
-    "s3-stage-threshold", "byte-size", f"0 or at least 1KB, such as 4MB: {_BYTES}", 1 << 10, zero=True
+    "s3-stage-threshold", "byte-size", f"0 or {_SIZE} 1KB, such as 4MB: {_BYTES}", 1 << 10, zero=True
 )
 presigned_urls = _datatype(
     "presigned-urls",

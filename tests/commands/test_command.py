@@ -241,8 +241,8 @@ def test_the_last_line_says_whether_all_is_well(site, moved, tool, s3, bucket_na
     assert last("verify --checksum") == "All is well."
     assert last("migrate") == "All blobs of the database are in the bucket."
     assert last("export") == f"All blobs of the database are in {site.directory / 'out'}."
-    assert last("gc") == "All is well: nothing is dead."
-    assert last("adopt") == "The prefix is already free for this database: its server takes it."
+    assert last("gc") == "All is well: a pack deletes nothing."
+    assert last("adopt") == "Nothing to do: the prefix is this database's, or free for it."
     s3.client.delete_object(Bucket=bucket_name, Key=KEYS.key(*min(site.revisions)))
     assert last("verify", 3) == "Not well: 1 missing."
     for path in site.directory / "out", site.blob_dir:

@@ -252,10 +252,14 @@ def test_of_several_storages_one_is_to_be_named(start, gc, put):
         result = json.loads(gc("--dry-run", "--json", "--storage", name).stdout)
         assert [one["key"] for one in result["would_delete"]] == put(dead, name)
         assert result["found"]["live"]["objects"] == live
-    for arguments in [], ["--storage", "three"], ["--storage", "four"]:
+    for arguments, why in (
+        ([], "several storages with"),
+        (["--storage", "three"], "no storage 'three' with"),
+        (["--storage", "four"], "no storage 'four' with"),
+    ):
         for dry_run in [], ["--dry-run"]:
             sentence = only_sentence(gc(*arguments, *dry_run, status=1))
-            assert "--storage: one, two" in sentence
+            assert f"has {why}" in sentence and "with --storage: one, two" in sentence
     server.stop()
     assert gc("--storage", "two").stdout == "2 dead blobs were deleted.\n"
     assert json.loads(gc("--dry-run", "--json", "--storage", "one").stdout)["found"]["dead"]["objects"] == 1

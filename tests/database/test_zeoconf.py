@@ -175,6 +175,21 @@ def test_no_command_makes_an_empty_database(site, s3, bucket_name, tool, tmp_pat
     assert s3.requests() == []
 
 
+@pytest.mark.parametrize("command", ["verify", "gc"])
+def test_a_file_that_is_no_database_is_named_in_a_sentence(site, s3, bucket_name, tool, tmp_path, command):
+    config = site.configure(s3, bucket_name, base=BASE)
+    (tmp_path / "Base.fs").write_text("This is no database.")
+    _, err = tool(command, config, status=1)
+    assert f"{tmp_path}/Base.fs is not the file of a filestorage" in sentence(err)
+
+
+def test_a_configuration_without_the_section_is_named_in_a_sentence(tool, tmp_path):
+    path = tmp_path / "other.conf"
+    path.write_text("<zeo>\n address localhost:8100\n</zeo>\n<mappingstorage 1/>\n")
+    _, err = tool("verify", path, status=1)
+    assert f"{path} has no section <s3blobstorage>" in sentence(err)
+
+
 @pytest.mark.parametrize("command", [["gc"], ["gc", "--dry-run"], ["verify"]], ids=" ".join)
 def test_no_command_empties_a_database_that_is_to_be_made_anew(site, s3, bucket_name, tool, command):
     # `create true` makes a server begin with an empty one.

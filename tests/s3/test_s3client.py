@@ -128,6 +128,15 @@ def test_another_web_server_has_neither_blobs_nor_has_it_none(open_bucket, open_
             assert caught.value.reason == "foreign"
 
 
+@quick
+@pytest.mark.parametrize("status", [400, 404])
+def test_an_error_in_plain_text_is_none_of_s3(open_bucket, status):
+    with WebServer(lambda *request: (status, {"Content-Type": "text/plain; charset=utf-8"}, b"no such page")) as web:
+        bucket = open_bucket(s3_endpoint_url=web.url, s3_max_attempts=1)
+        for call in bucket.probe, lambda: bucket.delete([(OID, TID)]), bucket.read_owner:
+            assert reason_of(call) == "foreign"
+
+
 def test_an_object_without_etag_is_read_by_its_checksum(open_bucket, cache, new_file):
     objects = Objects()
 

@@ -1154,6 +1154,31 @@ def test_a_storage_that_cannot_be_served_is_refused_and_closed(s3_section, refus
     assert base.closed
 
 
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.mkdir(), "cannot be opened: Is a directory; check the path"),
+        (lambda path: path.write_bytes(b"This is no database."), "is not the file of a filestorage: correct the path"),
+    ],
+    ids=["a directory", "another file"],
+)
+def test_files_that_the_base_cannot_use_are_refused_in_one_sentence(s3_section, refusal, tmp_path, make, reason):
+    path = tmp_path / "Data.fs"
+    make(path)
+    sentence = refusal(read(s3_section(FILES)).open)
+    assert sentence.startswith(f"s3blobstorage: {path} {reason}")
+    assert "\n" not in sentence
+
+
+def test_a_database_that_another_process_has_open_is_refused_in_one_sentence(s3_section, refusal, tmp_path):
+    with contextlib.closing(FileStorage(str(tmp_path / "Data.fs"))):
+        sentence = refusal(read(s3_section(FILES)).open)
+    assert sentence == (
+        f"s3blobstorage: another process has the database open: Couldn't lock '{tmp_path}/Data.fs.lock'. Stop that "
+        f"process first"
+    )
+
+
 def test_the_name_of_a_base_may_hold_anything(s3_section):
     # A name is shown in the refusal; it must not be mistaken for a format.
     factory = read(s3_section())

@@ -311,7 +311,7 @@ def test_commands_say_that_a_prefix_is_that_of_the_database(place, s3, bucket_na
     _, err = tool("verify", production.config)
     assert "belongs to this database" in err
     out, _ = tool("adopt", production.config, "--yes")
-    assert out == "The prefix is already free for this database: its server takes it.\n"
+    assert out == "Nothing to do: the prefix is this database's, or free for it.\n"
 
 
 # adopt

@@ -1,4 +1,4 @@
-"""The storages that `S3BlobStorage` can wrap, and the choice of the adapter for one.
+"""The storages that `S3BlobStorage` can wrap: how one is opened, and the choice of its adapter.
 
 The key of a blob ends with the tid of its transaction, and the blob must be in the bucket before the vote returns. So
 the base must know the tid before it finishes the transaction.
@@ -9,10 +9,31 @@ from typing import Any
 
 from ZODB.BaseStorage import BaseStorage
 from ZODB.DemoStorage import DemoStorage
+from ZODB.FileStorage.FileStorage import FileStorageFormatError
 from ZODB.interfaces import IBlobStorage
 from ZODB.MappingStorage import MappingStorage
 
 from .adapter import BaseAdapter, UnsuitableBase, innermost
+
+
+def open_base(opening: Callable[[], Any]) -> Any:
+    """Return the storage that ``opening`` opens.
+
+    Raises `UnsuitableBase` if it cannot use its files, and LockError if another process has them open.
+    """
+    try:
+        return opening()
+    except FileStorageFormatError as error:
+        raise UnsuitableBase(
+            f"{error} is not the file of a filestorage: correct the path in its section, or restore the file"
+        ) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UnsuitableBase(
+            f"{error.filename} cannot be opened: {error.strerror}; check the path in the section inside, and whether "
+            f"this process's user may read and write there"
+        ) from None
 
 
 def adapter_for(base: Any) -> BaseAdapter:

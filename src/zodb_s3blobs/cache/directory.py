@@ -139,12 +139,16 @@ class CacheDirectory:
             return zc.lockfile.LockFile(str(self.path / _LOCK_FILE))
         except zc.lockfile.LockError:
             raise CacheDirectoryError(
-                f"{self.path} is in use by another process; every storage of every process needs its own"
+                f"{self.path} is in use by another process, or by another section of this one: name a directory of its "
+                f"own for each section of each process"
             ) from None
         except FileExistsError:
             raise CacheDirectoryError(f"{self.path} is not a directory") from None
         except OSError as error:
-            raise CacheDirectoryError(f"{self.path} cannot be used: {error.strerror or error}") from error
+            raise CacheDirectoryError(
+                f"{self.path} cannot be used: {error.strerror or error}; name a directory that this process's user may "
+                f"make and write to"
+            ) from error
 
     def _prepare(self) -> None:
         """Delete the temporary files of a crashed process, and make the folders. The caller holds the lock."""

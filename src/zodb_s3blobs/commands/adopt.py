@@ -44,7 +44,7 @@ def _adopt(arguments: argparse.Namespace) -> int:
         note = bucket.read_owner()
         refusal = why_not(note, kind.own_identity.read() or "", kind) if note is not None else None
         if note is None or refusal is None:
-            return _say(arguments, bucket, "The prefix is already free for this database: its server takes it.")
+            return _say(arguments, bucket, "Nothing to do: the prefix is this database's, or free for it.")
         if Claim.of(note).format > FORMAT:
             raise NotOwner(refusal)
         if is_alive(note):

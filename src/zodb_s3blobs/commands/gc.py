@@ -106,4 +106,4 @@ def _verdict(result: dict[str, Any]) -> str:
     if result["refused"]:
         return f"A pack would delete none of them: {result['refused']}"
     number = len(result["would_delete"])
-    return f"A pack would delete the {number:,} objects listed." if number else "All is well: nothing is dead."
+    return f"A pack would delete the {number:,} objects listed." if number else "All is well: a pack deletes nothing."

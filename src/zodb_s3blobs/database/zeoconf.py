@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from ZEO.runzeo import ZEOOptions
 
+from ..bases import open_base
 from ..config import S3BlobStorageFactory
 from ..errors import S3BlobsError
 
@@ -27,7 +28,8 @@ class Served:
     def open_read_only(self) -> Any:
         """Open and return the storage beside a running server, with all configured wrappers, but without blobs.
 
-        Raises ConfigurationError if the storage cannot be opened read-only.
+        Raises ConfigurationError if the storage cannot be opened read-only, and UnsuitableBase if its files cannot be
+        used.
         """
         databases = list(_databases(self.section.config.base))
         if not all(hasattr(database, "read_only") for database in databases):
@@ -38,7 +40,7 @@ class Served:
         self.check_database_exists()
         for database in databases:
             database.read_only = True
-        return self._open(self.opener)
+        return open_base(lambda: self._open(self.opener))
 
     def check_database_exists(self) -> None:
         """Raise ConfigurationError if a file of the database is missing: no command may create an empty one."""
@@ -74,8 +76,10 @@ def find(path: Path, name: str | None = None) -> Served:
         return next(iter(ours.values()))
     if name in ours:
         return ours[name]
-    names = ", ".join(ours) or "none"
-    raise ConfigurationError(f"name one of the storages with s3blobstorage of {path} with --storage: {names}")
+    if not ours:
+        raise ConfigurationError(f"{path} has no section <s3blobstorage>: name the zeo.conf of the server with -C")
+    wrong = "has several storages with" if name is None else f"has no storage {name!r} with an"
+    raise ConfigurationError(f"{path} {wrong} <s3blobstorage>: name one of these with --storage: {', '.join(ours)}")
 
 
 def all_in(path: Path) -> dict[str, Served]:

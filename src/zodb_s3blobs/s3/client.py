@@ -369,6 +369,8 @@ def _is_page(headers: Any, body: bytes) -> bool:
     if any(name.lower().startswith("x-amz") for name in headers):
         return False  # some services send errors and empty answers as HTML
     content_type = (headers.get("content-type") or "").lower()
+    if content_type.startswith("text/plain") and body.strip() and not body.lstrip().startswith(b"<"):
+        return True  # "404 page not found", as from a proxy: S3 answers in XML
     return content_type.startswith(("text/html", "application/xhtml", "application/json")) or bool(_PAGE.match(body))
 
 

@@ -90,7 +90,7 @@ class Objects:
                     answer["Body"] = body.read(READ)
             return answer
 
-        what = f"{operation.replace('_', ' ')} {options.get('Key', '')}".rstrip()
+        what = f"{operation.removesuffix('_v2').replace('_', ' ')} {options.get('Key', '')}".rstrip()
         return self._ask(f"{what} in bucket {self.name}", ask)
 
     def _head(self, key: str) -> dict[str, Any]:
