@@ -61,6 +61,9 @@ def test_blobs_move_from_the_databases_own_directory_to_the_bucket_and_out_again
     assert command("verify", "--checksum")["found"]["good"]["objects"] == number
     db = application.db()
     assert [get(db, "one"), get(db, "two")] == [b"second", b"other"]
+    application.s3.wait_for("OwnerPutObject")
+    # Beside a process of the application, which has the prefix now.
+    assert command("migrate", "--from-blob-dir", blob_dir)["found"]["there"]["objects"] == number
     db.close()
     assert command("export", "--to-blob-dir", tmp_path / "out")["found"]["copied"]["objects"] == number
     db = open_plain(tmp_path / "out")
@@ -74,7 +77,10 @@ def test_gc_deletes_what_is_dead_beside_a_process_of_the_application(application
     old = blobs()
     put(db, "one", b"second")
     dead = set() if database.history else old
-    assert {one["key"] for one in command("gc", "--dry-run")["would_delete"]} == dead
+    application.s3.wait_for("OwnerPutObject")
+    found = command("gc", "--dry-run")
+    assert {one["key"] for one in found["would_delete"]} == dead
+    assert found["refused"] is None
     assert blobs() >= old
     assert command("gc")["deleted_objects"] == len(dead)
     assert blobs() & old == old - dead

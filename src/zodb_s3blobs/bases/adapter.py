@@ -162,6 +162,10 @@ class BaseAdapter:
         """Return the identity of the database, which no other one and no copy has; create one if there is none yet."""
         return self.own_identity.make()
 
+    def existing_identity(self) -> str | None:
+        """Return the `identity`, None if the database has none yet. Writes nothing: for the commands."""
+        return self.own_identity.read()
+
     def was(self, identity: str) -> bool:
         """Return whether the database can have had this ``identity`` before a restart."""
         return False

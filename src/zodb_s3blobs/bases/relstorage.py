@@ -95,6 +95,8 @@ class RelStorageAdapter(BaseAdapter):
     def identity(self) -> str:
         return self._database.identity()
 
+    existing_identity = identity
+
     def was(self, identity: str) -> bool:
         return lasting(identity) == lasting(self.identity())
 

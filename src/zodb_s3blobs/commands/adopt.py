@@ -42,7 +42,7 @@ def _adopt(arguments: argparse.Namespace) -> int:
     with closing(served.open_read_only()) as storage, closing(served.section.open_bucket(Metrics())) as bucket:
         kind = adapter_for(storage)
         note = bucket.read_owner()
-        refusal = why_not(note, kind.own_identity.read() or "", kind) if note is not None else None
+        refusal = why_not(note, kind.existing_identity() or "", kind) if note is not None else None
         if note is None or refusal is None:
             return _say(arguments, bucket, "Nothing to do: the prefix is this database's, or free for it.")
         if Claim.of(note).format > FORMAT:

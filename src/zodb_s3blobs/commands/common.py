@@ -70,7 +70,7 @@ def check_owner(bucket: Bucket, storage: Any, must_be_ours: bool = False) -> boo
     Waits for S3; BucketError. Raises NotOwner if another database owns the prefix and ``must_be_ours`` is set.
     """
     kind = adapter_for(storage)
-    found = standing(bucket, kind, kind.own_identity.read())
+    found = standing(bucket, kind, kind.existing_identity())
     if must_be_ours and not found.is_ours:
         raise NotOwner(found.whose)
     logger.log(logging.INFO if found.is_ours else logging.WARNING, "%s", found.whose)
