@@ -187,7 +187,7 @@ def test_a_configuration_without_the_section_is_named_in_a_sentence(tool, tmp_pa
     path = tmp_path / "other.conf"
     path.write_text("<zeo>\n address localhost:8100\n</zeo>\n<mappingstorage 1/>\n")
     _, err = tool("verify", path, status=1)
-    assert f"{path} has no section <s3blobstorage>" in sentence(err)
+    assert f"{path} has no storage that is an <s3blobstorage>" in sentence(err)
 
 
 @pytest.mark.parametrize("command", [["gc"], ["gc", "--dry-run"], ["verify"]], ids=" ".join)

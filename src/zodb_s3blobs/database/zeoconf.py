@@ -77,7 +77,10 @@ def find(path: Path, name: str | None = None) -> Served:
     if name in ours:
         return ours[name]
     if not ours:
-        raise ConfigurationError(f"{path} has no section <s3blobstorage>: name the zeo.conf of the server with -C")
+        raise ConfigurationError(
+            f"{path} has no storage that is an <s3blobstorage>, by itself or in a wrapper such as zlibstorage: name "
+            f"the zeo.conf of the server with -C"
+        )
     wrong = "has several storages with" if name is None else f"has no storage {name!r} with an"
     raise ConfigurationError(f"{path} {wrong} <s3blobstorage>: name one of these with --storage: {', '.join(ours)}")
 
