@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from zodb_s3blobs.cli import COMMANDS as COMMANDS_OF_CLI
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = [ROOT, *(ROOT / name for name in ("zeo-configs", "grafana", "src", "tests"))]
 #: All texts, by their names in the repository.
@@ -89,6 +91,11 @@ def test_the_table_of_files_is_complete():
         if path.name != "__init__.py" or "def " in path.read_text()
     ]
     assert sorted(named) == sorted(there)
+
+
+def test_the_table_of_commands_is_complete():
+    [text] = re.findall(r"(?ms)^## Commands\n(.*?)^## ", TEXTS["zeo-configs/OPERATIONS.md"].read_text())
+    assert set(re.findall(r"(?m)^\| `zodb-s3blobs (\w+)", text)) == set(COMMANDS_OF_CLI)
 
 
 @pytest.mark.parametrize("name", TEXTS)
