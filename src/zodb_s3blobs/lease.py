@@ -232,8 +232,8 @@ class Lease:
     def _lost_to(self, note: ControlObject | None, refusal: str) -> None:
         self._renewed = None
         self._report(
-            f"bucket {self._bucket.name} with this s3-prefix belongs to {Claim.of(note)}, according to "
-            f"{self._bucket.keys.owner}. {refusal}"
+            f"s3-prefix {self._bucket.keys.prefix!r} of bucket {self._bucket.name} belongs to {Claim.of(note)}, "
+            f"according to {self._bucket.keys.owner}. {refusal}"
         )
 
     def _is_ours(self, claim: "Claim") -> bool:

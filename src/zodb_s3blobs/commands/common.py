@@ -107,13 +107,13 @@ def limit_bandwidth(section: S3BlobStorageFactory, rate: int | None) -> int:
 
 
 def size(text: str) -> int:
-    """Return ``text``, the value of an option, as a number of bytes above 0."""
+    """Return ``text``, the value of an option, as a number of bytes, at least 1KB."""
     try:
         number = stock_datatypes["byte-size"](text)
     except ValueError:
         number = 0
-    if number <= 0:
-        raise argparse.ArgumentTypeError("must be a number of bytes above 0, such as 500MB or 20GB")
+    if number < 1 << 10:  # also a number without its unit, which would keep the command busy without end
+        raise argparse.ArgumentTypeError("must be a whole number with KB, MB or GB, at least 1KB, such as 20MB")
     return number
 
 

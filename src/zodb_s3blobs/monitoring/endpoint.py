@@ -37,7 +37,7 @@ _PAUSE = 1.0
 #: Path -> description of the answer.
 _PATHS = {
     "/metrics": "The metrics of this process and of its storages, in the format that Prometheus reads.",
-    "/-/healthy": "200 as long as the process answers, whatever S3 does: a sign of life to decide on a restart by.",
+    "/-/healthy": "200 as long as the process answers, whatever S3 does: for the decision on a restart.",
     "/-/ready": "200 while all storages are open and their buckets answer, else 503 and the reasons.",
 }
 _INDEX = """<!DOCTYPE html>
@@ -111,7 +111,7 @@ class _Endpoint:
         except (OSError, UnicodeError) as error:  # UnicodeError if the host cannot be a name
             reason = getattr(error, "strerror", None) or error
             raise EndpointError(
-                f"cannot listen on {_named(address)}: {reason}; name a free port of this machine"
+                f"cannot listen on {_named(address)}: {reason}; name an address and a free port of this machine"
             ) from None
         threading.Thread(
             target=self._server.serve_forever, args=(0.1,), name="s3blobs metrics endpoint", daemon=True

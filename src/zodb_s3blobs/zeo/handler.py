@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Have every ZEO server that starts in this process from now on looked at; a second call does nothing."""
+    """Hook into every ZEO server that starts in this process from now on; a second call does nothing."""
     if _serving not in zope.event.subscribers:
         zope.event.subscribers.append(_serving)
 
