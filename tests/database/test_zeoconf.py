@@ -33,6 +33,7 @@ WRAPPED_DEMO = """
   </demostorage>
 </zlibstorage>
 """
+SQLITE = "%import relstorage\n<relstorage>\n<sqlite3>\n data-dir {dir}/gone\n</sqlite3>\n</relstorage>"
 BASE = "<filestorage>\n path {dir}/Base.fs\n</filestorage>"
 COMMANDS = [
     ["gc"],
@@ -154,6 +155,7 @@ def test_a_demostorage_with_a_part_in_memory_cannot_be_read_by_another_process(s
             (DEMO, "Base.fs"),
             (DEMO, "Changes.fs"),
             (WRAPPED_DEMO, "Base.fs"),
+            (SQLITE, "gone/main.sqlite3"),
         ],
         unpack=True,
     ),
@@ -172,6 +174,7 @@ def test_no_command_makes_an_empty_database(site, s3, bucket_name, tool, tmp_pat
     _, err = tool(name, config, *arguments, status=1)
     assert f"there is no database at {tmp_path}/{missing}: correct the path" in sentence(err)
     assert {path.name for path in tmp_path.glob("*.fs*")} == before
+    assert not (tmp_path / "gone").exists()
     assert s3.requests() == []
 
 

@@ -35,7 +35,7 @@ RECOVER = "Restore it from a backup, or copy what can be read with ZODB's fsreco
 
 
 class UnsuitableBase(S3BlobsError, ValueError):
-    """The storage cannot be wrapped; the message says why, and what to do."""
+    """The storage cannot be opened or wrapped; the message says why, and what to do."""
 
 
 class DatabaseBusy(S3BlobsError):

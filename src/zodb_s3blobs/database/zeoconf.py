@@ -1,6 +1,7 @@
 """The commands' reader of the server's own zeo.conf."""
 
 import os
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,7 @@ class Served:
     def open_read_only(self) -> Any:
         """Open and return the storage beside a running server, with all configured wrappers, but without blobs.
 
-        Raises ConfigurationError if the storage cannot be opened read-only, and UnsuitableBase if its files cannot be
-        used.
+        Raises ConfigurationError and UnsuitableBase if that is impossible.
         """
         databases = list(_databases(self.section.config.base))
         if not all(hasattr(database, "read_only") for database in databases):
@@ -40,19 +40,27 @@ class Served:
         self.check_database_exists()
         for database in databases:
             database.read_only = True
-        return open_base(lambda: self._open(self.opener))
+        try:
+            return open_base(lambda: self._open(self.opener))
+        except sqlite3.Error as error:
+            raise ConfigurationError(
+                f"the SQLite database inside s3blobstorage cannot be opened: {error}; check data-dir, and whether this "
+                f"command's user may read and write there"
+            ) from None
 
     def check_database_exists(self) -> None:
         """Raise ConfigurationError if a file of the database is missing: no command may create an empty one."""
         for database in _databases(self.section.config.base):
-            path = getattr(database, "path", None)
+            path = _file_of(database)
             if path is None:
-                continue  # not a filestorage
+                continue
             if not os.path.exists(path):
                 raise ConfigurationError(
-                    f"there is no database at {path}: correct the path in the filestorage section, or restore the file"
+                    f"there is no database at {path}: correct the path in the section inside s3blobstorage, or restore "
+                    f"the file"
                 )
-            database.create = False  # `create true` would empty it
+            if hasattr(database, "create"):
+                database.create = False  # `create true` would empty it
 
     def _open(self, opener: Any) -> Any:
         if opener is self.section:
@@ -118,6 +126,13 @@ def _inside(opener: Any) -> S3BlobStorageFactory | None:
     while opener is not None and not isinstance(opener, S3BlobStorageFactory):
         opener = getattr(opener.config, "base", None)
     return opener
+
+
+def _file_of(database: Any) -> str | None:
+    """Return the path of the file with the records of a filestorage or of RelStorage's SQLite; None for others."""
+    adapter = getattr(database, "adapter", None)
+    directory = getattr(adapter.config, "data_dir", None) if adapter is not None else None
+    return os.path.join(directory, "main.sqlite3") if directory else getattr(database, "path", None)
 
 
 def _databases(opener: Any) -> Iterator[Any]:
