@@ -11,6 +11,7 @@ from ZODB.blob import Blob
 
 from tests.support.link import Link
 from tests.support.sites import KEYS, get, put, sentence, undo
+from tests.support.waiting import wait_for
 
 TIMEOUT = 30
 MIB = 1 << 20
@@ -19,13 +20,6 @@ MIB = 1 << 20
 def counts(out):
     """The numbers of objects in the JSON that was printed, without zeros."""
     return {word: found["objects"] for word, found in json.loads(out)["found"].items() if found["objects"]}
-
-
-def until(condition):
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def content(number, size=3000):
@@ -90,11 +84,11 @@ def test_after_a_lost_disk_the_server_takes_over_what_was_fetched_and_reads_ask_
     server.start()
     db = server.db()
     put(db, "blob 0", b"a newer revision")
-    until(lambda: server.metrics()("s3blobs_cache_files") > 0)  # else it is published into what is being deleted
+    wait_for(lambda: server.metrics()("s3blobs_cache_files") > 0)  # else it is published into what is being deleted
     shutil.rmtree(server.cache_dir / "blobs")
     out, _ = tool("warm", conf(server), "--json")
     assert counts(out) == {"fetched": len(BLOBS)}
-    until(lambda: is_taken_over(server))
+    wait_for(lambda: is_taken_over(server))
     server.stop()
     server.start()
     s3.forget()
@@ -110,7 +104,7 @@ def test_a_stopped_server_takes_them_over_when_it_starts(s3, lost, tool):
     assert out.splitlines()[-1] == "The cache has all of these blobs, or gets them from the server within seconds."
     assert len(waiting(server)) == len(BLOBS)
     server.start()
-    until(lambda: is_taken_over(server))
+    wait_for(lambda: is_taken_over(server))
     assert cached(server) == sorted(map(len, BLOBS.values()))
     s3.forget()
     db = server.db()
@@ -153,7 +147,7 @@ def test_cache_size_is_the_limit(lost, tool):
     out, _ = tool("warm", conf(server), "--size", "1GB", "--json")
     assert counts(out) == {"fetched": 3, "left": 3}
     server.start()
-    until(lambda: is_taken_over(server))
+    wait_for(lambda: is_taken_over(server))
     assert len(cached(server)) == 3
 
 
@@ -216,7 +210,7 @@ def test_a_damaged_file_is_never_served(s3, lost, tool):
     os.truncate(cut, 100)
     os.truncate(emptied, 0)
     server.start()
-    until(lambda: is_taken_over(server))
+    wait_for(lambda: is_taken_over(server))
     s3.forget()
     db = server.db()
     assert {name: get(db, name) for name in blobs} == blobs

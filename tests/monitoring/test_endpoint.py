@@ -23,6 +23,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from ZODB.MappingStorage import MappingStorage
 
 from tests.support.speed import slow_but
+from tests.support.waiting import wait_for
 from tests.support.zeo_clients import load
 from tests.support.zeo_server import Figures, ZEOServer, free_address, scrape
 from zodb_s3blobs.monitoring import endpoint, health
@@ -126,13 +127,6 @@ def is_closed(address):
     except ConnectionRefusedError:
         return True
     return False
-
-
-def wait_for(condition, timeout=60):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.02)
 
 
 # What is answered

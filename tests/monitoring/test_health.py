@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from ZODB.utils import p64
 
+from tests.support.waiting import wait_for
 from zodb_s3blobs.monitoring import health as health_module
 from zodb_s3blobs.monitoring.health import Health
 from zodb_s3blobs.s3.errors import BucketError
@@ -49,13 +50,6 @@ def ill(bucket, s3):
     with pytest.raises(BucketError):
         bucket.probe()
     s3.forget()
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.01)
 
 
 def probes(s3):

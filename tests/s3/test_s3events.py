@@ -12,6 +12,7 @@ from ZODB.utils import p64
 
 from tests.support.counts import figures, nonzero, value
 from tests.support.download_target import Target
+from tests.support.waiting import wait_for
 from zodb_s3blobs.metrics import S3_CODES, S3_FAILURES, S3_OPERATIONS
 from zodb_s3blobs.s3.download import PART
 from zodb_s3blobs.s3.errors import BlobNotFound, BucketError, TransferCancelled
@@ -47,13 +48,6 @@ def background(s3):
     with ThreadPoolExecutor() as pool:
         yield pool.submit
         s3.behave()
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.01)
 
 
 def error_body(code):

@@ -10,6 +10,7 @@ from concurrent.futures import wait
 import pytest
 from ZODB.utils import p64
 
+from tests.support.waiting import wait_for
 from zodb_s3blobs.arriving import Arriving
 from zodb_s3blobs.s3 import upload as upload_module
 from zodb_s3blobs.s3.download import PART
@@ -90,13 +91,6 @@ def operations(s3):
 
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
-
-
-def until(condition):
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # What arrives
@@ -295,7 +289,7 @@ def test_an_outage_in_the_middle_shows_before_the_end_and_leaves_nothing(
     bucket = open_bucket(s3_max_attempts=2)
     put = background(bucket.put_staged_stream, NAME, client.body)
     client.send(bytes(PART))
-    until(lambda: [request.status for request in s3.requests("UploadPart")] == [200])
+    wait_for(lambda: [request.status for request in s3.requests("UploadPart")] == [200])
     s3.misbehave(operation="UploadPart", **fault)
     client.send(bytes(PART))
     s3.wait_for("UploadPart", 3)
@@ -434,7 +428,7 @@ def test_a_silent_service_does_not_fill_the_memory_with_parts(s3, open_bucket, b
     puts = [background(bucket.put_staged_stream, f"{number:032x}", body) for number, body in enumerate(bodies)]
     try:
         # Two parts are being sent and one is about to be. The other three streams could read, and do not.
-        until(lambda: len(waits) >= 6)
+        wait_for(lambda: len(waits) >= 6)
         s3.wait_for("UploadPart", 2)
         assert len(reads) == 3
     finally:

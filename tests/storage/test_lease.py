@@ -20,6 +20,7 @@ from ZODB.utils import p64
 from tests.support.fake_base import Base
 from tests.support.fake_database import FakeDatabase
 from tests.support.speed import slow_but
+from tests.support.waiting import wait_for
 from tests.support.zeo_server import FILESTORAGE, ZEOServer
 from zodb_s3blobs import lease as lease_module
 from zodb_s3blobs.garbage import collector as garbage
@@ -42,13 +43,6 @@ SOON = 20
 def others(keys):
     """All of ``keys`` but that of the blob that always lives."""
     return [key for key in keys if key != KEPT_KEY]
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -213,9 +207,9 @@ def test_it_is_renewed_again_and_again(s3, new_lease, hurried):
 def test_a_renewal_that_failed_is_tried_again_soon(s3, new_lease, hurried, monkeypatch):
     lease = new_lease()
     lease.start()
-    wait_until(lease.is_held)
+    wait_for(lease.is_held)
     s3.misbehave(operation="OwnerGetObject", times=1, hang=True, status=403, code="AccessDenied")
-    wait_until(lambda: None in [get.status for get in s3.requests("OwnerGetObject")])
+    wait_for(lambda: None in [get.status for get in s3.requests("OwnerGetObject")])
     monkeypatch.setattr(lease_module, "RENEW_EVERY", 3600)
     s3.forget()
     s3.behave()
@@ -294,13 +288,13 @@ def test_who_cannot_reach_s3_at_the_start_takes_it_later(s3, new_lease, hurried,
     s3.misbehave(operation="Owner.*", status=503, code="SlowDown")
     lease = new_lease()
     lease.start()
-    wait_until(lambda: "could not be renewed" in caplog.text)
+    wait_for(lambda: "could not be renewed" in caplog.text)
     assert not lease.is_held()
     with pytest.raises(BucketError):
         lease.renew_now()
     assert conflict(lease) == 0
     s3.behave()
-    wait_until(lease.is_held)
+    wait_for(lease.is_held)
 
 
 def test_a_service_that_is_away_for_a_moment_costs_nothing(s3, new_lease):
@@ -442,7 +436,7 @@ STRANGERS = {"a stranger": [7], "an empty one": [], "an older state": [1], "a co
 def test_another_database_that_is_no_successor_never_takes_a_prefix(new_lease, pass_at_s3, tids, end):
     first = new_lease(tids=[1, 2])
     first.start()
-    wait_until(first.is_held)
+    wait_for(first.is_held)
     if end == "stopped":
         first.close()
     pass_at_s3(1000 * STALE_AFTER)
@@ -456,7 +450,7 @@ def test_a_successor_takes_a_prefix_when_its_owner_has_stopped(new_lease, owner)
     """As production does that was moved to another disk."""
     first = new_lease(tids=[1, 2])
     first.start()
-    wait_until(first.is_held)
+    wait_for(first.is_held)
     successor = new_lease(tids=[1, 2])
     assert not holds(successor)
     first.close()
@@ -467,7 +461,7 @@ def test_a_successor_takes_a_prefix_when_its_owner_has_stopped(new_lease, owner)
 def test_what_was_taken_from_another_database_is_on_probation_for_a_week(new_lease, owner, pass_at_s3, s3):
     first = new_lease("first", tids=[1, 2])
     first.start()
-    wait_until(first.is_held)
+    wait_for(first.is_held)
     first.close()
     for _ in range(2):  # a restart changes nothing
         successor = new_lease("successor", tids=[1, 2])
@@ -488,7 +482,7 @@ def test_after_a_crash_of_the_machine_which_may_be_a_clone_of_a_machine_that_run
     """A clone of a virtual machine has the same file system and inodes; only a clean stop tells that none runs."""
     first = new_lease("database", tids=[1, 2])
     first.start()
-    wait_until(first.is_held)
+    wait_for(first.is_held)
     if end == "stop":
         first.close()
     again = new_lease("database", tids=[1, 2])
@@ -501,7 +495,7 @@ def test_after_a_crash_of_the_machine_which_may_be_a_clone_of_a_machine_that_run
 def test_the_rightful_owner_that_returns_does_not_take_it_from_a_successor_that_lives(new_lease):
     first = new_lease("first", tids=[1, 2])
     first.start()
-    wait_until(first.is_held)
+    wait_for(first.is_held)
     first.close()
     copy = new_lease("copy", tids=[1, 2])
     copy.renew_now()
@@ -532,9 +526,9 @@ def test_whatever_the_moment_of_the_takeover_says_nothing_is_deleted_too_early(n
 def test_who_loses_it_says_so_once_and_who_gets_it_back_too(s3, new_lease, write_owner, pass_at_s3, hurried, caplog):
     lease = new_lease()
     lease.start()
-    wait_until(lease.is_held)
+    wait_for(lease.is_held)
     write_owner()
-    wait_until(lambda: conflict(lease) == 1)
+    wait_for(lambda: conflict(lease) == 1)
     assert not lease.is_held()
     s3.forget()
     s3.wait_for("OwnerGetObject", 5)
@@ -546,7 +540,7 @@ def test_who_loses_it_says_so_once_and_who_gets_it_back_too(s3, new_lease, write
         lease.require()
     caplog.clear()
     pass_at_s3(STALE_AFTER + 30)
-    wait_until(lambda: conflict(lease) == 0)
+    wait_for(lambda: conflict(lease) == 0)
     assert lease.is_held()
     assert len([record for record in caplog.records if "belongs to this server now" in record.getMessage()]) == 1
 
@@ -615,7 +609,7 @@ def test_while_the_bucket_is_full_nobody_takes_what_nobody_keeps_any_more(
 def test_while_the_bucket_is_full_a_server_that_is_started_again_keeps_it(dead, collect, new_lease, fill):
     before = new_lease("home")
     before.start()
-    wait_until(before.is_held)
+    wait_for(before.is_held)
     fill()
     before.close()
     assert collect(new_lease("home")) == 25
@@ -641,7 +635,7 @@ def owner_exists(s3, bucket_name):
 def test_close_marks_it_as_stopped_and_another_may_take_it(new_lease, owner):
     first, second = new_lease(), new_lease()
     first.start()
-    wait_until(first.is_held)
+    wait_for(first.is_held)
     assert owner()["stopped"] == ""
     before = owner()
     first.close()
@@ -655,7 +649,7 @@ def test_close_marks_it_as_stopped_and_another_may_take_it(new_lease, owner):
 def test_close_marks_it_as_stopped_however_threads_are_scheduled(new_lease, owner):
     lease = new_lease()
     lease.start()
-    wait_until(lease.is_held)
+    wait_for(lease.is_held)
     tell = lease._ending.set
 
     def tell_slowly():
@@ -670,7 +664,7 @@ def test_close_marks_it_as_stopped_however_threads_are_scheduled(new_lease, owne
 def test_close_leaves_that_of_another(s3, new_lease, write_owner, owner):
     lease = new_lease()
     lease.start()
-    wait_until(lease.is_held)
+    wait_for(lease.is_held)
     write_owner()
     before = owner()
     lease.close()
@@ -681,7 +675,7 @@ def test_after_close_it_is_not_held(new_lease):
     """Whoever still deletes must stop: somebody else may have taken it already."""
     lease = new_lease()
     lease.start()
-    wait_until(lease.is_held)
+    wait_for(lease.is_held)
     lease.close()
     assert not lease.is_held()
     with pytest.raises(NotOwner, match="being stopped"):
@@ -702,7 +696,7 @@ def test_close_does_not_wait_for_a_silent_s3(s3, new_lease, when):
         s3.wait_for("OwnerGetObject")
     else:
         lease.start()
-        wait_until(lease.is_held)
+        wait_for(lease.is_held)
         s3.misbehave(operation="Owner.*", hang=True)
     started = time.monotonic()
     lease.close()
@@ -715,14 +709,14 @@ def test_a_late_answer_to_the_end_harms_nothing(s3, new_lease, owner, monkeypatc
     monkeypatch.setattr(lease_module, "_RELEASE_TIMEOUT", 0.01)
     lease = new_lease()
     lease.start()
-    wait_until(lease.is_held)
+    wait_for(lease.is_held)
     s3.forget()
     s3.misbehave(operation="OwnerGetObject", hang=True)
     lease.close()
     s3.wait_for("OwnerGetObject")
     lease._bucket.close()
     s3.behave()
-    wait_until(lambda: raised or owner()["stopped"])
+    wait_for(lambda: raised or owner()["stopped"])
     assert raised == []
 
 
@@ -873,12 +867,12 @@ def deletions(s3):
 
 def test_a_second_server_on_the_prefix_serves_and_deletes_nothing(s3, bucket_name, start):
     first = start("first")
-    wait_until(lambda: owner_id(s3, bucket_name))
+    wait_for(lambda: owner_id(s3, bucket_name))
     first_db = first.db()
     write(first_db, b"of the first")
 
     second = start("second")
-    wait_until(lambda: second.metrics()("s3blobs_bucket_owner_conflict", storage="1") == 1)
+    wait_for(lambda: second.metrics()("s3blobs_bucket_owner_conflict", storage="1") == 1)
     assert "CRITICAL" in second.output()
     assert "Two databases must never share a prefix" in second.output()
     assert os.uname().nodename in second.output()
@@ -906,7 +900,7 @@ def test_after_a_restart_the_first_pack_deletes_at_once(s3, bucket_name, start, 
     db = server.db()
     for data in (b"old", b"new"):
         write(db, data)
-    wait_until(lambda: owner_id(s3, bucket_name))
+    wait_for(lambda: owner_id(s3, bucket_name))
     before = owner_id(s3, bucket_name)
     getattr(server, end)()
     assert owner_id(s3, bucket_name) == before
@@ -998,7 +992,7 @@ def test_a_stale_one_of_another_database_is_taken(s3, of_database, pass_at_s3):
 def test_the_end_of_one_server_leaves_it_to_the_others_of_the_database(s3, of_database, owner):
     first, second = of_database("one"), of_database("one")
     first.start()
-    wait_until(first.is_held)
+    wait_for(first.is_held)
     first.close()
     assert owner()["stopped"] == ""
     assert owner()["database"] == "one"
@@ -1024,7 +1018,7 @@ def test_a_server_that_ends_while_it_asks_for_the_database_leaves_it_to_the_othe
     assert asked.wait(SOON)
     with ThreadPoolExecutor() as pool:
         closing = pool.submit(script.close)
-        wait_until(script._ending.is_set)
+        wait_for(script._ending.is_set)
         answer.set()
         closing.result()
     script._thread.join(SOON)
@@ -1111,5 +1105,5 @@ def test_a_database_that_is_away_for_a_moment_costs_nothing(of_database, hurried
     lease = of_database(ask)
     lease.start()
     assert again.wait(SOON)
-    wait_until(lease.is_held)
+    wait_for(lease.is_held)
     assert holds(lease)

@@ -11,16 +11,10 @@ from ZODB.POSException import StorageError
 
 from tests.support.sites import Site, Tool, leave_unfinished
 from tests.support.speed import slow_but
+from tests.support.waiting import wait_for
 from tests.support.zeo_server import SECTION, ZEOServer
 
 OWNER = "1/owner.json"
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def write(db, name, data):
@@ -52,7 +46,7 @@ class Place:
         self._s3.forget()
         self.server.start()
         self._s3.wait_for("OwnerGetObject")
-        wait_until(lambda: self.server.metrics().text)
+        wait_for(lambda: self.server.metrics().text)
         return self.server.db()
 
     def copy_from(self, other):
@@ -106,7 +100,7 @@ def test_a_copy_of_production_with_its_settings_deletes_nothing_of_it(place, cla
     production, staging = place("production"), place("staging")
     db = production.start()
     grow(db)
-    wait_until(lambda: claim()["last"])
+    wait_for(lambda: claim()["last"])
     production.server.stop()
     staging.copy_from(production)
     db = production.start()
@@ -146,7 +140,7 @@ def test_a_successor_only_marks_for_a_week_and_the_owner_that_returns_loses_noth
     assert figures("s3blobs_bucket_owner_changed_timestamp_seconds", storage="1") == pytest.approx(time.time(), abs=120)
     assert figures("s3blobs_gc_objects", storage="1", state="retained") == 1
     db = production.start()
-    wait_until(lambda: production.server.metrics()("s3blobs_bucket_owner_conflict", storage="1") == 1)
+    wait_for(lambda: production.server.metrics()("s3blobs_bucket_owner_conflict", storage="1") == 1)
     check(db)
 
 
@@ -207,7 +201,7 @@ def test_a_pack_that_takes_the_named_transaction_away_does_not_cost_the_prefix(p
     production = place("production", options={"s3_max_attempts": 1})
     db = production.start()
     grow(db, "a")
-    wait_until(lambda: claim()["owner"])
+    wait_for(lambda: claim()["owner"])
     for turn in range(3):
         write(db, "b", b"b%d" % turn)
     time.sleep(1.1)  # ZODB packs to a whole second
@@ -237,12 +231,12 @@ def test_a_crash_in_the_middle_of_a_commit_does_not_cost_the_prefix(place, claim
     production = place("production")
     db = production.start()
     grow(db, "a")
-    wait_until(lambda: claim()["owner"])
+    wait_for(lambda: claim()["owner"])
     production.server.kill()
     leave_unfinished(production.directory / "Data.fs")
     owner = claim()["owner"]
     production.start()
-    wait_until(lambda: claim()["owner"] != owner)
+    wait_for(lambda: claim()["owner"] != owner)
     production.server.kill()
     db = production.start()
     db.pack()
@@ -283,7 +277,7 @@ def test_two_sections_of_one_server_on_one_prefix_stop_the_start(s3, bucket_name
 def test_no_command_works_in_the_prefix_of_another_living_server(place, s3, bucket_name, tool, tmp_path, claim):
     production = place("production")
     grow(production.start())
-    wait_until(lambda: claim()["owner"])
+    wait_for(lambda: claim()["owner"])
     site = Site(tmp_path)
     site.grow()  # later transactions than those of production
     config = site.configure(s3, bucket_name)
@@ -307,7 +301,7 @@ def test_no_command_works_in_the_prefix_of_another_living_server(place, s3, buck
 def test_commands_say_that_a_prefix_is_that_of_the_database(place, s3, bucket_name, tool, claim):
     production = place("production")
     grow(production.start())
-    wait_until(lambda: claim()["owner"])
+    wait_for(lambda: claim()["owner"])
     _, err = tool("verify", production.config)
     assert "belongs to this database" in err
     out, _ = tool("adopt", production.config, "--yes")
@@ -354,7 +348,7 @@ def test_after_adopt_packs_only_mark_for_a_week(restored, s3, bucket_name, tool,
     keys = s3.keys(bucket_name)
     if running:
         db = restored.start()
-        wait_until(lambda: restored.server.metrics()("s3blobs_bucket_owner_conflict", storage="1") == 1)
+        wait_for(lambda: restored.server.metrics()("s3blobs_bucket_owner_conflict", storage="1") == 1)
     tool("adopt", restored.config, "--yes")
     if not running:
         db = restored.start()

@@ -33,6 +33,7 @@ from ZODB.tests.MinPO import MinPO
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import p64
 
+from tests.support.waiting import wait_for
 from zodb_s3blobs.cache import files as cache_module
 from zodb_s3blobs.s3.keys import Keys
 
@@ -109,16 +110,6 @@ def read(storage, oid, serial):
 def incoming(storage):
     cache_dir = storage.fshelper.base_dir
     return os.listdir(os.path.join(cache_dir, "incoming")) + os.listdir(storage.temporaryDirectory())
-
-
-def wait_for(condition, timeout=30):
-    """Poll until ``condition()`` holds."""
-    done = threading.Event()
-    for _ in range(timeout * 50):
-        if condition():
-            return
-        done.wait(0.02)
-    raise AssertionError("it did not come about in time")
 
 
 def operations(s3):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.support.waiting import wait_for
 from zodb_s3blobs.workers import Completion, DaemonPool, Deadline
 
 TIMEOUT = 30
@@ -30,13 +31,6 @@ def hanging(pool):
     assert started.wait(TIMEOUT)
     yield end
     end.set()
-
-
-def until(condition):
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_task_gets_its_arguments_and_the_future_its_result(pool):
@@ -122,7 +116,7 @@ def test_an_idle_worker_does_not_keep_the_arguments_of_its_last_task(pool):
     kept = weakref.ref(data)
     pool.submit(id, data).result(TIMEOUT)
     del data
-    until(lambda: kept() is None)
+    wait_for(lambda: kept() is None)
 
 
 def test_an_idle_worker_does_not_keep_the_result_of_its_last_task(pool):
@@ -130,7 +124,7 @@ def test_an_idle_worker_does_not_keep_the_result_of_its_last_task(pool):
         pass
 
     kept = weakref.ref(pool.submit(Data).result(TIMEOUT))
-    until(lambda: kept() is None)
+    wait_for(lambda: kept() is None)
 
 
 def test_when_no_thread_can_be_started_the_task_is_refused_and_the_next_one_runs(pool, no_threads):
@@ -186,7 +180,7 @@ def test_after_shutdown_its_threads_are_gone():
     for future in [pool.submit(int) for _ in range(10)]:
         future.result(TIMEOUT)
     pool.shutdown()
-    until(lambda: "threads that end" not in {thread.name for thread in threading.enumerate()})
+    wait_for(lambda: "threads that end" not in {thread.name for thread in threading.enumerate()})
 
 
 def test_submit_after_shutdown_says_so(pool):

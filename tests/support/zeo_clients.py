@@ -3,7 +3,6 @@
 import contextlib
 import os
 import pickle
-import time
 from pathlib import Path
 
 from ZODB.blob import Blob
@@ -13,6 +12,7 @@ from ZODB.tests.MinPO import MinPO
 from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import z64
 
+from tests.support.waiting import wait_for
 from zodb_s3blobs.cache.directory import path_in
 
 RECORD = zodb_pickle(Blob())
@@ -81,13 +81,6 @@ def name_of(blob):
 def blob(client, oid, tid):
     with open(client.loadBlob(oid, tid), "rb") as file:
         return file.read()
-
-
-def wait_for(condition, timeout=60):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.02)
 
 
 def cached_path(server, oid, tid):
