@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 #: Threads that sign. Signing takes a millisecond, except when credentials are renewed: the others wait for that too.
 _THREADS = 2
 
-
+#: Returns whether the database has blob (oid, serial).
 HasBlob: TypeAlias = Callable[[bytes, bytes], bool]
 
 
@@ -39,10 +39,9 @@ class Linker:
     def url(self, has_blob: HasBlob, wanted: tuple) -> str | None:
         """Return a URL; None if the storage gives no links, or has no such blob, or the bucket may lack it.
 
-        ``has_blob`` returns whether the database has blob (oid, serial); ``wanted``: the arguments of
-        `s3.links.checked`. May wait for the disk of a fallback, for S3 if a fallback is there, and for new credentials.
-        Raises LinkRefused for wrong arguments, even if the storage gives no links, and BucketError if there are no
-        credentials.
+        ``wanted``: the arguments of `s3.links.checked`. May wait for the disk of a fallback, for S3 if a fallback is
+        there, and for new credentials. Raises LinkRefused for wrong arguments, even if the storage gives no links, and
+        BucketError if there are no credentials.
         """
         return self._signed(self._checked(has_blob, wanted))
 

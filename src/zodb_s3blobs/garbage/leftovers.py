@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 #: A log line, no error of a pack: some services cannot list or abort multipart uploads, and each needs a permission.
 UPLOADS_STAY = "Unfinished uploads of crashed servers stay behind. %s"
 
-
+#: The least age in seconds of a leftover.
 _ABANDONED = 24 * 3600.0
 
 

@@ -28,15 +28,15 @@ class Keys:
 
     def __init__(self, prefix: str = "") -> None:
         self.prefix = prefix
-        #: What every key starts with.
+        #: The beginning of every key.
         self.root = f"{prefix}/" if prefix else ""
-        #: What every key of a blob starts with: the prefix to list.
+        #: The beginning of the keys of blobs: the prefix to list.
         self.blobs = self.root + FOLDER
-        #: The same for staged uploads.
+        #: The beginning of the keys of staged uploads.
         self.staged = self.root + "staged/"
-        #: Whose the prefix is, see lease.py.
+        #: The key of the owner of the prefix, see lease.py.
         self.owner = self.root + OWNER
-        #: Since when dead blobs are dead, see marks.py.
+        #: The key of the marks of dead blobs, see marks.py.
         self.marks = self.root + "gc-marks.jsonl"
 
     def key(self, oid: bytes, tid: bytes) -> str:

@@ -184,7 +184,7 @@ def _disk_full(view: View) -> Iterator[tuple[str, str]]:
 
 def _unavailable(view: View) -> Iterator[tuple[str, str]]:
     if view.has("s3blobs_bucket_up") and not view.now("s3blobs_bucket_up"):
-        yield "", "the bucket does not answer: commits of blobs and reads of others than cached ones fail"
+        yield "", "the bucket does not answer: commits of blobs fail, and reads of blobs that are not cached"
 
 
 def _failing(share: float, least: int, window: float) -> Condition:
@@ -236,7 +236,7 @@ def _deletion_spike(view: View) -> Iterator[tuple[str, str]]:
     deleted = view.increase("s3blobs_gc_deleted_objects_total", window)
     share = _share(deleted, view.increase("s3blobs_gc_scanned_objects_total", window))
     if deleted > 100 and share > 0.25:
-        yield "", f"a pack deletes {share:.0%} of the blobs, unless you know why: stop the server"
+        yield "", f"a pack deletes {share:.0%} of the blobs: unless you know why, stop the server"
 
 
 #: In the order of grafana/alerts.yml. S3BlobsDown is missing: without an answer there are no figures.
