@@ -731,7 +731,7 @@ def test_a_directory_whose_start_failed_may_be_used_again(start_cache, tmp_path)
     cache.close()
     cache.temporary.rmdir()
     cache.temporary.symlink_to(tmp_path)
-    with pytest.raises(CacheDirectoryError, match=f"{cache.directory} cannot be used"):
+    with pytest.raises(CacheDirectoryError, match=f"{cache.directory} cannot be used: .*delete the directory"):
         start_cache()
     assert tmp_path.exists()
     cache.temporary.unlink()

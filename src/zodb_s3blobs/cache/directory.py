@@ -129,7 +129,10 @@ class CacheDirectory:
             self._prepare()
         except OSError as error:
             self._lock_file.close()
-            raise CacheDirectoryError(f"{self.path} cannot be used: {error}") from error
+            raise CacheDirectoryError(
+                f"{self.path} cannot be used: {error.filename or self.path}: {error.strerror or error}; all of it must "
+                f"belong to this process's user: correct that, or delete the directory"
+            ) from error
 
     def _take(self) -> zc.lockfile.LockFile:
         """Make the directory, or refuse one that is not a cache; lock it."""
