@@ -13,6 +13,7 @@ from ZODB.utils import oid_repr, tid_repr
 
 from tests.support.sites import KEYS, contents, sentence, tree
 from tests.support.speed import slow
+from tests.support.waiting import wait_for
 from tests.support.zeo_server import FILESTORAGE, fallback_bucket
 
 NUMBERS = itertools.count()
@@ -396,6 +397,7 @@ def test_warm_fetches_from_the_second_bucket_and_reads_cost_nothing_then(s3, buc
     out, _ = tool("warm", server.directory / "zeo.conf", "--json")
     assert counts(out) == {"fetched": len(blobs)}
     server.start()
+    wait_for(lambda: not any((server.cache_dir / "warm").iterdir()))
     s3.forget()
     assert contents(server.client(), blobs) == blobs
     assert operations(s3)["GetObject"] == 0
