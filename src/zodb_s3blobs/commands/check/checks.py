@@ -99,7 +99,7 @@ def _damage(scratch: Scratch) -> Outcome:
     meaning = "the service stores an upload that was damaged on its way, without comparing the checksum sent with it"
     for value, is_refused in refused.items():
         if is_refused:
-            return fails(f"{meaning}, but does with {value}", f"s3-checksums {value}")
+            return fails(f"{meaning}; with {value} it compares", f"s3-checksums {value}")
     if scratch.bucket.endpoint_url.startswith("https:"):
         return around(f"{meaning}; TLS protects uploads on their way")
     return fails(
