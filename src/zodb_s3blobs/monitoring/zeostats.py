@@ -27,9 +27,14 @@ def attach(server: Any, name: str, exported: Exported) -> None:
     exported.name = name
     exported.zeo = _readings(server, name)
     if exported.exporter is not None:
-        loop = getattr(server.acceptor, "event_loop", None)
+        loop = event_loop_of(server)
         if loop is not None and getattr(exported.exporter.loop, "loop", None) is not loop:
             exported.exporter.loop = LoopLag(loop)
+
+
+def event_loop_of(server: Any) -> AbstractEventLoop | None:
+    """Return the event loop of ZEO's ``server``; None after its end, or if its acceptor is none of ZEO's own."""
+    return getattr(server.acceptor, "event_loop", None)
 
 
 class Reading:

@@ -55,7 +55,7 @@ def _serving(event: Any) -> None:
         if server.client_conflict_resolution:
             # ZEO sets this on the outermost storage, but it is the innermost one that resolves conflicts.
             innermost(blobs.base).tryToResolveConflict = never_resolve_conflict
-    loop = getattr(server.acceptor, "event_loop", None)
+    loop = zeostats.event_loop_of(server)
     if loop is not None:
         _explain_refusals(loop)
     stop = Stop(server, ours)

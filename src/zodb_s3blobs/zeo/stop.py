@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+from ..monitoring.zeostats import event_loop_of
+
 logger = logging.getLogger(__name__)
 
 #: The most seconds that a stop waits for clients. A client that reads nothing, such as a suspended process, must not
@@ -62,7 +64,7 @@ class Stop:
 
     def _before(self, end: Callable[[int, Any], Any]) -> Callable[[int, Any], Any]:
         def handler(number: int, frame: Any) -> None:
-            loop = getattr(self._server.acceptor, "event_loop", None)  # there is no acceptor after the end
+            loop = event_loop_of(self._server)
             if self.begun or loop is None or not _runs_here(loop):
                 end(number, frame)  # the second signal, or no client has been served yet
                 return
