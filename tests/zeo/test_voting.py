@@ -287,6 +287,20 @@ def test_a_conflict_over_a_blob_is_found_before_anything_is_sent(s3, server):
     assert operations(s3) == []
 
 
+def test_a_conflict_in_a_transaction_with_a_status_holds_up_nobody(background, server):
+    """Such a transaction begins with a tid of the base's own, and so leaves the one that is reserved for it unused."""
+    client = server.client()
+    txn = TransactionMetaData()
+    client.tpc_begin(txn, None, "p")
+    oid, _ = commit_blob(server.client(), b"other")
+    client.store(oid, ZERO, RECORD, "", txn)
+    store_blob(client, client.new_oid(), b"data", txn)
+    with pytest.raises(ConflictError):
+        client.tpc_vote(txn)
+    client.tpc_abort(txn)
+    assert background(commit_blob, server.client()).result(SOON)
+
+
 def test_the_retry_after_a_conflict_sends_no_large_blob_again(s3, bucket_name, server):
     """A conflict over another object, which shows after the upload."""
     client = server.client()

@@ -314,7 +314,8 @@ class Pending:
 
     def roll_back(self) -> None:
         """Note that the base has aborted the transaction, which is going to be voted on once more."""
-        self.transaction = self.reservation = self._deadline = None
+        self._release()
+        self.transaction = self._deadline = None
         self.lost = 0
         for undone in self._undone.values():
             self._give_up(undone)
@@ -346,13 +347,18 @@ class Pending:
     def _end(self, counter: Counter) -> None:
         self._has_ended = True
         self._until_end.close()
-        if self.reservation is not None:
-            self._services.tids.release(self.reservation)
+        self._release()
         uploads = self._uploads() + [blob for blob in self._given_up if isinstance(blob, Upload)]
         if uploads or self._undone:
             counter.inc()
         self._metrics.staged_blobs.dec(len(uploads))
         self._metrics.staged_bytes.dec(sum(upload.size for upload in uploads))
+
+    def _release(self) -> None:
+        """Give up the reserved tid. The base may have begun with another one: that of a transaction with a status."""
+        if self.reservation is not None:
+            self._services.tids.release(self.reservation)
+            self.reservation = None
 
     def _in_background(self, work: Callable[..., None], *args: Any) -> None:
         try:
