@@ -31,6 +31,7 @@ from tests.support.zeo_clients import (
     write,
 )
 from tests.support.zeo_server import scrape
+from zodb_s3blobs.commit.kept import KEPT_FOR
 
 
 @pytest.fixture
@@ -311,6 +312,7 @@ def test_the_retry_after_a_conflict_sends_no_large_blob_again(s3, bucket_name, s
     client.tpc_vote(txn)
     tid = client.tpc_finish(txn)
     data = os.urandom(12 * MB)
+    kept_until = time.monotonic() + KEPT_FOR
 
     def commit(serial):
         txn = TransactionMetaData()
@@ -330,7 +332,8 @@ def test_the_retry_after_a_conflict_sends_no_large_blob_again(s3, bucket_name, s
     wait_for(lambda: not leftovers(server))
     s3.forget()
     found = commit(tid)
-    assert {"UploadPart", "PutObject"}.isdisjoint(operations(s3))
+    if time.monotonic() < kept_until:  # else the machine is so slow that the upload has been deleted, as it should
+        assert {"UploadPart", "PutObject"}.isdisjoint(operations(s3))
     assert blob(server.client(), *found) == data
     assert key(*found) in s3.keys(bucket_name)
 

@@ -230,18 +230,18 @@ def test_a_vote_holds_up_no_reader_and_no_writer(s3, server, background):
     assert blob(server.client(), oid, tid) == b"data"
 
 
+def undo_last(db):
+    manager = transaction.TransactionManager()
+    db.undo(db.undoLog(0, 1)[0]["id"], manager.get())
+    manager.commit()
+
+
 def test_undo_copies_off_the_loop(s3, server, background):
     db, other = server.db(), server.client()
     write(db, "blob", b"one")
     write(db, "blob", b"two")
     s3.misbehave(operation="CopyObject", hang=True)
-
-    def undo():
-        manager = transaction.TransactionManager()
-        db.undo(db.undoLog(0, 1)[0]["id"], manager.get())
-        manager.commit()
-
-    slow = background(undo)
+    slow = background(undo_last, db)
     s3.wait_for("CopyObject")
     load(other)
     assert not slow.done()
@@ -250,19 +250,22 @@ def test_undo_copies_off_the_loop(s3, server, background):
     assert read(server.db(), "blob") == b"one"
 
 
-def test_an_abort_while_the_upload_hangs_frees_the_lock_at_once(s3, bucket_name, server, background):
-    s3.misbehave(operation="PutObject", hang=True)
-    writer = server.client()
-    slow = background(commit_blob, writer)
-    s3.wait_for("PutObject")
-    writer.close()
+def test_a_client_that_vanishes_while_an_undo_waits_for_s3_frees_the_lock_at_once(s3, bucket_name, server, background):
+    db, other = server.db(), server.client()
+    write(db, "blob", b"one")
+    write(db, "blob", b"two")
+    s3.misbehave(operation="CopyObject", hang=True)
+    slow = background(undo_last, db)
+    s3.wait_for("CopyObject")
+    background(db.close)
     with pytest.raises((ClientDisconnected, StorageError)):
         slow.result(60)
     started = time.monotonic()
-    commit_object(server.client())
+    commit_object(other)
     assert time.monotonic() - started < SOON
     s3.behave()
-    wait_for(lambda: not s3.keys(bucket_name) and not leftovers(server))
+    wait_for(lambda: len(s3.keys(bucket_name)) == 2 and not leftovers(server))
+    assert read(server.db(), "blob") == b"two"
 
 
 def test_twenty_clients_that_want_one_cold_blob_make_one_download(s3, server, background):

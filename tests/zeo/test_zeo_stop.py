@@ -273,6 +273,7 @@ def test_clients_with_nothing_under_way_are_not_kept(start, tmp_path):
 def test_transactions_that_have_not_been_finished_never_are(s3, bucket_name, server, half, background):
     """Neither one whose upload ends meanwhile, nor one that has voted, nor one that waits for the commit lock."""
     writer, voter, next_writer, watcher = (server.client(wait_timeout=1) for _ in range(4))
+    wait_for(lambda: len(s3.keys(bucket_name)) == 1)  # the staged upload of the large blob is deleted after its commit
     before = watcher.lastTransaction(), s3.keys(bucket_name)
     s3.misbehave(operation="PutObject", hang=True)
     s3.forget()
