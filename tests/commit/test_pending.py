@@ -11,7 +11,7 @@ import pytest
 from ZODB.utils import p64
 
 from tests.support.commits import begin, cleaned_up
-from tests.support.zeo_clients import operations
+from tests.support.zeo_clients import operations, wait_for
 from zodb_s3blobs import workers
 from zodb_s3blobs.cache.files import Incoming
 from zodb_s3blobs.commit.pending import Pending
@@ -259,6 +259,18 @@ def test_abort_without_blobs_makes_no_request(s3, commits):
     begin(commits).abort()
     cleaned_up(commits)
     assert operations(s3) == []
+
+
+def test_the_files_of_aborted_transactions_do_not_wait_until_s3_answers(s3, commits, new_file, files):
+    """In an outage, each try of a client would leave a file on the disk, which cached blobs have to make room for."""
+    s3.misbehave(operation="DeleteObject", hang=True)
+    for number in range(4):  # more than the threads that delete objects
+        commit = begin(commits)
+        commit.store(OID, new_file(b"data"))
+        commit.vote(p64(number + 3)).wait()
+        commit.abort()
+    s3.wait_for("DeleteObject", 2)
+    wait_for(lambda: files() == [])
 
 
 def test_an_abort_whose_deletions_fail_is_over_all_the_same(s3, commits, new_file, files, caplog):

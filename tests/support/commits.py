@@ -52,7 +52,8 @@ def overtake(commits, pending):
 
 def cleaned_up(commits):
     """Wait until all is done that transactions have left to do; nothing is cleaned up later."""
-    commits.cleaners.shutdown()
+    for pool in commits.files, commits.cleaners:
+        pool.shutdown()
 
 
 class Sending:

@@ -17,7 +17,7 @@ from prometheus_client import Counter
 from ..revision import Revision
 from ..s3.download import PART
 from ..s3.errors import BucketError, NotDeleted
-from ..workers import Completion, Deadline
+from ..workers import Completion, DaemonPool, Deadline
 from .kept import WORTH_KEEPING
 from .services import CommitServices
 from .staging import Staged
@@ -309,8 +309,10 @@ class Pending:
             blob.cancel()
         self._in_flight -= committed
         self._services.in_flight.remove(committed, self)
+        if left_over:
+            self._in_background(self._services.files, self._discard, left_over)
         if left_over or self._cut_off or self._in_flight or any(upload.staged for upload in self._stored.values()):
-            self._in_background(self._clean_up, left_over, blobs)
+            self._in_background(self._services.cleaners, self._clean_up, left_over, blobs)
 
     def roll_back(self) -> None:
         """Note that the base has aborted the transaction, which is going to be voted on once more."""
@@ -340,9 +342,10 @@ class Pending:
             future.cancel()
         kept = [upload for upload in self._uploads() if conflict and upload.is_worth_keeping()]
         if kept and not self._shared:
-            self._in_background(self._keep, kept, blobs)
+            self._in_background(self._services.files, self._keep, kept, blobs)
         elif blobs or self._cut_off:
-            self._in_background(self._clean_up, blobs, [])
+            self._in_background(self._services.files, self._discard, blobs)
+            self._in_background(self._services.cleaners, self._clean_up, blobs, [])
 
     def _end(self, counter: Counter) -> None:
         self._has_ended = True
@@ -360,32 +363,38 @@ class Pending:
             self._services.tids.release(self.reservation)
             self.reservation = None
 
-    def _in_background(self, work: Callable[..., None], *args: Any) -> None:
+    def _in_background(self, pool: DaemonPool, work: Callable[..., None], *args: Any) -> None:
         try:
-            self._services.cleaners.submit(work, *args)
+            pool.submit(work, *args)
         except RuntimeError:
             pass  # closed: the next start deletes the files, a pack the objects
 
     # In a worker
 
     def _keep(self, kept: list[Upload], blobs: list[Storable]) -> None:
-        """Keep the uploads ``kept`` for the retry; delete all ``blobs`` of the transaction later."""
+        """Keep the uploads ``kept`` for the retry; delete all ``blobs`` of the transaction later, their files now."""
+
+        def clean_up() -> None:
+            self._in_background(self._services.cleaners, self._clean_up, blobs, [])
+
         try:
-            self._services.kept.keep(kept, lambda: self._in_background(self._clean_up, blobs, []))
+            self._services.kept.keep(kept, clean_up)
         except OSError:  # a file cannot be read
-            self._clean_up(blobs, [])
-        for upload in self._uploads():
-            upload.file.discard()
+            clean_up()
+        self._discard(blobs)
+
+    def _discard(self, blobs: list[Storable]) -> None:
+        """Delete the files of ``blobs``. Uploads that are still under way fail: their results are not needed."""
+        for blob in blobs:
+            if isinstance(blob, Upload):
+                blob.file.discard()
 
     def _clean_up(self, unneeded: list[Storable], committed: list[Storable]) -> None:
-        """Delete all of ``unneeded``, and what ``committed`` has left at earlier keys."""
+        """Delete the objects of all ``unneeded``, and what ``committed`` has left at earlier keys. Waits for S3."""
         uploads = [blob for blob in [*unneeded, *committed] if isinstance(blob, Upload)]
         staged = [upload.staged for upload in uploads if upload.staged is not None] + self._cut_off
         started = [future for future in self._futures if not future.cancelled()]
         wait([*started, *(each.uploaded for each in staged if not each.uploaded.cancelled())])
-        for blob in unneeded:
-            if isinstance(blob, Upload):
-                blob.file.discard()
         # An upload that failed may have arrived all the same: its answer was lost. Where other processes commit, one
         # of them may have been given the same tid, if a clock was set back: there it is left to a pack.
         keys = set().union(*(blob.written for blob in unneeded)) if not self._shared else set()

@@ -12,7 +12,8 @@ from .kept import Kept
 from .staging import Staging
 from .tids import Tids
 
-#: How long, in seconds, `CommitServices.close` waits for the deletion of what aborted transactions uploaded.
+#: How long, in seconds, `CommitServices.close` waits for the deletion of the files of aborted transactions, and then
+#: of what they uploaded.
 _CLOSE_TIMEOUT = 2.0
 
 
@@ -48,6 +49,8 @@ class CommitServices:
         self.large = DaemonPool(concurrency, "s3blobs large upload")
         # Of its own, so that no upload waits for the cleanup after another transaction.
         self.cleaners = DaemonPool(2, "s3blobs cleanup")
+        # Of its own, so that the disk does not fill up with files that nobody needs while S3 is silent.
+        self.files = DaemonPool(1, "s3blobs files")
         #: How long, in seconds, the last upload and the last copy to a final key took, and the next is likely to take.
         self.last_put = self.last_copy = 0.0
         self.kept = Kept()
@@ -65,4 +68,5 @@ class CommitServices:
         self.staging.close()
         for pool in self.small, self.large:
             pool.shutdown(wait=False, cancel_futures=True)
-        self.cleaners.shutdown(timeout=_CLOSE_TIMEOUT)
+        for pool in self.files, self.cleaners:  # the former may have work for the latter
+            pool.shutdown(timeout=_CLOSE_TIMEOUT)
