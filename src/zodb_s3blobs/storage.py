@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import ZODB.blob
@@ -26,6 +26,7 @@ from .commit.pending import Pending
 from .commit.services import CommitServices
 from .commit.tids import Tids
 from .fetch import Fetcher
+from .garbage.apart import Apart
 from .garbage.collector import Collector
 from .lease import Lease
 from .linker import Linker
@@ -52,9 +53,12 @@ class Components:
     exported: Exported
     #: Ends what watches them.
     close_watch: Callable[[], None]
+    #: Where garbage is collected, so that a stop does not wait for S3.
+    collections: Apart = field(default_factory=lambda: Apart("s3blobs pack"))
 
     def close(self) -> None:
         """Give up threads, connections and the cache directory."""
+        self.collections.close()
         self.close_watch()
         self.fetcher.close()
         self.linker.close()
@@ -457,23 +461,24 @@ class S3BlobStorage:
             raise ReadOnlyError()  # RelStorage would pack all the same
         if gc is not None:
             options["gc"] = gc
-        with as_storage_error("The database was not packed. "), self._base_adapter.revisions() as revisions:
-            self._components.collector.before_pack(revisions)
+        with as_storage_error("The database was not packed. "):
+            self._components.collections.call(self._before_pack)
         result = self.base.pack(pack_time, referencesf, **options)
-        with (
-            as_storage_error("The database was packed, but not all dead blobs were deleted. "),
-            self._base_adapter.revisions() as revisions,
-        ):
-            self._components.collector.collect(revisions, gently=True)
+        with as_storage_error("The database was packed, but not all dead blobs were deleted. "):
+            self._components.collections.call(lambda: self.collect_garbage(gently=True))
         return result
 
-    def collect_garbage(self) -> int:
+    def _before_pack(self) -> None:
+        with self._base_adapter.revisions() as revisions:
+            self._components.collector.before_pack(revisions)
+
+    def collect_garbage(self, gently: bool = False) -> int:
         """Delete the blobs that the base does not know any more; return their number. Waits for S3.
 
-        For a process that serves no clients meanwhile. The errors are those of `garbage.Collector.collect`.
+        ``gently``: leave the processor to clients. The errors are those of `garbage.Collector.collect`.
         """
         with self._base_adapter.revisions() as revisions:
-            return self._components.collector.collect(revisions)
+            return self._components.collector.collect(revisions, gently)
 
 
 class CacheFiles:

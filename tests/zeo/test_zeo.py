@@ -566,12 +566,15 @@ def test_sigterm_ends_the_process_with_transfers_under_way(s3, server, backgroun
     server.stop()
     server.cache_name = "other"
     server.start()
+    s3.forget()
     s3.misbehave(hang=True)
     slow = [
         background(commit_blob, server.client()),
         background(commit_blob, server.client(), os.urandom(20 * MB)),
         background(blob, server.client(), *name),
+        background(server.client().pack),  # ZEO packs in a thread for which the process waits
     ]
+    s3.wait_for("ListObjects")
     s3.wait_for("PutObject")
     s3.wait_for("GetObject")
     s3.wait_for("CreateMultipartUpload")
