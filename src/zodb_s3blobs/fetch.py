@@ -129,6 +129,13 @@ class Fetcher:
             pool.shutdown(wait=False)
         self._fallbacks.close()
 
+    def _pass_on(self, pool: DaemonPool, owner: object, step: Callable[[], None]) -> None:
+        """Let a thread of ``pool`` do the next ``step`` of a read, or do it here: readers must not wait forever."""
+        try:
+            pool.submit_all(owner, [step])
+        except RuntimeError:  # no thread can be started, or closed
+            step()
+
     def _begin(self, name: Revision, source: bytes, owner: object) -> None:
         """Take the blob from the cache if an earlier process left it there, or begin its download."""
         size = self._cache.unproven_size(*name)
@@ -137,7 +144,7 @@ class Fetcher:
         elif size <= _SMALL:
             self._prove(name, source, owner)
         else:
-            self._large.submit_all(owner, [functools.partial(self._prove, name, source, owner)])
+            self._pass_on(self._large, owner, functools.partial(self._prove, name, source, owner))
 
     def _prove(self, name: Revision, source: bytes, owner: object) -> None:
         try:
@@ -154,7 +161,7 @@ class Fetcher:
         # While the bucket does not answer, each read would wait for it. A directory does not come first: nothing
         # verifies what it has.
         if self._replicas and self._bucket.last_answer[0] is not None and self._trouble() is not None:
-            self._elsewhere.submit_all(owner, [functools.partial(self._open_replica, name, source, owner)])
+            self._pass_on(self._elsewhere, owner, functools.partial(self._open_replica, name, source, owner))
         else:
             self._open_in_bucket(name, source, owner)
 
@@ -163,7 +170,7 @@ class Fetcher:
         try:
             found = self._replicas.open(name.oid, source, BlobNotFound("The bucket has not been asked"))
         except Exception:
-            self._workers.submit_all(owner, [functools.partial(self._open_in_bucket, name, source, owner)])
+            self._pass_on(self._workers, owner, functools.partial(self._open_in_bucket, name, source, owner))
         else:
             self._go_on(name, source, owner, found, found.size)
 
@@ -173,7 +180,9 @@ class Fetcher:
             opened = self._bucket.open(name.oid, source)
         except (BlobNotFound, BucketError) as error:
             if self._fallbacks:
-                self._elsewhere.submit_all(owner, [functools.partial(self._open_fallback, name, source, owner, error)])
+                self._pass_on(
+                    self._elsewhere, owner, functools.partial(self._open_fallback, name, source, owner, error)
+                )
             else:
                 self._fail(name, error)
         except Exception as error:
@@ -198,7 +207,7 @@ class Fetcher:
         begun = opened if self._large.has_free_thread else None
         if begun is None:
             opened.close()  # do not keep the connection open meanwhile
-        self._large.submit_all(owner, [functools.partial(self._finish, name, source, begun)])
+        self._pass_on(self._large, owner, functools.partial(self._finish, name, source, begun))
 
     def _finish(self, name: Revision, source: bytes, begun: Opened | Found | None) -> None:
         try:

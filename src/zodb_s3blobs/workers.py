@@ -48,7 +48,7 @@ class DaemonPool(Executor):
         """Run each of ``calls`` in a worker, for the hashable ``owner``; return their futures. All or none is taken.
 
         No thread wakes up before all are queued: many threads that start one by one would keep the interpreter from
-        the thread that calls. Raises RuntimeError after `shutdown`.
+        the thread that calls. Raises RuntimeError after `shutdown`, and if not even one thread can be started.
         """
         tasks: deque[_Task] = deque((Future(), call) for call in calls)
         futures = [future for future, _ in tasks]
@@ -58,7 +58,12 @@ class DaemonPool(Executor):
             if self._closed:
                 raise RuntimeError(f"the {self._name} threads have been shut down")
             for _ in range(min(len(tasks) - len(self._idle), self._max_workers - self._threads)):
-                threading.Thread(target=self._work, name=self._name, daemon=True).start()
+                try:
+                    threading.Thread(target=self._work, name=self._name, daemon=True).start()
+                except RuntimeError:  # no more can be had
+                    if not self._threads:
+                        raise
+                    break
                 self._threads += 1
             # A worker that waits gets its task in its hand: one that woke up to look for it would wait for this lock.
             woken = [self._idle.pop() for _ in range(min(len(tasks), len(self._idle)))]

@@ -635,6 +635,17 @@ def test_leases_end_by_themselves_again_after_earlier_ones_have_ended(start_cach
         until(lambda: cache.size <= 100)
 
 
+def test_leases_that_begin_when_no_thread_can_be_started_end_with_the_next_one(start_cache, monkeypatch, no_threads):
+    monkeypatch.setattr(store_module, "GRACE", 0.05)
+    cache = start_cache(limit=100)
+    with no_threads():
+        for number in (1, 2):
+            put(cache, number).release_later()
+    put(cache, 3).release_later()
+    until(lambda: cache.size <= 100)
+    check_accounting(cache)
+
+
 def test_a_lease_is_counted_from_the_last_request(start_cache, monkeypatch):
     cache = start_cache(limit=100)
     monkeypatch.setattr(store_module, "GRACE", 0.3)

@@ -147,6 +147,14 @@ def test_one_whose_deletion_fails_holds_up_no_other(kept, keep, monkeypatch, new
     assert keep({"another": new_file(b"other data")}, seconds=0.05).wait(TIMEOUT)
 
 
+def test_what_was_kept_when_no_thread_could_be_started_is_deleted_with_the_next(kept, keep, new_file, no_threads):
+    with no_threads():
+        deleted = keep({"one": new_file(b"one")}, seconds=0)
+    assert not deleted.is_set()
+    assert keep({"two": new_file(b"two")}, seconds=0).wait(TIMEOUT)
+    assert deleted.wait(TIMEOUT)
+
+
 def test_close_gives_all_of_them_up(kept, keep, new_file):
     one, two = new_file(BEGINNING + b"one"), new_file(BEGINNING + b"two")
     deleted = [keep({"one": one}), keep({"two": two})]

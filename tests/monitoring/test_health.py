@@ -175,3 +175,14 @@ def test_when_it_has_been_closed_it_still_tells_what_it_knows(open_health, s3, a
     for _ in range(2):
         assert health.trouble() is None
     assert probes(s3) == 0
+
+
+def test_a_probe_for_which_no_thread_can_be_started_is_sent_later(s3, open_health, after, no_threads):
+    health, bucket = open_health()
+    bucket.probe()
+    after(LONG_AFTER_GOOD)
+    s3.forget()
+    with no_threads():
+        assert health.trouble() is None
+    health.trouble()
+    s3.wait_for("ListObjects")

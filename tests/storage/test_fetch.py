@@ -88,6 +88,14 @@ def test_a_warm_blob_is_no_request(s3, fetcher, blob):
     assert s3.requests() == []
 
 
+def test_when_no_thread_can_be_started_large_blobs_are_read_all_the_same(fetcher, bucket, blob, new_file, no_threads):
+    fetcher.fetch(OID, TID).release()
+    data = os.urandom(2 << 20)
+    bucket.put(OID, p64(3), new_file(data))
+    with no_threads():
+        assert read(fetcher.request(OID, p64(3)).result(30)) == data
+
+
 def test_many_who_ask_at_once_share_one_download(s3, fetcher, blob):
     requested = ask_at_once(fetcher, s3, 20)
     assert [read(future.result(10)) for future in requested] == [DATA] * 20

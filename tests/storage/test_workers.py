@@ -315,6 +315,16 @@ def test_of_many_tasks_none_is_taken_when_no_thread_can_be_started(pool, no_thre
     assert ran == []
 
 
+def test_when_no_further_thread_can_be_started_those_that_are_there_do_the_tasks(no_threads):
+    pool, end = DaemonPool(3), threading.Event()
+    started = pool.submit(end.wait, TIMEOUT)
+    with no_threads():
+        futures = pool.submit_all("a", [lambda: 5] * 3)
+    end.set()
+    assert not wait([started, *futures], TIMEOUT).not_done
+    pool.shutdown()
+
+
 def test_no_tasks_start_no_thread():
     pool = DaemonPool(1, "never started")
     assert pool.submit_all("a", []) == []

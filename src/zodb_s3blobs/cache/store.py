@@ -291,20 +291,24 @@ class FileStore:
         with self._lock:
             self._due.append((time.monotonic() + GRACE, pin))
             if not self._timer_runs:
-                self._timer_runs = True
                 self._start_timer(GRACE)
 
     def _start_timer(self, seconds: float) -> None:
         timer = threading.Timer(seconds, self._release_due)
         timer.daemon = True
-        timer.start()
+        try:
+            timer.start()
+        except RuntimeError:  # no thread can be started: the next pin that is released later starts it
+            self._timer_runs = False
+        else:
+            self._timer_runs = True
 
     def _release_due(self) -> None:
         now = time.monotonic()
         with self._lock:  # to the end, so that no later timer overtakes this one and releases younger files first
             while self._due and self._due[0][0] <= now:
                 self._due.popleft()[1].release()
-            self._timer_runs = bool(self._due)
+            self._timer_runs = False
             if self._due:
                 self._start_timer(self._due[0][0] - now)
 

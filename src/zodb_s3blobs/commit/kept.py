@@ -4,6 +4,7 @@ When a transaction fails with a conflict, its client runs it again, mostly with 
 the bucket for a minute, and the retry copies those whose bytes it finds here, in place of sending the bytes again.
 """
 
+import contextlib
 import hashlib
 import threading
 import time
@@ -73,9 +74,11 @@ class Kept:
         return digest, self._keys.get(digest)
 
     def _start_timer(self) -> None:
-        self._timer = threading.Timer(max(0.0, self._due[0][0] - time.monotonic()), self._expire)
-        self._timer.daemon = True
-        self._timer.start()
+        timer = threading.Timer(max(0.0, self._due[0][0] - time.monotonic()), self._expire)
+        timer.daemon = True
+        with contextlib.suppress(RuntimeError):  # no thread can be started: the next upload that is kept starts it
+            timer.start()
+            self._timer = timer
 
     def _expire(self) -> None:
         with self._lock:

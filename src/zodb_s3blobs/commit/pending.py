@@ -83,8 +83,9 @@ class Pending:
         if oid in self._filenames:
             self.drop(self._filenames[oid])
         upload = Upload(self._services, oid, self._services.cache.take(filename), staged)
-        self._arrived[filename] = self._take(upload)
+        self._arrived[filename] = upload
         self._filenames[oid] = filename
+        self._take(upload)
 
     def cut_off(self, staged: Staged) -> None:
         """Give up what `stream` returned: the end of the blob will not arrive."""
@@ -95,7 +96,8 @@ class Pending:
         self._metrics.staged_blobs.inc()
         self._metrics.staged_bytes.inc(upload.size)
 
-    def _take(self, upload: Upload) -> Upload:
+    def _take(self, upload: Upload) -> None:
+        """Count an upload that has been noted; stage it if that is due. Raises RuntimeError if no thread can do it."""
         self._count(upload)
         self._bytes += upload.size
         threshold = self._services.stage_threshold
@@ -105,7 +107,6 @@ class Pending:
             for each in self._large:
                 each.staged = self._services.staging.stage(each.file.path, self)
             self._large.clear()
-        return upload
 
     def _uploads(self) -> list[Upload]:
         return [*self._arrived.values(), *self._stored.values()]
@@ -158,9 +159,12 @@ class Pending:
             return
         upload = self._arrived.pop(filename, None)
         self._filenames.pop(oid, None)
-        if upload is None:
-            upload = self._take(Upload(self._services, oid, self._services.cache.adopt(filename)))
+        if upload is not None:
+            self._commit(upload)
+            return
+        upload = Upload(self._services, oid, self._services.cache.adopt(filename))
         self._commit(upload)
+        self._take(upload)
 
     def restore(self, oid: bytes, tid: bytes, filename: str) -> None:
         """Take over the file of a blob that another database committed at ``tid``. Raises CacheError.
@@ -257,8 +261,9 @@ class Pending:
         large = {name: blob for name, blob in missing.items() if name not in small}
         for pool, part in (self._services.small, small), (self._services.large, large):
             calls = [partial(self._store, blob, name, deadline, reservation) for name, blob in part.items()]
-            futures += pool.submit_all(self, calls)
-        self._futures += futures
+            submitted = pool.submit_all(self, calls)
+            futures += submitted
+            self._futures += submitted
         return self._completion(futures, deadline)
 
     def _store(self, blob: Storable, name: Revision, deadline: Deadline, reservation: Reservation | None) -> None:

@@ -31,7 +31,10 @@ class Health:
             old = time.monotonic() - heard > (_PROBE_AFTER_OK if trouble is None else _PROBE_AFTER_ERROR)
             if old and not self._probing and not self._closed:
                 self._probing = True
-                self._prober.submit(self._probe)
+                try:
+                    self._prober.submit(self._probe)
+                except RuntimeError:  # no thread can be started: the next call tries again
+                    self._probing = False
         return trouble
 
     def _probe(self) -> None:
