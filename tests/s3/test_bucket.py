@@ -107,6 +107,20 @@ def test_the_parts_of_a_large_blob_are_put_in_parallel(s3, bucket, new_file, sto
     assert stored()[0] == data
 
 
+def test_a_large_blob_does_not_queue_behind_the_parts_of_a_larger_one(
+    s3, open_bucket, new_file, background, monkeypatch
+):
+    """The time limit of its transaction runs meanwhile."""
+    monkeypatch.setattr(upload_module, "PART", 5 << 20)
+    bucket = open_bucket(s3_concurrency=1, s3_multipart_threshold=5 << 20)
+    s3.misbehave(operation="UploadPart", latency=0.2)
+    larger = background(bucket.put, OID, p64(1), new_file(bytes(50 << 20)))
+    s3.wait_for("UploadPart")
+    bucket.put(OID, p64(2), new_file(bytes(10 << 20)))
+    assert not larger.done()
+    larger.result(60)
+
+
 def test_a_blob_below_the_multipart_threshold_is_put_with_one_request(s3, open_bucket, new_file, stored):
     data = os.urandom(PART + 1)
     open_bucket(s3_multipart_threshold=5 << 30).put(OID, TID, new_file(data))

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 from s3transfer.manager import TransferConfig, TransferManager
@@ -92,7 +93,7 @@ class Uploads(Downloads):
                 **limits,
             ),
             osutil=_LocalFiles(),
-            executor_cls=functools.partial(DaemonPool, name=f"s3blobs {self.name} transfer"),  # type: ignore[arg-type]
+            executor_cls=functools.partial(_TransferPool, name=f"s3blobs {self.name} transfer"),  # type: ignore[arg-type]
         )
 
     def close(self) -> None:
@@ -326,6 +327,14 @@ class Uploads(Downloads):
             # Perhaps the copy succeeded, and the answer was lost.
             if error.reason != "connection" or not self._is_there(key, size, metadata):
                 raise
+
+
+class _TransferPool(DaemonPool):
+    """A pool for s3transfer, in which transfers take turns: a blob of two parts does not wait for one of thousands."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future:
+        # The tasks of one transfer still start in order, so those that wait for others of it hold nobody up.
+        return self.submit_all(fn.transfer_id, [functools.partial(fn, *args, **kwargs)])[0]
 
 
 class _LocalFiles(OSUtils):
