@@ -319,6 +319,18 @@ def test_the_ranges_of_a_large_blob_are_read_in_parallel(s3, bucket, put, read):
         assert get.result() == data
 
 
+def test_a_large_blob_is_not_read_behind_the_ranges_of_a_larger_one(s3, open_bucket, put, read, background, tmp_path):
+    bucket, data = open_bucket(s3_concurrency=1), os.urandom(2 * PART)
+    put(bytes(10 * PART))
+    put(data, OTHER_TID)
+    s3.misbehave(operation="GetObject", latency=0.2)
+    larger = background(bucket.get, OID, TID, Target(tmp_path / "larger"))
+    s3.wait_for("GetObject", 2)
+    assert read(bucket, OTHER_TID) == data
+    assert not larger.done()
+    larger.result(60)
+
+
 @pytest.mark.parametrize("size", [4, PART + 1])
 def test_a_service_that_ignores_ranges_is_read_all_the_same(s3, bucket, put, read, size):
     data = os.urandom(size)

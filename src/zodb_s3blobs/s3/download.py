@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import botocore.exceptions
@@ -135,13 +136,14 @@ class Downloads(Objects):
         sink: Sink = file if whole is None else _Both(file, whole)
         parts: list[Future] = []
         try:
-            for start in range(first.length, size, PART):
-                end = min(start + PART, size)
-                parts.append(self._parts.submit(self._get_range, key, start, end, first.etag, file))
+            ranges = ((start, min(start + PART, size)) for start in range(first.length, size, PART))
+            # Downloads take turns: a blob of a few ranges does not wait for one of thousands.
+            parts = self._parts.submit_all(first, [partial(self._get_range, key, *r, first.etag, file) for r in ranges])
             self._get_range(key, 0, first.length, first.etag, sink, opened=first)
             for part in parts:
                 part.result()
         except BaseException:
+            first.close()
             # Once this method has raised, no thread may write to the file any more.
             for part in parts:
                 part.cancel()
