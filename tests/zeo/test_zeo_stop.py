@@ -19,7 +19,18 @@ from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 
 from tests.support.slow_client import LARGE, SlowClient
 from tests.support.speed import slow, slow_after, slow_but
-from tests.support.zeo_clients import MB, RECORD, SOON, blob, commit_blob, commit_object, leftovers, uncache, wait_for
+from tests.support.zeo_clients import (
+    MB,
+    RECORD,
+    SOON,
+    blob,
+    commit_blob,
+    commit_object,
+    leftovers,
+    store_blob,
+    uncache,
+    wait_for,
+)
 from tests.support.zeo_server import SECTION
 
 #: What the server says when it has waited for too long.
@@ -296,6 +307,18 @@ def test_transactions_that_have_not_been_finished_never_are(s3, bucket_name, ser
     server.start()
     assert (server.client().lastTransaction(), s3.keys(bucket_name)) == before
     assert leftovers(server) == []
+
+
+def test_a_stop_leaves_nothing_of_a_transaction_that_has_voted(s3, bucket_name, server):
+    """Nor does it leave the base locked, for which a pack would wait, and the end of the process for the pack."""
+    client = server.client(wait_timeout=1)
+    txn = TransactionMetaData()
+    client.tpc_begin(txn)
+    store_blob(client, client.new_oid(), b"data", txn)
+    client.tpc_vote(txn)
+    assert len(s3.keys(bucket_name)) == 1
+    assert server.stop() < SOON
+    assert s3.keys(bucket_name) == []
 
 
 @slow

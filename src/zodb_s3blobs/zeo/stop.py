@@ -1,4 +1,4 @@
-"""The planned end of a ZEO server: blobs that are being sent arrive whole.
+"""The planned end of a ZEO server: blobs that are being sent arrive whole, and no transaction is left half done.
 
 When its connection ends in the middle of a blob, a stock client keeps the part that it has, and appends the next
 download to it: from then on it reads wrong bytes. So the signals that end runzeo wait here until the messages under
@@ -7,6 +7,9 @@ way have arrived.
 ZEO's own handler raises an exception wherever the main thread is at that moment: in the middle of a message, or of the
 base storage's work. Data written to a client after that is garbage. The handler here only schedules the end on the
 event loop, and ZEO's handler is called when all messages have been sent.
+
+Transactions that are still under way then are aborted. Else their uploads would stay in the bucket until a pack, and
+the base would stay locked: a pack that waits for that lock would keep the process alive forever.
 """
 
 import asyncio
@@ -114,15 +117,18 @@ class Stop:
         for departure in self._departures:
             departure.go_on()
         left = self._under_way()
-        if left and time.monotonic() >= self._deadline:
+        if left and time.monotonic() < self._deadline:
+            return True
+        if left:
             logger.warning(
                 "Stopping: after %g seconds, the blobs being sent have not arrived at %s. "
                 "Delete the *.dl files in the blob-dir of these clients before they go on",
                 LONGEST,
                 _clients(left),
             )
-            return False
-        return bool(left)
+        for departure in self._departures:
+            departure.abort()
+        return False
 
 
 class _Departure:
@@ -171,6 +177,11 @@ class _Departure:
             self._all_sent = True
             _end_sending(self._transport)
         self._was_quiet = quiet
+
+    def abort(self) -> None:
+        """Abort the transaction that the client has begun: its uploads are deleted, and the base is unlocked."""
+        if self._handler.transaction is not None:
+            self._handler.tpc_abort(self._handler.transaction.id)
 
 
 def _runs_here(loop: Any) -> bool:
