@@ -15,7 +15,7 @@ from ZODB.tests.StorageTestBase import ZERO, zodb_pickle
 from ZODB.utils import u64
 
 from tests.support.counts import nonzero
-from tests.support.speed import slow
+from tests.support.speed import slow, slow_but
 from tests.support.zeo_clients import (
     MB,
     RECORD,
@@ -302,8 +302,10 @@ def test_a_conflict_in_a_transaction_with_a_status_holds_up_nobody(background, s
     assert background(commit_blob, server.client()).result(SOON)
 
 
-def test_the_retry_after_a_conflict_sends_no_large_blob_again(s3, bucket_name, server):
-    """A conflict over another object, which shows after the upload."""
+@pytest.mark.parametrize("at_the_client", slow_but(False, of=[False, True]))
+def test_the_retry_after_a_conflict_sends_no_large_blob_again(s3, bucket_name, start, at_the_client):
+    """A conflict over another object, which shows after the upload; the client is to resolve it, and cannot."""
+    server = start(zeo={"client_conflict_resolution": str(at_the_client).lower()})
     client = server.client()
     oid = client.new_oid()
     txn = TransactionMetaData()

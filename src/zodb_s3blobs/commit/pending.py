@@ -335,11 +335,13 @@ class Pending:
     def abort(self, conflict: bool = False) -> None:
         """Give up all blobs; a worker deletes what was uploaded. A second call does nothing.
 
-        After a ``conflict``, large uploads are kept for a minute, for the client runs the transaction again.
+        After a ``conflict``, large uploads are kept for a minute, for the client runs the transaction again; unless the
+        next round has begun, and moves them.
         """
         if self._has_ended:
             return
         self._end(self._metrics.transactions_aborted)
+        conflict = conflict and all(future.done() for future in self._futures)
         blobs: list[Storable] = [*self._uploads(), *self._undone.values(), *self._given_up]
         for blob in blobs:
             blob.cancel()

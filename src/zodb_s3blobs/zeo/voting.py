@@ -302,7 +302,7 @@ class VotingHandler(_Stock):
         self.drop_tempfile()
         pending, self.pending = self.pending, None
         if pending is not None:
-            pending.abort()
+            pending.abort(conflict=bool(self.conflicts))  # which the client could not resolve
         self.blob_log = []  # ZEO would delete its files, which belong to `pending`
         super()._clear_transaction()
         self._observe_lock()
