@@ -306,7 +306,7 @@ class S3BlobStorage:
         try:
             self._base_adapter.copy(other, self)
         except BaseException:
-            if self._pending is not None:
+            if self._pending is not None and self._pending.restored is not None:  # else another thread is committing
                 self.tpc_abort(self._pending.transaction)
             raise
 

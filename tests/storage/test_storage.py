@@ -512,6 +512,15 @@ def test_a_failed_copy_releases_the_commit_lock(s3, open_storage, tmp_path):
     db.close()
 
 
+def test_a_copy_that_fails_aborts_no_transaction_of_another_thread(storage):
+    oid = storage.new_oid()
+    txn = begin(storage, oid, b"data")
+    with pytest.raises(AttributeError):
+        storage.copyTransactionsFrom("no storage")
+    storage.tpc_vote(txn)
+    assert read(storage, oid, storage.tpc_finish(txn)) == b"data"
+
+
 # Pack
 
 
