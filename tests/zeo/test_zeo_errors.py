@@ -5,6 +5,7 @@ import errno
 import inspect
 import json
 import os
+import re
 import string
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from ZODB.utils import p64, u64
 
 from tests.support.slow_client import LARGE, SlowClient
 from tests.support.speed import slow
-from tests.support.zeo_clients import blob, commit_blob, load
+from tests.support.zeo_clients import blob, commit_blob, load, uncache
 from zodb_s3blobs.blobdir import BlobDirectoryError
 from zodb_s3blobs.workers import Completion, Deadline
 from zodb_s3blobs.zeo import errors as zeoerrors
@@ -422,6 +423,25 @@ def test_every_error_of_boto3_reaches_a_client_that_has_no_boto3(address, storag
 class _NoTracebacks:
     def format(self, record):
         return record.getMessage()
+
+
+def test_an_outage_is_one_line_of_the_log_for_each_request_that_it_fails(s3, start):
+    server = start(options={"s3_max_attempts": 1})
+    client = server.client()
+    name = commit_blob(client, b"data")
+    uncache(server, *name)
+    s3.misbehave(operation="(Get|Put)Object", status=503)
+    other = server.client(blob_dir=str(server.directory / "other"))
+    for request in lambda: other.loadBlob(*name), lambda: commit_blob(client, b"more"):
+        with pytest.raises(StorageError, match="the service answered"):
+            request()
+    s3.behave()
+    lines = [line for line in server.output().splitlines() if "the service answered" in line]
+    assert [re.search(r"errors (.*?) \(client .*?\): (Could not \w+)", line).groups() for line in lines] == [
+        ("A blob cannot be sent", "Could not read"),
+        ("A transaction is aborted, because its vote fails", "Could not store"),
+    ]
+    assert "Traceback" not in server.output()
 
 
 def test_what_is_no_exception_does_not_leave_a_client_waiting(address, storage, tmp_path):

@@ -52,6 +52,23 @@ _DEEPEST = 10
 _EXCEPTION = 2
 
 
+class Answer(Delay):
+    """An answer that is sent later. A StorageError is a sentence for the operator, and takes one line of the log.
+
+    ``what`` begins that line. ZEO would log the way of the error through the code, for each client that meets it.
+    """
+
+    what = "A request fails"
+    unlogged_exception_types = (*Delay.unlogged_exception_types, StorageError)
+
+    def error(self, exc_info: Any) -> None:
+        """Answer with the error of ``exc_info``, the result of `sys.exc_info`."""
+        if exc_info[0] is StorageError:
+            client = self.protocol.get_peername() if self.protocol is not None else None
+            logger.error("%s (client %s): %s", self.what, client, exc_info[1])
+        super().error(exc_info)
+
+
 def guard(connection: Any) -> None:
     """Make ``connection``, a ZEO ServerProtocol, send only plain errors, and an answer to every request."""
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from ZEO.asyncio.server import Delay
 from ZODB.POSException import StorageError
 
 from ..cache.files import Pin
@@ -70,13 +69,15 @@ class SendingHandler(_Stock):
         super().notify_disconnected()
 
 
-class SentBlob(Delay):
+class SentBlob(errors.Answer):
     """The answer to a request for a blob: its messages and then the reply, or an error.
 
     A stock client keeps what it has of a blob that breaks off, and appends the next download to it. So nothing is sent
     before the file is open and its first bytes are read: until then, an error is an answer like any other. Where a file
     fails later, the blob is fetched again, and goes on from there.
     """
+
+    what = "A blob cannot be sent"
 
     def __init__(self, handler: SendingHandler, oid: bytes, serial: bytes) -> None:
         self._handler = handler

@@ -198,8 +198,7 @@ class VotingHandler(_Stock):
             if uploads.done.done():
                 errors.check(uploads.done)
             self.voting.require(uploads)
-        except Exception as error:
-            self.log(f"The blobs of a transaction could not be stored: it is aborted. {error}", logging.ERROR)
+        except Exception:
             self.storage.tpc_abort(self.transaction)
             self._clear_transaction()
             raise
@@ -253,7 +252,7 @@ class VotingHandler(_Stock):
 
     def _answer_later(self, vote: Callable[[], Coroutine[Any, Any, Any]]) -> Delay:
         """Answer the call of vote with what ``vote`` returns or raises, unless the transaction ends before."""
-        delay = Delay()
+        delay = _VoteAnswer()
 
         async def answer() -> None:
             try:
@@ -311,6 +310,10 @@ class VotingHandler(_Stock):
         if self.locked_since is not None:
             self.blobs.metrics.commit_lock_held.observe(time.monotonic() - self.locked_since)
             self.locked_since = None
+
+
+class _VoteAnswer(errors.Answer):
+    what = "A transaction is aborted, because its vote fails"
 
 
 class _Answer(NamedTuple):
