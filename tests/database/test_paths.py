@@ -569,11 +569,15 @@ class WeakReference(Reference):
         self.pid = [object._p_oid]
 
 
+class Pickler(pickle.Pickler):
+    def persistent_id(self, one):
+        return one.pid if isinstance(one, Reference) else None
+
+
 def record(*parts):
     """The record that consists of ``parts``."""
     file = io.BytesIO()
-    pickler = pickle.Pickler(file, 3)
-    pickler.persistent_id = lambda one: one.pid if isinstance(one, Reference) else None
+    pickler = Pickler(file, 3)
     for part in parts:
         pickler.dump(part)
     return file.getvalue()
