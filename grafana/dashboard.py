@@ -5,6 +5,7 @@ table of rows, lines and panels; the panels of one line share its width.
 """
 
 import json
+import string
 from pathlib import Path
 
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
@@ -165,6 +166,14 @@ def overall(expr, legend=""):
     return query(expr, legend, by="")
 
 
+def on_the_right(unit, asked):
+    """The query ``asked`` with an axis of its own, as it has another unit than its panel: a dashed line."""
+    axis = {"unit": unit, "custom.axisPlacement": "right", "custom.axisSoftMax": SOFT_TOPS[unit]}
+    line = {"custom.lineStyle": {"fill": "dash", "dash": [10, 10]}, "custom.fillOpacity": 0}
+    whole = {"decimals": 0} if unit == COUNT else {}
+    return {**asked, "special": {**axis, **whole, **line}}
+
+
 def p50_p99(name):
     """Two queries: what is usual, and what the slowest of a hundred are."""
     return [query(quantile(q, name), f"p{100 * q:.0f}") for q in (0.5, 0.99)]
@@ -180,10 +189,17 @@ def by_state(name):
     return [query(gauge(name, ALL, state=state), state, "", color) for state, color in STATES.items()]
 
 
-def column(expr, title, unit="short", thresholds=HEALTHY, texts=None):
-    """One query of a table."""
+def column(expr, title, unit="short", thresholds=HEALTHY, texts=None, width=None):
+    """One query of a table. ``width``: in pixels, if it needs more than others in a narrow window."""
     special = {"displayName": title, "custom.cellOptions": {"type": "color-text"}, **figures(unit, thresholds, texts)}
+    if width is not None:
+        special["custom.width"] = width
     return {"expr": expr, "legend": "", "special": special}
+
+
+def age_column(expr, title, thresholds=HEALTHY):
+    """A column of times that may be "1.43 weeks" ago."""
+    return column(expr, title, "s", thresholds, width=80)
 
 
 def figures(unit, thresholds, texts):
@@ -290,7 +306,7 @@ def panel(title, unit, kind="lines", thresholds=HEALTHY, texts=None, empty="no d
         result["transformations"] = [{"id": "merge", "options": {}}, {"id": "organize", "options": ORGANIZED}]
 
     def with_queries(description, *queries):
-        asked = list(zip("ABCDEFGHIJKLM", queries, strict=False))
+        asked = list(zip(string.ascii_uppercase, queries, strict=False))
         targets = [
             {"refId": ref, "datasource": DATASOURCE, "editorMode": "code", **how}
             | {"expr": one["expr"], "legendFormat": one["legend"]}
@@ -372,19 +388,21 @@ OVERVIEW = row(
             "Each storage as it is now; failed and missing in the last interval. Find what is not green, choose its "
             "server and storage at the top, and go on with the row that belongs to the column. Owner CONFLICT: two "
             "servers write to the same bucket and prefix; stop one of them at once. Last GC long ago: see that the "
-            "pack runs regularly; dead blobs cost money, nothing else.",
+            "pack runs regularly; dead blobs cost money, nothing else. Cached: how many blobs the cache has; few after "
+            "a restart mean that it has to fill again.",
             column(STORAGES_UP, "Up", texts=UP),
             column(gauge("s3blobs_bucket_up"), "Bucket", texts=UP),
             column(gauge("s3blobs_bucket_owner_conflict"), "Owner", texts=OWNER),
             column(HIT_RATIO, "Hits", "percentunit", HITS),
+            column(gauge("s3blobs_cache_files"), "Cached"),
             column(P99_VOTE, "Vote p99", "s", WRITE_TIME),
             column(P99_COLD_READ, "Cold p99", "s", READ_TIME),
             column(S3_FAILURES, "S3 failed", "percentunit", FAILED),
             column(increase("s3blobs_vote_failures_total"), "Votes failed", thresholds=ANY),
             column(increase("s3blobs_missing_blobs_total"), "Missing", thresholds=ANY),
-            column(age("zeo_last_transaction_timestamp_seconds"), "Last commit", "s"),
-            column(age("s3blobs_upload_last_success_timestamp_seconds"), "Last upload", "s"),
-            column(long_age("s3blobs_gc_last_success_timestamp_seconds"), "Last GC", "s", GC_AGE),
+            age_column(age("zeo_last_transaction_timestamp_seconds"), "Last commit"),
+            age_column(age("s3blobs_upload_last_success_timestamp_seconds"), "Last upload"),
+            age_column(long_age("s3blobs_gc_last_success_timestamp_seconds"), "Last GC", GC_AGE),
             column(f"{gauge('s3blobs_gc_last_duration_seconds')} > 0", "GC took", "s"),
         ),
     ],
@@ -491,9 +509,11 @@ COMMITS = row(
             *overall_p50_p99("s3blobs_download_size_bytes", "download"),
         ),
         panel("Not yet committed", "bytes")(
-            "Blobs that wait on the disk of the cache for the end of their transaction; they must fit there besides "
-            "the cache. If it stays up: transactions hang, see Commit queue.",
-            query(gauge("s3blobs_staged_bytes")),
+            "Blobs of all chosen storages that wait on the disk of the cache for the end of their transaction; they "
+            "must fit there besides the cache. Dashed, on the right: how many they are. If it stays up: transactions "
+            "hang, see Commit queue. Thousands of small ones: a vote takes long, as each is a request.",
+            overall(gauge("s3blobs_staged_bytes", ALL), "bytes"),
+            on_the_right(COUNT, overall(gauge("s3blobs_staged_blobs", ALL), "blobs")),
         ),
     ],
     [
@@ -674,12 +694,14 @@ GARBAGE = row(
             overall(gauge("s3blobs_gc_running", ALL), "running"),
         ),
         panel("Scanned and deleted", "short")(
-            "Objects that were looked at, deleted, and could not be deleted, of all chosen storages in one interval. "
+            "Objects that were looked at, deleted, and could not be deleted, of all chosen storages in one interval; "
+            "dashed, on the right, the bytes that were deleted. "
             "Far more deleted than usual: is it the right database, and not an old copy of its Data.fs? Stop the pack "
-            "if in doubt. Not deleted: see that the bucket's policy allows it.",
+            "if in doubt. Failed: see that the bucket's policy allows it.",
             overall(increase("s3blobs_gc_scanned_objects_total", ALL), "scanned"),
             overall(increase("s3blobs_gc_deleted_objects_total", ALL), "deleted"),
-            overall(increase("s3blobs_gc_delete_failures_total", ALL), "not deleted"),
+            overall(increase("s3blobs_gc_delete_failures_total", ALL), "failed"),
+            on_the_right("bytes", overall(increase("s3blobs_gc_deleted_bytes_total", ALL), "bytes")),
         ),
     ],
     [

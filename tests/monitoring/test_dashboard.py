@@ -36,6 +36,11 @@ ROWS = [
 WITHOUT_STORAGE = re.compile(r"up|process_\w+|python_\w+|zeo_event_loop_\w+|s3blobs_build_info")
 COUNTER = re.compile(r"\w+_(total|count|sum|bucket)")
 EXPRESSIONS = list(raw_expressions())
+#: The metrics that no panel shows, and what tells an operator as much.
+NOT_SHOWN = {
+    "s3blobs_cache_evictions_total": "their bytes, in Cache traffic",
+    "s3blobs_bucket_owner_changed_timestamp_seconds": "the alert S3BlobsOwnerChanged, which stays for a week",
+}
 
 
 # The file
@@ -128,6 +133,17 @@ def test_the_axis_beside_a_line_of_zeros_does_not_go_to_100():
             assert ("max" in defaults) != ("axisSoftMax" in defaults["custom"]), panel["title"]
 
 
+def test_what_has_another_unit_than_its_panel_has_an_axis_of_its_own():
+    for panel in PANELS:
+        if panel["type"] == "timeseries":
+            for override in panel["fieldConfig"]["overrides"]:
+                special = {each["id"]: each["value"] for each in override["properties"]}
+                if "unit" in special:
+                    assert special["unit"] != panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+                    assert special["custom.axisPlacement"] == "right", panel["title"]
+                    assert special["custom.axisSoftMax"] > 0, panel["title"]
+
+
 def test_a_legend_tells_two_storages_apart_in_its_three_lines():
     for panel in PANELS:
         for_each = [target for target in panel["targets"] if "{{storage}}" in target["legendFormat"]]
@@ -141,12 +157,14 @@ def test_tables_fit_a_window_of_1280_pixels():
             kept = re.search(r"by \(([^)]*)\)", panel["targets"][0]["expr"])
             shown = kept[1].split(", ") if kept else labels
             widths = {
-                override["matcher"]["options"]: override["properties"][0]["value"]
+                override["matcher"]["options"]: each["value"]
                 for override in panel["fieldConfig"]["overrides"]
-                if override["properties"][0]["id"] == "custom.width"
+                for each in override["properties"]
+                if each["id"] == "custom.width"
             }
             narrow = panel["fieldConfig"]["defaults"]["custom"]["minWidth"]
-            needed = sum(widths.get(labels[label], narrow) for label in shown) + narrow * len(panel["targets"])
+            columns = [labels[label] for label in shown] + [f"Value #{target['refId']}" for target in panel["targets"]]
+            needed = sum(widths.get(name, narrow) for name in columns)
             assert needed < 1280 - 50, panel["title"]
 
 
@@ -203,6 +221,14 @@ def test_a_query_asks_only_for_what_is_chosen():
             chosen = ["job", "instance"] if WITHOUT_STORAGE.fullmatch(metric) else ["job", "instance", "storage"]
             asked = {label: matcher for label, matcher in matchers.items() if matcher[1].startswith("$")}
             assert asked == {label: ("=~", f"${label}") for label in chosen}, (where, metric)
+
+
+def test_every_metric_is_shown():
+    reference = FILE.with_name("README.md").read_text()
+    metrics = set(re.findall(r"^\| `((?:s3blobs|zeo)_\w+)` \|", reference, re.MULTILINE))
+    asked = {metric for _, text in EXPRESSIONS for metric, *_ in selectors(text)}
+    asked |= {re.sub(r"_(bucket|count|sum)$", "", metric) for metric in asked}
+    assert metrics - asked == NOT_SHOWN.keys()
 
 
 def test_no_metric_stands_without_a_selector():
