@@ -706,14 +706,16 @@ GARBAGE = row(
     ],
     [
         panel("Objects in the bucket", "short", "stack")(
-            "What the last garbage collection found, of all chosen storages. live: in use. dead: to be deleted. "
-            "retained: dead, but kept for now. newer: written since it began. unknown: other keys, never touched. Much "
-            "dead: deletions fail. Live falls suddenly: is the right database being served?",
+            "What the last garbage collection of each chosen storage found, before it deleted anything. live: in use. "
+            "dead: what it deletes; failed in the panel above says if it could not. retained: dead, but kept for now. "
+            "newer: than the last transaction, so kept. unknown: other keys, never touched. Live falls suddenly: is "
+            "the right database being served?",
             *by_state("s3blobs_gc_objects"),
         ),
         panel("Bytes in the bucket", "bytes", "stack")(
-            "The same in bytes: what the service charges for, without older versions that a versioned bucket keeps. "
-            "Much dead: pack more often. Much unknown: something else writes below the same prefix.",
+            "The same in bytes: what the service charges for until dead ones are deleted, without older versions that "
+            "a versioned bucket keeps. Much dead: pack more often. Much unknown: something else writes below the same "
+            "prefix.",
             *by_state("s3blobs_gc_bytes"),
         ),
     ],
