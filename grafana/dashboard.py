@@ -357,8 +357,9 @@ OVERVIEW = row(
     ],
     [
         panel("Cache hit ratio", "percentunit", "figure", thresholds=HITS, top=1)(
-            "Share of blob reads that the cache served, in the worst storage; 100% while nobody reads. Low after a "
-            "restart with an empty cache: wait. Low for good: raise cache-size; row Reads and cache says by how much.",
+            "Share of blob reads that the cache served, in the worst storage; 100% while nobody reads. Low for a "
+            "moment, where few read: nothing. Low after a restart with an empty cache: wait. Low for good: raise "
+            "cache-size; row Reads and cache says by how much.",
             overall(f"min({HIT_RATIO})"),
         ),
         panel("Vote, p99", "s", "figure", thresholds=WRITE_TIME, empty="no votes")(
