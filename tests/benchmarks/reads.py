@@ -8,8 +8,11 @@ Stock ZEO clients in processes of their own read blobs that they do not have: wa
 from ZODB's own blob directory, and cold (the server has to fetch them), beside raw boto3 in as many threads as the
 server has. They take turns, so that whatever else the machine does slows down all of them. On a machine with few
 processors the clients, and for cold reads the S3 service, take most of their time: the processor time of the server,
-or of raw boto3, is what a change shows up in. For cold reads each round has an empty cache and new clients, and nothing
-is deleted before the end: ext4 takes long to create a file where many were deleted a moment ago.
+or of raw boto3, is what a change shows up in. So cold reads are measured once more for clients that take next to none
+of it, since they decode the messages and keep nothing.
+
+For cold reads each round has an empty cache and new clients, and nothing is deleted before the end: ext4 takes long to
+create a file where many were deleted a moment ago.
 """
 
 import argparse
@@ -26,8 +29,11 @@ from ZODB.Connection import TransactionMetaData
 from ZODB.tests.StorageTestBase import ZERO
 
 from tests.benchmarks.common import RECORD, Meter, add_link, client, empty_cache, s3, server
+from tests.support.slow_client import SlowClient
 
 _THREADS = 16  # the default of s3-concurrency
+
+MORE = "The blobs do not last for so many seconds: use more of them"
 
 
 def reads(port, directory, names):
@@ -46,7 +52,7 @@ def first_reads(port, directory, names):
         for name in names:
             storage.loadBlob(*name)
             yield
-        raise AssertionError("The blobs do not last for so many seconds: use more of them")
+        raise AssertionError(MORE)
 
 
 def commit(port, directory, blobs, size):
@@ -112,31 +118,61 @@ def measure(tally, running, operation, names, directory, clients, seconds):
     tally.add(count, ended - began, processor)
 
 
+def _read_in_threads(pipe, readers, seconds):
+    """For so long, let a thread for each of ``readers`` call a function with one name after the other."""
+
+    def work(reader):
+        read, names = reader
+        for count, name in enumerate(names):
+            if time.monotonic() > end:
+                return count
+            read(name)
+        raise AssertionError(MORE)
+
+    with ThreadPoolExecutor(len(readers)) as threads:
+        began, used, end = time.monotonic(), time.process_time(), time.monotonic() + seconds
+        count = sum(threads.map(work, readers))
+        pipe.send((count, time.monotonic() - began, time.process_time() - used))
+
+
 def _download(pipe, service, seconds):
     s3_client = service.client(max_pool_connections=_THREADS)
     pages = s3_client.get_paginator("list_objects_v2").paginate(Bucket=service.bucket, Prefix="blobs/")
     keys = [found["Key"] for page in pages for found in page["Contents"]]
 
-    def work(first):
-        for count, key in enumerate(itertools.cycle(keys[first::_THREADS])):
-            if time.monotonic() > end:
-                return count
-            s3_client.get_object(Bucket=service.bucket, Key=key)["Body"].read()
-        raise AssertionError("a cycle has no end")
+    def read(key):
+        s3_client.get_object(Bucket=service.bucket, Key=key)["Body"].read()
 
-    with ThreadPoolExecutor(_THREADS) as threads:
-        began, used, end = time.monotonic(), time.process_time(), time.monotonic() + seconds
-        count = sum(threads.map(work, range(_THREADS)))
-        pipe.send((count, time.monotonic() - began, time.process_time() - used))
+    _read_in_threads(pipe, [(read, itertools.cycle(keys[first::_THREADS])) for first in range(_THREADS)], seconds)
+
+
+def _ask(pipe, address, names, clients, seconds):
+    def reader(first):
+        client = SlowClient(address)
+        return lambda name: client.answer(client.call("sendBlob", *name)), names[first::clients]
+
+    _read_in_threads(pipe, [reader(first) for first in range(clients)], seconds)
+
+
+def _in_a_process(work, *args):
+    pipe, its = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=work, args=(its, *args))
+    process.start()
+    result = pipe.recv()
+    process.join()
+    return result
 
 
 def download(tally, service, seconds):
     """Let raw boto3 read all blobs in a process of its own."""
-    pipe, its = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=_download, args=(its, service, seconds))
-    process.start()
-    tally.add(*pipe.recv())
-    process.join()
+    tally.add(*_in_a_process(_download, service, seconds))
+
+
+def ask(tally, running, names, clients, seconds):
+    """Let clients that keep nothing, all in one process, read from a server for so long."""
+    used = processor_time(running.pid)
+    count, taken, _ = _in_a_process(_ask, running.address, names, clients, seconds)
+    tally.add(count, taken, processor_time(running.pid) - used)
 
 
 def main():
@@ -149,7 +185,7 @@ def main():
     add_link(parser)
     arguments = parser.parse_args()
     size, clients, seconds = arguments.size << 10, arguments.clients, arguments.seconds
-    warm, plain, cold, raw = Tally(), Tally(), Tally(), Tally()
+    warm, plain, cold, light, raw = Tally(), Tally(), Tally(), Tally(), Tally()
     with (
         s3(arguments.latency, arguments.bandwidth, real=True) as service,
         tempfile.TemporaryDirectory() as ours,
@@ -166,16 +202,21 @@ def main():
             empty_cache(ours)
             with server(ours, service, f"s3-concurrency {_THREADS}") as s3blobs:
                 measure(cold, s3blobs, first_reads, names, Path(ours) / f"cold-{number}", clients, seconds)
+            empty_cache(ours)
+            with server(ours, service, f"s3-concurrency {_THREADS}") as s3blobs:
+                ask(light, s3blobs, names, clients, seconds)
             download(raw, service, seconds)
     print("| reads | blobs/s | processor time of the server for one, ms |\n|---|---|---|")
     for name, tally in {
         "warm, s3blobs": warm,
         "blob-dir": plain,
         "cold, s3blobs": cold,
+        "cold, to clients that keep nothing": light,
         "raw boto3": raw,
     }.items():
         print(f"| {name} | {tally.rate:.0f} | {tally.cost:.2f} |")
-    print(f"\nWarm to blob-dir: {warm.rate / plain.rate:.2f}; cold to raw boto3: {cold.rate / raw.rate:.2f}")
+    ratios = warm.rate / plain.rate, cold.rate / raw.rate, light.rate / raw.rate
+    print("\nWarm to blob-dir: {:.2f}; cold to raw boto3: {:.2f}, to clients that keep nothing: {:.2f}".format(*ratios))
 
 
 if __name__ == "__main__":
