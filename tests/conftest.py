@@ -1,7 +1,6 @@
 """What the test files share: one S3 server for all, a fresh bucket and a fresh cache directory for each test."""
 
 import contextlib
-import functools
 import itertools
 import os
 import signal
@@ -12,10 +11,10 @@ import unittest.mock
 from concurrent.futures import ThreadPoolExecutor
 
 import botocore.endpoint
-import botocore.session
 import pytest
 from ZODB.utils import z64
 
+from tests.support import caches
 from tests.support.fake_database import FakeDatabase
 from tests.support.relstorage_databases import KINDS, Application, Database, kinds, needs
 from tests.support.s3_server import S3Server
@@ -57,10 +56,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared_loader():
-    """Let boto3 read its description of S3 once, and not for each client anew: a tenth of a second every time."""
+def filled_caches():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(botocore.session, "create_loader", functools.cache(botocore.session.create_loader))
+        caches.fill(patch.setattr)
         yield
 
 

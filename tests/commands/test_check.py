@@ -51,10 +51,6 @@ def configure(tmp_path, s3, bucket_name):
     return configure
 
 
-def command(path, *arguments):
-    return [sys.executable, "-m", "zodb_s3blobs", "check", "-C", str(path), *arguments]
-
-
 @pytest.fixture
 def check(configure):
     """Runs ``zodb-s3blobs check``; returns the process that has ended."""
@@ -494,15 +490,8 @@ def test_a_service_that_is_not_there_is_one_sentence(check):
 
 def run_resolving(path, *hosts):
     """Run it where the names ``hosts``, and no others, are those of this machine."""
-    script = (
-        "import socket, sys; from zodb_s3blobs.cli import main; resolve = socket.getaddrinfo\n"
-        "def only_these(host, *rest, **more):\n"
-        f"    if host in {hosts!r}: return resolve('127.0.0.1', *rest, **more)\n"
-        "    raise socket.gaierror('no such host')\n"
-        "socket.getaddrinfo = only_these; sys.exit(main(sys.argv[1:]))"
-    )
-    arguments = [sys.executable, "-c", script, "check", "-C", str(path)]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    returned, stdout, stderr = run("check", "-C", str(path), hosts=hosts)
+    return SimpleNamespace(returncode=returned, stdout=stdout, stderr=stderr)
 
 
 def test_a_service_that_knows_no_host_names_of_buckets_is_named_with_the_key_to_set(s3, configure, left_as_it_was):
@@ -935,10 +924,10 @@ def test_large_requests_that_are_cut_off_without_a_word_point_at_a_proxy(s3, che
 
 
 @slow
-def test_what_a_killed_check_has_left_is_deleted_a_day_later(s3, configure, check, bucket_name):
+def test_what_a_killed_check_has_left_is_deleted_a_day_later(s3, configure, tool, check, bucket_name):
     s3.put(bucket_name, OTHERS)
     s3.misbehave(operation="CopyObject", hang=True)
-    process = subprocess.Popen(command(configure()), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = tool.begin("check", configure())
     s3.wait_for("CopyObject")
     process.kill()
     process.communicate()
@@ -958,9 +947,9 @@ def test_what_a_killed_check_has_left_is_deleted_a_day_later(s3, configure, chec
 
 
 @slow
-def test_whoever_closes_the_terminal_finds_the_bucket_as_it_was(s3, configure, left_as_it_was):
+def test_whoever_closes_the_terminal_finds_the_bucket_as_it_was(s3, configure, tool, left_as_it_was):
     s3.misbehave(operation="CopyObject", hang=True)
-    process = subprocess.Popen(command(configure()), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = tool.begin("check", configure())
     s3.wait_for("CopyObject")
     process.send_signal(signal.SIGHUP)
     s3.behave()
@@ -968,9 +957,9 @@ def test_whoever_closes_the_terminal_finds_the_bucket_as_it_was(s3, configure, l
 
 
 @slow
-def test_whoever_interrupts_it_before_it_has_stored_anything_need_not_wait(s3, configure):
+def test_whoever_interrupts_it_before_it_has_stored_anything_need_not_wait(s3, configure, tool):
     s3.misbehave(operation="ListObjects", hang=True)
-    process = subprocess.Popen(command(configure()), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = tool.begin("check", configure())
     s3.wait_for("ListObjects")
     process.send_signal(signal.SIGINT)
     assert "the check ended early. nothing was stored" in process.communicate(timeout=5)[1]
@@ -982,7 +971,8 @@ def test_a_terminal_that_knows_only_ascii_gets_all_of_it(check, configure, bucke
     path = configure()
     path.write_text(path.read_text().replace("s3-prefix 1", "s3-prefix d\u00e9p\u00f4t"), encoding="utf-8")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
-    done = subprocess.run(command(path), capture_output=True, env=environment, timeout=120)
+    command = [sys.executable, "-m", "zodb_s3blobs", "check", "-C", path]
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=120)
     assert done.returncode == 3, done.stderr
     assert b"nothing is left below d\\xe9p\\xf4t/check-" in done.stdout
 
@@ -1057,9 +1047,11 @@ def test_a_service_that_falls_silent_is_not_asked_for_long(s3, check):
         unpack=True,
     ),
 )
-def test_whoever_interrupts_it_finds_the_bucket_as_it_was(s3, configure, left_as_it_was, number, operation, fault):
+def test_whoever_interrupts_it_finds_the_bucket_as_it_was(
+    s3, configure, tool, left_as_it_was, number, operation, fault
+):
     s3.misbehave(operation=operation, **fault)
-    process = subprocess.Popen(command(configure()), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = tool.begin("check", configure())
     s3.wait_for(operation)
     process.send_signal(number)
     s3.behave()
@@ -1072,9 +1064,9 @@ def test_whoever_interrupts_it_finds_the_bucket_as_it_was(s3, configure, left_as
 
 
 @slow
-def test_whoever_reads_only_the_beginning_finds_the_bucket_as_it_was(s3, configure, left_as_it_was):
+def test_whoever_reads_only_the_beginning_finds_the_bucket_as_it_was(s3, configure, tool, left_as_it_was):
     s3.misbehave(operation="CopyObject", hang=True)
-    process = subprocess.Popen(command(configure()), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = tool.begin("check", configure())
     s3.wait_for("CopyObject")
     process.stdout.close()
     s3.behave()

@@ -687,8 +687,7 @@ def test_of_a_restored_database_it_says_what_is_gone_for_good_and_what_is_merely
     assert done.lines[1]["marked"] == (1, 6) and "restored" in done.meaning("marked")
 
     # The next pack takes the mark away.
-    command = [sys.executable, "-m", "zodb_s3blobs", "adopt", "-C", str(site.directory / "zeo.conf"), "--yes"]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    assert run("adopt", "-C", str(site.directory / "zeo.conf"), "--yes")[0] == 0
     site.db.pack()
     site.close()
     assert verify("--json", status=DAMAGED).found == {"good": 2, "missing": 1, "newer": 2}
@@ -838,14 +837,13 @@ def test_json_is_all_that_is_on_stdout(s3, site, verify):
     assert "Could not read" in done.stderr
 
 
-def test_whoever_reads_no_more_ends_it(site, tmp_path):
+def test_whoever_reads_no_more_ends_it(site, tool, tmp_path):
     site.delete(*site.write(**{f"n{number}": b"data" for number in range(30)}))
-    command = [sys.executable, "-m", "zodb_s3blobs", "verify", "-C", str(tmp_path / "zeo.conf")]
     read, written = os.pipe()
     os.close(read)
-    with subprocess.Popen(command, stdout=written, stderr=subprocess.PIPE, text=True) as process:
-        os.close(written)
-        assert "Traceback" not in process.communicate(timeout=60)[1]
+    process = tool.begin("verify", tmp_path / "zeo.conf", stdout=written)
+    os.close(written)
+    assert "Traceback" not in process.communicate(timeout=60)[1]
     assert process.returncode == FAILED
 
 

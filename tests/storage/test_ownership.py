@@ -327,7 +327,7 @@ def restored(place, s3, bucket_name):
 
 def test_adopt_shows_whose_the_prefix_was_and_asks(restored, s3, bucket_name, tool, claim):
     before = claim()
-    process = tool.begin("adopt", restored.config, stdin=-1)
+    process = tool.begin("adopt", restored.config)
     out, err = process.communicate("n\n", timeout=60)
     assert process.returncode == 1, err
     assert "belongs to  the server on" in out
@@ -336,7 +336,7 @@ def test_adopt_shows_whose_the_prefix_was_and_asks(restored, s3, bucket_name, to
     assert "This database has 3 of the blobs, and does not have 1." in out
     assert out.endswith("Adopt the prefix? [y/N] Nothing was changed.\n")
     assert claim() == before
-    process = tool.begin("adopt", restored.config, stdin=-1)
+    process = tool.begin("adopt", restored.config)
     out, err = process.communicate("y\n", timeout=60)
     assert process.returncode == 0, err
     assert claim()["database"] == before["database"]

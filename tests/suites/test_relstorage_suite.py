@@ -4,7 +4,6 @@ The baseline is plain RelStorage with a shared blob directory: what passes there
 """
 
 import functools
-import gc
 import itertools
 import random
 import sys
@@ -36,15 +35,6 @@ _HISTORY = [kind for kind in KINDS if kind.endswith("history")]
 _FREE = [kind for kind in KINDS if kind.endswith("free")]
 
 _numbers = itertools.count()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage():
-    """RelStorage collects garbage whenever it opens or packs: let that look only at what these tests make."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # Storages

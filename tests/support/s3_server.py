@@ -216,11 +216,11 @@ def _serve():
 
     from moto.backends import get_backend
     from moto.core import DEFAULT_ACCOUNT_ID
-    from moto.server import DomainDispatcherApplication, create_backend_app
+    from moto.server import create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
     from werkzeug.test import run_wsgi_app
 
-    moto = DomainDispatcherApplication(create_backend_app)
+    moto = create_backend_app("s3")  # its dispatcher looks through a directory to find out which service is asked
     state = _State(get_backend("s3")[DEFAULT_ACCOUNT_ID]["aws"])
     one_at_a_time = threading.Lock()
 
@@ -239,7 +239,8 @@ def _serve():
             body = self.body()
             if body is None:
                 return
-            time.sleep(fault.get("latency", 0))
+            if "latency" in fault:
+                time.sleep(fault["latency"])
             if fault.get("reset"):
                 # Without a word: what the client has sent is not acknowledged either.
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -14,7 +14,7 @@ from ZODB.Connection import TransactionMetaData
 from ZODB.FileStorage import FileStorage
 from ZODB.utils import p64, z64
 
-from tests.support.forked import Forked, command
+from tests.support.forked import Forked, Piped, command
 from tests.support.zeo_server import CONFIG, FILESTORAGE, SECTION
 from zodb_s3blobs.s3.keys import Keys
 
@@ -182,12 +182,19 @@ class Tool:
     def __init__(self):
         self._running = []
 
-    def begin(self, command, config, *arguments, **options):
-        """Start it; ``options`` are those of Popen."""
-        line = [sys.executable, "-m", "zodb_s3blobs", command, "-C", str(config), *map(str, arguments)]
-        process = subprocess.Popen(
-            line, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-        )
+    def begin(self, name, config, *arguments, **options):
+        """Start the command ``name``; ``options`` are those of Popen.
+
+        With others than file descriptors it is a new interpreter; otherwise it has all imported as it begins.
+        """
+        line = [name, "-C", str(config), *map(str, arguments)]
+        if options.keys() <= {"stdin", "stdout", "stderr"}:
+            process = Piped(command, line, **options)
+        else:
+            line = [sys.executable, "-m", "zodb_s3blobs", *line]
+            process = subprocess.Popen(
+                line, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+            )
         self._running.append(process)
         return process
 
@@ -202,9 +209,9 @@ class Tool:
         assert "Traceback" not in err
         return out, err
 
-    def __call__(self, command, config, *arguments, status=0):
-        """Run it from the beginning to the end, as `begin` and `end`, but in half of the time: all is imported."""
-        returned, out, err = run(command, "-C", str(config), *map(str, arguments))
+    def __call__(self, name, config, *arguments, status=0):
+        """Run the command ``name`` from the beginning to the end."""
+        returned, out, err = run(name, "-C", str(config), *map(str, arguments))
         return self._checked(returned, out, err, status)
 
     def kill(self):
@@ -214,11 +221,14 @@ class Tool:
                 process.communicate()
 
 
-def run(*arguments):
-    """Run ``zodb-s3blobs`` in a process that has all imported; returns its exit status, stdout and stderr."""
+def run(*arguments, hosts=None):
+    """Run ``zodb-s3blobs`` in a process that has all imported; returns its exit status, stdout and stderr.
+
+    ``hosts``: as `command`'s.
+    """
     with tempfile.TemporaryDirectory() as directory:
         files = [Path(directory) / name for name in ("out", "err")]
-        process = Forked(command, arguments, stdout=files[0], stderr=files[1])
+        process = Forked(command, arguments, hosts, stdout=files[0], stderr=files[1])
         try:
             process.wait(120)
         finally:
