@@ -284,7 +284,7 @@ def flipped(data, bits):
     return bytes(changed)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(draw=st.data())
 def test_whatever_becomes_of_the_journal_no_wrong_byte_is_served_and_the_start_does_not_fail(template, tmp_path, draw):
     directory = tmp_path / "cache"

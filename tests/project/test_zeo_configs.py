@@ -13,6 +13,7 @@ import yaml  # PyYAML: moto[s3,server], which the test extra asks for, requires 
 from Zope2.Startup.options import ZopeWSGIOptions
 
 import zodb_s3blobs
+from tests.support.forked import Piped, read_as_runzeo_does
 from tests.support.relstorage_databases import needs, server_of
 from tests.support.speed import slow
 from tests.support.zeo_server import free_address
@@ -48,26 +49,6 @@ ENVIRONMENT = {
     "S3BLOBS_CUSTOMER_KEY": "MTIzNDU2Nzg5MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTI=",
 }
 
-#: Reads a configuration as runzeo does, and tells what came of it.
-READ_AS_RUNZEO = """
-import json, sys
-from ZEO.runzeo import ZEOOptions
-options = ZEOOptions()
-options.realize(["-C", sys.argv[1]])
-def s3blobs(storage):
-    inside = getattr(storage.config, "base", None)
-    return [storage.config] if hasattr(storage, "settings") else s3blobs(inside) if inside else []
-found = [section for storage in options.storages for section in s3blobs(storage)]
-print(json.dumps({
-    "names": [storage.name for storage in options.storages],
-    "transaction_timeout": options.transaction_timeout,
-    "cache_dirs": [section.cache_dir for section in found],
-    "metrics_addresses": [section.metrics_address for section in found],
-    "keys_start_with": [[section.bucket_name, section.s3_prefix] for section in found],
-    "logs": options.config_logger is not None,
-}))
-"""
-
 
 @pytest.fixture
 def environment(monkeypatch, tmp_path):
@@ -83,10 +64,10 @@ def read_as_runzeo(environment, tmp_path):
     def read(text):
         path = tmp_path / "zeo.conf"
         path.write_text(text)
-        done = subprocess.run([sys.executable, "-c", READ_AS_RUNZEO, path], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
-        return json.loads(done.stdout)
+        process = Piped(read_as_runzeo_does, str(path))
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "")
+        return json.loads(out)
 
     return read
 

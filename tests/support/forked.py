@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.reduction
@@ -169,3 +170,26 @@ def command(arguments, hosts=None):
         socket.getaddrinfo = only_these
     sys.argv = ["zodb-s3blobs", *arguments]
     return main(arguments)
+
+
+def read_as_runzeo_does(config):
+    """Print what ``runzeo -C config`` makes of the file, as JSON."""
+    import ZEO.runzeo
+
+    options = ZEO.runzeo.ZEOOptions()
+    options.realize(["-C", config])
+
+    def s3blobs(storage):
+        inside = getattr(storage.config, "base", None)
+        return [storage.config] if hasattr(storage, "settings") else s3blobs(inside) if inside else []
+
+    found = [section for storage in options.storages for section in s3blobs(storage)]
+    told = {
+        "names": [storage.name for storage in options.storages],
+        "transaction_timeout": options.transaction_timeout,
+        "cache_dirs": [section.cache_dir for section in found],
+        "metrics_addresses": [section.metrics_address for section in found],
+        "keys_start_with": [[section.bucket_name, section.s3_prefix] for section in found],
+        "logs": options.config_logger is not None,
+    }
+    print(json.dumps(told))

@@ -47,6 +47,7 @@ class S3Server:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.url = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
+        self._behaves = True
         self.client = boto3.session.Session().client(
             "s3",
             endpoint_url=self.url,
@@ -113,6 +114,7 @@ class S3Server:
         connection that many bytes before the end of the answer; ``reset``: cut it before anything is done; ``stall``:
         send the headers, then nothing before `behave` or the client gives up.
         """
+        self._behaves = False
         self._control(do="misbehave", operation=operation, times=times, fault=fault)
 
     def plague(self, rate, seed=0):
@@ -120,11 +122,14 @@ class S3Server:
 
         Which ones, and how, follows from ``seed`` and the order in which they arrive; until `behave`.
         """
+        self._behaves = False
         self._control(do="plague", rate=rate, seed=seed)
 
     def behave(self):
         """Misbehave no more; requests that hang go on."""
-        self._control(do="behave")
+        if not self._behaves:
+            self._control(do="behave")
+            self._behaves = True
 
     def bucket(self, name):
         """Make a bucket."""

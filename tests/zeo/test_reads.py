@@ -15,7 +15,7 @@ from ZODB.POSException import StorageError
 from ZODB.utils import u64
 
 from tests.support.slow_client import LARGE, SlowClient
-from tests.support.speed import slow
+from tests.support.speed import slow, slow_but
 from tests.support.zeo_clients import (
     MB,
     blob,
@@ -99,7 +99,7 @@ def _read_all(address, directory, names, threads, failed):
 
 
 @pytest.mark.parametrize("temperature", ["warm", "cold"])
-@pytest.mark.parametrize("clients", [1, 12])
+@pytest.mark.parametrize("clients", slow_but(12, of=[1, 12]))
 def test_a_hundred_open_files_are_enough_for_180_reads_at_a_time(server, tmp_path, clients, temperature):
     names = store(server.client(), 180, 60_000)
     if temperature == "cold":
