@@ -46,7 +46,6 @@ for suite, variants in {
     zodb.TestFileStorage: ["begun"],
     zodb.TestMappingStorage: ["begun"],
     zodb.TestDemoStorage: ["begun"],
-    zodb.TestZlibOutside: ["begun"],
 }.items():
     for variant in variants:
         case = _variant(suite, variant)
@@ -55,12 +54,15 @@ del suite, variant, variants, case
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@parametrize(
-    file=testblob.storage_reusable_suite("S3", zeo.ServedStorage),
-    zlib_outside=testblob.storage_reusable_suite("S3", zeo.ServedThroughZlib),
-)
+@parametrize(file=testblob.storage_reusable_suite("S3", zeo.ServedStorage))
 def test_blobs_through_zeo(request, variant, case):
     request.getfixturevalue(variant)
+    run(case)
+
+
+@parametrize(zlib_outside=testblob.storage_reusable_suite("S3", zeo.ServedThroughZlib))
+@pytest.mark.usefixtures("overtaken")
+def test_blobs_through_zeo_and_zlib(case):
     run(case)
 
 
@@ -68,7 +70,6 @@ def test_blobs_through_zeo(request, variant, case):
     file=zodb.blob_suite(zodb.file_storage),
     mapping=zodb.blob_suite(zodb.mapping_storage, undo=False, recovery=False),
     demo=zodb.blob_suite(zodb.demo_storage, undo=False, recovery=False),
-    zlib_outside=zodb.blob_suite(zodb.zlib_outside),
     zlib_inside=zodb.blob_suite(zodb.zlib_inside),
 )
 @pytest.mark.usefixtures("begun")
