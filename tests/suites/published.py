@@ -1,6 +1,5 @@
 """What the modules that run the published test suites of ZODB and ZEO share."""
 
-import atexit
 import ctypes
 import functools
 import os
@@ -13,7 +12,7 @@ import pytest
 import ZConfig
 import ZODB.config
 
-from tests.support.s3_server import S3Server
+from tests.support.s3_server import shared
 from tests.support.speed import slow
 
 BUCKET = "published-suites"
@@ -21,9 +20,8 @@ BUCKET = "published-suites"
 
 @functools.cache
 def s3_server():
-    """The S3 server of this process; started when it is first asked for, ended with the process."""
-    server = S3Server()
-    atexit.register(server.stop)
+    """The S3 server of this process, with the bucket."""
+    server = shared()
     server.bucket(BUCKET)
     return server
 

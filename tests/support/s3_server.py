@@ -4,6 +4,8 @@ Run as a script it prints its port and serves until its standard input closes. `
 what was asked of it, and how it is to misbehave, go through ``/_control``.
 """
 
+import atexit
+import functools
 import io
 import json
 import random
@@ -145,6 +147,14 @@ class S3Server:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
         keys = [found["Key"] for page in pages for found in page.get("Contents", ())]
         return [key for key in keys if key.rpartition("/")[2] != "owner.json"]
+
+
+@functools.cache
+def shared():
+    """Return the S3 server of this process, which ends with the process, for those who each make a bucket there."""
+    server = S3Server()
+    atexit.register(server.stop)
+    return server
 
 
 def _operation(method, path, query, headers):

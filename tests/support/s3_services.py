@@ -17,7 +17,7 @@ import botocore.config
 import pytest
 from botocore.exceptions import ClientError
 
-from tests.support.s3_server import S3Server
+from tests.support.s3_server import shared
 from tests.support.seaweed import ACCESS, SECRET, program, seaweed
 
 #: By name: the share of requests that meet a fault; None for a real service, "real" for that at S3BLOBS_TEST_ENDPOINT.
@@ -85,7 +85,8 @@ class Service:
             self.access, self.secret = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
             self.client = self.connect("when_required")
         else:
-            self._own = S3Server()
+            self._own = shared()
+            self._own.forget()
             self.client, self.endpoint, self.access, self.secret = self._own.client, self._own.url, "test", "secret"
             if self._defects:
                 self.client = self.connect("when_required")  # S3Server's own meets no defect
@@ -110,16 +111,16 @@ class Service:
 
     def __exit__(self, *exc):
         self.behave()
-        if self._own is not None:
-            self._own.stop()
-            return
         for key in self.keys(""):
             self.client.delete_object(Bucket=self.bucket, Key=key)
         try:
             self.client.delete_bucket(Bucket=self.bucket)
         except ClientError as error:  # rclone keeps the directory of an upload in parts that was aborted
             warnings.warn(f"Bucket {self.bucket} at {self.endpoint} could not be deleted: {error}", stacklevel=2)
-        self.client.close()
+        if self._own is not None:
+            self._own.behave()
+        if self._own is None or self._defects:
+            self.client.close()
 
     def misbehave(self):
         """Let as many requests meet a fault as the name of the service says."""
