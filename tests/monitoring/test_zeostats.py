@@ -421,7 +421,7 @@ def test_a_zeo_without_such_a_loop_starts_all_the_same(serve, acceptor):
         storages={"other": storage},
         stats=server.stats,
         lock_managers=server.lock_managers,
-        create_client_handler=lambda: None,
+        register_connection=lambda storage_id, handler: None,
         client_conflict_resolution=False,
         acceptor=acceptor,
     )

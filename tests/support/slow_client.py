@@ -13,11 +13,13 @@ LARGE = 20 * MB
 class SlowClient:
     """A client that says what it wants in ZEO's protocol, and takes what it is sent when the test wants it to."""
 
-    def __init__(self, address, storage="1"):
-        self._socket = socket.socket()
+    def __init__(self, address, storage="1", connection=None):
+        """``connection``: a socket that is connected already."""
+        self._socket = connection or socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         self._socket.settimeout(60)
-        self._socket.connect(address)
+        if connection is None:
+            self._socket.connect(address)
         self._number = 0
         #: The names of the messages about blobs that it has taken.
         self.received = []

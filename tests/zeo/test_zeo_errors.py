@@ -1,11 +1,13 @@
 """Whatever goes wrong in the server, a client is answered, with an exception that it can decode without boto3."""
 
 import asyncio
+import contextlib
 import errno
 import inspect
 import json
 import os
 import re
+import socket
 import string
 import subprocess
 import sys
@@ -19,9 +21,10 @@ import urllib3
 import urllib3.exceptions
 import ZEO.asyncio.client
 import ZODB.config
+import zope.event
 from ZEO.ClientStorage import ClientStorage
 from ZEO.Exceptions import ServerException
-from ZEO.StorageServer import StorageServer, run_in_thread
+from ZEO.StorageServer import Serving, StorageServer, run_in_thread
 from ZODB.POSException import (
     BTreesConflictError,
     ConflictError,
@@ -423,6 +426,38 @@ def test_every_error_of_boto3_reaches_a_client_that_has_no_boto3(address, storag
 class _NoTracebacks:
     def format(self, record):
         return record.getMessage()
+
+
+def test_a_client_that_waited_for_the_server_is_served_like_the_others(s3, storage, tmp_path):
+    """It is connected before the storage's section learns of the server."""
+    ours, its = socket.socketpair()
+
+    def connect(event):
+        if isinstance(event, Serving):
+            loop = event.server.acceptor.event_loop
+            loop.run_until_complete(loop.connect_accepted_socket(event.server.acceptor.factory, its))
+
+    zope.event.subscribers.insert(0, connect)
+    try:
+        server = StorageServer(("127.0.0.1", 0), {"1": storage})
+    finally:
+        zope.event.subscribers.remove(connect)
+    server.start_thread()
+    try:
+        with (
+            contextlib.closing(ClientStorage(server.addr, blob_dir=str(tmp_path / "client"), wait_timeout=30)) as other,
+            SlowClient(None, connection=ours) as early,
+        ):
+            name = commit_blob(other, b"data")
+            storage.uncache(*name)
+            s3.misbehave(operation="GetObject", hang=True)
+            asked = early.call("sendBlob", *name)
+            s3.wait_for("GetObject", 1)
+            load(other)  # which answers although S3 does not
+            s3.behave()
+            assert early.blob(asked) == b"data"
+    finally:
+        server.close()
 
 
 def test_an_outage_is_one_line_of_the_log_for_each_request_that_it_fails(s3, start):

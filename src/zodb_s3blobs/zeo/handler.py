@@ -11,7 +11,6 @@ go to worker threads. Everything here runs on the loop thread unless it says oth
 
 import functools
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import zope.event
@@ -60,14 +59,17 @@ def _serving(event: Any) -> None:
         _explain_refusals(loop)
     stop = Stop(server, ours)
     stop.on_signals()
-    stock = server.create_client_handler
+    stock = server.register_connection
 
-    def create_client_handler() -> Any:
-        handler = stock()
-        handler.register = functools.partial(_register, handler, handler.register, ours, stop)
-        return handler
+    def register_connection(storage_id: str, handler: Any) -> Any:
+        if stop.begun:
+            handler.connection.close()
+        if storage_id in ours:
+            _take_over(handler, *ours[storage_id])
+        return stock(storage_id, handler)
 
-    server.create_client_handler = create_client_handler
+    # Not the making of handlers: clients that were waiting for the server have theirs already.
+    server.register_connection = register_connection
 
 
 def _explain_refusals(loop: Any) -> None:
@@ -118,28 +120,13 @@ def _refused(name: str, why: str) -> SystemExit:
     return SystemExit(sentence)
 
 
-def _register(
-    handler: Any,
-    stock: Callable,
-    ours: dict[str, tuple[S3BlobStorage, type]],
-    stop: Stop,
-    storage_id: str,
-    read_only: bool,
-) -> Any:
-    """Do what ``stock``, the handler's own `register`, does, and take the client over if it has chosen one of ours."""
-    if stop.begun:
-        handler.connection.close()
-        return None
-    if storage_id not in ours:
-        return stock(storage_id, read_only)
+def _take_over(handler: Any, blobs: S3BlobStorage, mixin: type) -> None:
+    """Serve the client of ``handler``, which has chosen the storage ``blobs``, in place of the stock handler."""
     errors.guard(handler.connection)
-    result = stock(storage_id, read_only)
-    blobs, mixin = ours[storage_id]
     stock_class: type = type(handler)
     handler.__class__ = _handler_class(mixin, stock_class)
     handler.bind_storage(blobs)
     handler.admit_links()
-    return result
 
 
 @functools.cache
