@@ -43,7 +43,6 @@ class Recorder:
         # What has happened since the last `write`, the last thing last: the SHA-256 of what was published, `_GONE`,
         # or None for a use.
         self._notes: dict[Revision, bytes | None] = {}
-        self._has_changes = False  # True if not all of these are uses
         self.is_due = False
         self._has_failed = False
         self._least_compacted = 0  # records of the journal before which it is not compacted: it failed the last time
@@ -52,7 +51,6 @@ class Recorder:
     def put(self, name: Revision, digest: bytes) -> None:
         """Note that a file with the SHA-256 ``digest`` was published."""
         self._note(name, digest)
-        self._has_changes = True
 
     def used(self, name: Revision) -> None:
         """Note that a file was used."""
@@ -62,7 +60,6 @@ class Recorder:
     def removed(self, name: Revision) -> None:
         """Note that a file is gone."""
         self._note(name, _GONE)
-        self._has_changes = True
 
     def _note(self, name: Revision, what: bytes | None) -> None:
         # A thread that wakes up for each file would cost as much as the file.
@@ -72,7 +69,7 @@ class Recorder:
 
     def hurry(self) -> None:
         """Let `write` be due if files have come or gone since it last was."""
-        self.is_due = self.is_due or self._has_changes
+        self.is_due = self.is_due or any(note is not None for note in self._notes.values())
 
     def add(self, name: Revision, size: int, used: int, digest: bytes) -> int:
         """Write down a file that was not there before; return the number of its record. Raises OSError.
@@ -105,7 +102,7 @@ class Recorder:
         except OSError as error:
             with self._lock:
                 self._notes.clear()
-                self.is_due = self._has_changes = False
+                self.is_due = False
             if not self._has_failed:
                 self._metrics.cache_errors.labels("write").inc()
                 logger.warning("Cannot write the index of the cache: %s; the next start will miss some files", error)
@@ -134,7 +131,6 @@ class Recorder:
             with self._lock:
                 notes = {name: self._notes.pop(name) for name in list(itertools.islice(self._notes, _STEP))}
                 self.is_due = len(self._notes) >= (1 if to_the_last or self._is_finishing else _BATCH)
-                self._has_changes = bool(self._notes)
                 files = [(name, digest, self._index.get(name)) for name, digest in notes.items()]
             if not notes:
                 return
