@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import pytest
 import ZODB.utils
 from ZODB.utils import p64, u64
 
+from tests.support.waiting import wait_for
 from zodb_s3blobs.cache import files as cache_module
 from zodb_s3blobs.cache import store as store_module
 from zodb_s3blobs.cache.directory import CacheDirectoryError, CacheError
@@ -29,6 +31,8 @@ from zodb_s3blobs.revision import Revision
 pytestmark = pytest.mark.usefixtures("one_byte_blocks")
 
 TIMEOUT = 30
+
+until = partial(wait_for, timeout=TIMEOUT)
 TID = p64(0x1234)
 
 
@@ -120,13 +124,6 @@ def evicted_in_order(cache):
         assert len(gone) == 1
         order.extend(gone)
     return order
-
-
-def until(condition):
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # Files

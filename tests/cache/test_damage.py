@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from ZODB.utils import p64
 
 from tests.support.counts import value
+from tests.support.waiting import wait_for
 from zodb_s3blobs.cache.directory import blob_files
 from zodb_s3blobs.cache.files import Cache
 from zodb_s3blobs.metrics import Metrics
 
 TIMEOUT = 30
+
+until = partial(wait_for, timeout=TIMEOUT)
 TID = p64(2)
 RECORD = 64  # bytes of a record of the journal
 
@@ -49,13 +52,6 @@ def path(cache, number):
 def on_disk(directory):
     """The oids of the files in the cache, as numbers."""
     return {int(file.name.split(".")[0], 16) for file in blob_files(directory)}
-
-
-def until(condition):
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -236,13 +236,19 @@ def undo_last(db):
     manager.commit()
 
 
-def test_undo_copies_off_the_loop(s3, server, background):
-    db, other = server.db(), server.client()
+def begin_undo(s3, db, background):
+    """Undo a change of a blob; return the future of it, which waits for S3 until it behaves."""
     write(db, "blob", b"one")
     write(db, "blob", b"two")
     s3.misbehave(operation="CopyObject", hang=True)
-    slow = background(undo_last, db)
+    undo = background(undo_last, db)
     s3.wait_for("CopyObject")
+    return undo
+
+
+def test_undo_copies_off_the_loop(s3, server, background):
+    other = server.client()
+    slow = begin_undo(s3, server.db(), background)
     load(other)
     assert not slow.done()
     s3.behave()
@@ -252,11 +258,7 @@ def test_undo_copies_off_the_loop(s3, server, background):
 
 def test_a_client_that_vanishes_while_an_undo_waits_for_s3_frees_the_lock_at_once(s3, bucket_name, server, background):
     db, other = server.db(), server.client()
-    write(db, "blob", b"one")
-    write(db, "blob", b"two")
-    s3.misbehave(operation="CopyObject", hang=True)
-    slow = background(undo_last, db)
-    s3.wait_for("CopyObject")
+    slow = begin_undo(s3, db, background)
     background(db.close)
     with pytest.raises((ClientDisconnected, StorageError)):
         slow.result(60)
